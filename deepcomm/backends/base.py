@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of a backend, its requests, and the choice of one by device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from deepcomm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from deepcomm.config import BufferConfig
+    from deepcomm.topology import Topology
+    from deepcomm.types import (
+        BufferStats,
+        CombineOutput,
+        DispatchOutput,
+        Event,
+        Handle,
+        RecvLayout,
+        ScaledTensor,
+    )
+
+OnTimeout = Literal["raise", "mask"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class DispatchRequest:
+    """Arguments of one dispatch of either mode, as the user gave them."""
+
+    x: torch.Tensor | ScaledTensor
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    handle: Handle | None = None
+    recv_layout: RecvLayout | None = None
+    expert_alignment: int | None = None
+    quantize: str | None = None
+    scale_format: str = "fp32"
+    capacity: int | None = None
+    zero_padding: bool = False
+    out: torch.Tensor | None = None
+    owned: bool = False
+    return_hook: bool = False
+    async_op: bool = False
+    previous_event: Event | None = None
+    on_timeout: OnTimeout = "raise"
+    expert_token_stats: torch.Tensor | None = None
+    wait_us_stats: torch.Tensor | None = None
+    low_latency: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CombineRequest:
+    """Arguments of one combine of either mode, as the user gave them."""
+
+    y: torch.Tensor
+    handle: Handle
+    topk_weights: torch.Tensor | None = None
+    apply_weights: bool = False
+    bias: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    return_hook: bool = False
+    async_op: bool = False
+    previous_event: Event | None = None
+    on_timeout: OnTimeout = "raise"
+    wait_us_stats: torch.Tensor | None = None
+    low_latency: bool = False
+
+
+class Backend(Protocol):
+    """What ``Buffer`` asks of a device; argument errors abort the operation on every rank."""
+
+    config: BufferConfig
+    topology: Topology
+    device: torch.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of symmetric memory reserved on this rank."""
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """High-throughput dispatch."""
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """High-throughput combine."""
+
+    def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """Low-latency dispatch, both phases or the first."""
+
+    def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
+        """Low-latency combine, both phases or the first."""
+
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        """Mark a peer dead or alive."""
+
+    def rank_mask(self) -> torch.Tensor:
+        """Return bool [R]."""
+
+    def stats(self) -> BufferStats:
+        """Return the counters."""
+
+    def explain(self) -> str:
+        """Return what was chosen and why."""
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+
+
+def open_backend(group: Any, config: BufferConfig, device: torch.device | str | None) -> Backend:
+    """Construct the backend that serves ``device``; collective over ``group``."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        from deepcomm.backends.cpu import CpuBackend
+
+        return CpuBackend(group, config)
+    raise InvalidArgument(f"device: expected cpu, got {device}")
