@@ -2,7 +2,7 @@
 // Element types and small enumerations shared by every layer. Host and device; no torch.
 #pragma once
 
-#include <cstdint>
+#include "common/int.hpp"
 
 namespace deepcomm {
 
