@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 SOURCE_FOLDERS = ("csrc/common", "csrc/cpu", "csrc/cpu/simd", "csrc/bindings")
@@ -11,6 +11,8 @@ FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility=hidden"]
 
 sources = sorted(str(path) for folder in SOURCE_FOLDERS for path in Path(folder).glob("*.cpp"))
 headers = sorted(str(path) for path in Path("csrc").rglob("*.hpp"))
+
+ParallelCompile().install()  # one compiler a core
 
 setup(
     ext_modules=[

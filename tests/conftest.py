@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markers, what each needs of the machine, and the policy on skips.
+
+A skip without a reason is a failure. Under ``--allow-skips=MARKS`` (continuous integration) so is
+the skip of a test that carries none of MARKS: that test was expected to run there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+MARKERS = (
+    "gpu(n=1): needs n CUDA devices",
+    "multi_node: plays several nodes in network namespaces; needs root and iproute2",
+    "slow: takes more than 30 s on two cores",
+)
+NO_REASON = ("", "unconditional skip")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--allow-skips",
+        metavar="MARKS",
+        help="comma-separated marks whose tests may be skipped; any other skip is a failure",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    gpu = item.get_closest_marker("gpu")
+    if gpu:
+        wanted = gpu.args[0] if gpu.args else 1
+        if (present := num_gpus()) < wanted:
+            pytest.skip(f"needs {wanted} CUDA device(s), found {present}")
+    if item.get_closest_marker("multi_node"):
+        if os.geteuid() != 0:
+            pytest.skip("needs root to make network namespaces")
+        if shutil.which("ip") is None:
+            pytest.skip("needs iproute2 to make network namespaces")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        enforce_skip_policy(report, item.config, {mark.name for mark in item.iter_markers()})
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:
+        # NOTE: a module that skips itself has no marks yet that could excuse it.
+        enforce_skip_policy(report, collector.config, set())
+    return report
+
+
+def enforce_skip_policy(
+    report: pytest.TestReport | pytest.CollectReport, config: pytest.Config, marks: set[str]
+) -> None:
+    """Turn a skip that has no reason, or that was not expected here, into a failure."""
+    reason = skip_reason(report)
+    allowed = config.getoption("--allow-skips")
+    if reason in NO_REASON:
+        verdict = "skipped without a reason"
+    elif allowed is not None and not marks & set(allowed.split(",")):
+        verdict = f"expected to run here (only {allowed or 'nothing'} may skip), but: {reason}"
+    else:
+        return
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: {verdict}"
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return the reason a skipped report gives; pytest stores (path, line, 'Skipped: reason')."""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped").lstrip(":").strip()
+
+
+def num_gpus() -> int:
+    """Return the number of CUDA devices that torch can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
