@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// One function per source file of this folder; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace deepcomm {
+
+void bind_simd(pybind11::module_& module);
+
+}  // namespace deepcomm

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row operations for AVX2 with F16C.
+#include "cpu/simd/tables.hpp"
+
+#if DEEPCOMM_SIMD_X86
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+
+#include "cpu/simd/row_ops.hpp"
+
+namespace deepcomm::cpu {
+namespace {
+
+struct Avx2 : Vectors<32> {
+    static constexpr int kPrefetchBytes = 512;
+    static constexpr int kReducePairs = 4;
+
+    static void stream(void* dst, U32 x) {
+        _mm256_stream_si256(static_cast<__m256i*>(dst), bit_cast<__m256i>(x));
+    }
+
+    static uint32_t max_lane(I32 x) {
+        const auto wide = bit_cast<__m256i>(x);
+        __m128i max =
+            _mm_max_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        max = _mm_max_epi32(max, _mm_shuffle_epi32(max, 0x4e));
+        max = _mm_max_epi32(max, _mm_shuffle_epi32(max, 0xb1));
+        return static_cast<uint32_t>(_mm_cvtsi128_si32(max));
+    }
+
+    static void store_low16(void* dst, U32 x) {
+        const auto lanes = bit_cast<__m256i>(x);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0x08);
+        store(dst, _mm256_castsi256_si128(packed));
+    }
+
+    static void store_low8(void* dst, U32 x) {
+        const auto lanes = bit_cast<__m256i>(x);
+        const __m128i words =
+            _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+        store(dst, static_cast<int64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words))));
+    }
+
+    static F32 from_f16(const void* src) {
+        return bit_cast<F32>(_mm256_cvtph_ps(load<__m128i>(src)));
+    }
+
+    static __m128i to_f16(F32 x) {
+        return _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+    }
+
+    static U32 join(__m128i low, __m128i high) {
+        return bit_cast<U32>(_mm256_set_m128i(high, low));
+    }
+};
+
+}  // namespace
+
+const RowOps& avx2_row_ops() {
+    static constexpr RowOps kOps = make_row_ops<Avx2>();
+    return kOps;
+}
+
+}  // namespace deepcomm::cpu
+
+#pragma GCC pop_options
+#endif
