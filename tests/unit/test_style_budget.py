@@ -28,6 +28,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("deepcomm/buffer.py", "Buffer.combine"): "options by keyword, passed on as CombineRequest",
     ("deepcomm/buffer.py", "Buffer.low_latency_dispatch"): "likewise DispatchRequest",
     ("deepcomm/buffer.py", "Buffer.low_latency_combine"): "likewise CombineRequest",
+    ("deepcomm/functional.py", "dispatch"): "keywords of Buffer.dispatch",
+    ("deepcomm/reference.py", "dispatch"): "keywords of Buffer.dispatch",
+    ("deepcomm/reference.py", "low_latency_dispatch"): "keywords of Buffer.low_latency_dispatch",
+    ("deepcomm/reference.py", "low_latency_combine"): "keywords of Buffer.low_latency_combine",
 }
 
 Offence: TypeAlias = tuple[str, str]
