@@ -3,13 +3,12 @@
 
 Backends match it bit for bit. It owns what results are; how bytes travel, argument checks, views
 and events are the backends'. Slots, and the letters at the end of names, are explained in
-``routing``, the FP8 cast in ``fp8``.
+``slots``, the FP8 cast in ``fp8``.
 
 Capacity. With a capacity, ``x`` has exactly that many rows, and what lies in a slot at or beyond it
 is lost: counts, offsets and ``num_recv_tokens`` are clipped to what was delivered, and ``overflow``
-is set on the rank that dropped rows and on the ranks whose tokens they were. ``combine`` gives a
-whole row of NaN for a token that lost a row anywhere, and NaN for the carried weight of a lost
-pair.
+is set on the rank that dropped rows and on the ranks whose tokens they were. ``combine`` gives NaN
+for the whole row of a token that lost a row anywhere, and for the carried weight of a lost pair.
 
 Padding rows hold arbitrary bytes in ``x`` and ``scales``, zeros with ``zero_padding``. Their
 weights are 0 and their ids -1 always.
@@ -31,7 +30,7 @@ import torch
 
 from deepcomm.errors import InvalidArgument
 from deepcomm.fp8 import dequantize_fp8, quantize_fp8
-from deepcomm.routing import Placement, ReferenceConfig, Routing, place_rows
+from deepcomm.slots import Placement, ReferenceConfig, Routing, place_rows
 from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, ScaledTensor
 
 if TYPE_CHECKING:
@@ -116,8 +115,7 @@ def low_latency_dispatch(
         topk_idx_gk=torch.cat(list(topk_idxs)),
         topk_weights_gk=_cat(topk_weights),
     )
-    routing = place_rows(routing, masked)
-    rows_g = _concatenate_rows(xs, quantize, scale_format)
+    routing, rows_g = place_rows(routing, masked), _concatenate_rows(xs, quantize, scale_format)
     outputs = [_deliver(routing, rows_g, rank, zero_padding) for rank in range(config.num_ranks)]
     return [None if rank in masked else output for rank, output in enumerate(outputs)]
 
@@ -189,20 +187,18 @@ def _deliver(
         rows_g = rows_g.data
     num_local = routing.config.num_local_experts
     counts_l = torch.bincount(place.expert_p[place.delivered_p], minlength=num_local)
-    offsets_l = place.offsets_l
     is_padded = routing.recv_layout is RecvLayout.EXPERT_PADDED
     num_recv = int(counts_l.sum()) if is_padded else min(place.num_slots, place.num_rows)
-    lost_here = not bool(place.delivered_p.all())
-    lost_from_here = bool(routing.lost_g[routing.source_g == rank].any())
+    has_lost = ~place.delivered_p.all() | routing.lost_g[routing.source_g == rank].any()
     return DispatchOutput(
         x=_in_blocks(routing, _rows_at_slots(rows_g, place, fill)),
         scales=scales,
         topk_idx=_received_ids(routing, place),
         topk_weights=_received_weights(routing, place),
         num_tokens_per_expert=counts_l.int(),
-        expert_offsets=None if offsets_l is None else offsets_l.clamp(max=place.num_rows).int(),
+        expert_offsets=place.clipped_offsets_l,
         num_recv_tokens=torch.tensor(num_recv, dtype=torch.int32),
-        overflow=torch.tensor(lost_here or lost_from_here),
+        overflow=has_lost,
         handle=_make_handle(routing, rank),
     )
 
@@ -361,9 +357,11 @@ def _carry_back(
         if weight is None:
             continue
         pairs = routing.present_pairs(rank, masked)
-        is_token = routing.recv_layout is RecvLayout.TOKEN
-        slots = (pairs.slot_p, pairs.k_p) if is_token else (pairs.slot_p,)
-        carried_gk[pairs.token_p, pairs.k_p] = (weight if is_token else weight.reshape(-1))[slots]
+        if routing.recv_layout is RecvLayout.TOKEN:
+            value_p = weight[pairs.slot_p, pairs.k_p]
+        else:
+            value_p = weight.reshape(-1)[pairs.slot_p]
+        carried_gk[pairs.token_p, pairs.k_p] = value_p
     return carried_gk
 
 

@@ -88,6 +88,11 @@ class Placement:
         """Bool [P]: the pair's slot lies in the receive tensor."""
         return self.slot_p < self.num_rows
 
+    @property
+    def clipped_offsets_l(self) -> torch.Tensor | None:
+        """Int32 [L + 1]: the offsets, none of them beyond the receive tensor."""
+        return None if self.offsets_l is None else self.offsets_l.clamp(max=self.num_rows).int()
+
     def select(self, chosen_p: torch.Tensor) -> Placement:
         """Return the chosen pairs alone, where they are."""
         columns = {name: getattr(self, name)[chosen_p] for name in _COLUMNS}
