@@ -119,7 +119,8 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Routing:
         """Route ``x`` [T, H], of any floating dtype; scores are FP32."""
-        scores = functional.linear(x.float(), self.weight.float()).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):
+            scores = functional.linear(x.float(), self.weight.float()).sigmoid()
         topk_idx = self._select(scores.detach() + self.bias)
         if self.training:
             flat_idx = topk_idx.flatten()
