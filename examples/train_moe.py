@@ -321,7 +321,7 @@ def plot(losses: list[float], num_ranks: int, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(range(len(losses)), losses)
-    axes.set(xlabel="step", ylabel="loss, nats a byte", title=f"MoE training, {num_ranks} ranks")
+    axes.set(xlabel="step", ylabel="loss, nats a byte", title=f"MoE training, ranks: {num_ranks}")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
