@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our operations are compared with: the baseline's, and plain copies of as many bytes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm.cli.bench.baseline import TorchExchange
+from deepcomm.cli.bench.operations import Kind, Operation, row_bytes
+from deepcomm.cli.bench.verify import check_combine, check_rows, expert_output_
+from deepcomm.types import RecvLayout, ScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    import torch.distributed as dist
+
+    from deepcomm.cli.bench.workload import Workload
+
+__all__ = ["list_baseline", "list_copies"]
+
+
+def list_baseline(workload: Workload, group: dist.ProcessGroup) -> list[Operation]:
+    """Return the baseline's operations, one of each kind that is measured; collective."""
+    config = workload.config
+    exchange = TorchExchange(group, config.experts)
+    x, topk_idx = workload.x, workload.routed.topk_idx
+    plan = exchange.route(topk_idx)
+    y = expert_output_(exchange.dispatch(x, plan).clone(), workload.rank)
+    calls: dict[Kind, Callable[[], Any]] = {
+        Kind.DISPATCH: lambda: exchange.dispatch(x, exchange.route(topk_idx)),
+        Kind.DISPATCH_FP8: lambda: exchange.dispatch_fp8(x, exchange.route(topk_idx)),
+        Kind.CACHED_DISPATCH: lambda: exchange.dispatch(x, plan),
+        Kind.COMBINE: lambda: exchange.combine(y, plan, workload.num_tokens),
+    }
+    if not config.fp8:
+        del calls[Kind.DISPATCH_FP8]
+    if config.low_latency:
+        del calls[Kind.CACHED_DISPATCH]
+    return [
+        _operation(f"{config.baseline} {kind.value}", kind, call, _checker(workload, kind))
+        for kind, call in calls.items()
+    ]
+
+
+def list_copies(workload: Workload) -> list[Operation]:
+    """Return plain copies, by one thread of each rank at once, of the bytes each kind receives.
+
+    Source and destination are private, warm and distinct. Combine receives as many rows as this
+    rank sent.
+    """
+    config = workload.config
+    arriving = int(workload.rows_between[:, workload.rank].sum())
+    returning = int(workload.rows_between[workload.rank].sum())
+    rows = {Kind.DISPATCH: arriving, Kind.COMBINE: returning}
+    if config.fp8:
+        rows[Kind.DISPATCH_FP8] = arriving
+    num_bytes = {kind: count * row_bytes(kind, config.hidden) for kind, count in rows.items()}
+    source = torch.ones(max(num_bytes.values()), dtype=torch.uint8, device=workload.device)
+    target = torch.zeros_like(source)
+    copies = []
+    for kind, count in num_bytes.items():
+        call = partial(_copy, target[:count], source[:count])
+        copies.append(_operation(f"memcpy for {kind.value}", kind, call, lambda _: None))
+    return copies
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    threads = torch.get_num_threads()
+    if threads == 1:
+        target.copy_(source)
+        return
+    torch.set_num_threads(1)
+    target.copy_(source)
+    torch.set_num_threads(threads)
+
+
+def _operation(
+    name: str, kind: Kind, call: Callable[[], Any], check: Callable[[Any], None]
+) -> Operation:
+    return Operation(name, kind, (("call", lambda _: call()),), check)
+
+
+def _checker(workload: Workload, kind: Kind) -> Callable[[Any], None]:
+    def check(result: Any) -> None:
+        if kind is Kind.COMBINE:
+            # index_add_ rounds after every rank's term.
+            roundings = workload.config.ranks + 1
+            check_combine(workload, result, weighted=False, num_roundings=roundings)
+            return
+        expected = workload.arrivals_in(RecvLayout.TOKEN)
+        if isinstance(result, ScaledTensor):
+            check_rows(workload, expected, result.data, result.scales)
+        else:
+            check_rows(workload, expected, result, None)
+
+    return check

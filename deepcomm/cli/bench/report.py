@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from deepcomm.cli.bench.figures import FORMULA
+from deepcomm.cli.bench.operations import Kind, row_bytes
+from deepcomm.cli.console import print_table
+from deepcomm.cli.environment import commit, hardware, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from deepcomm.cli.bench.args import BenchConfig
+    from deepcomm.cli.bench.figures import Figure, Result
+    from deepcomm.cli.bench.measure import Timing
+
+__all__ = ["print_intro", "print_results", "write_json"]
+
+SCHEMA_VERSION = 1
+MS_FROM_US = 2000.0
+"""Medians from here on make a table in milliseconds."""
+
+
+def print_intro(config: BenchConfig) -> None:
+    """Say what is measured and how, before it takes its time."""
+    nodes = f", {config.ranks_per_node} a node" if config.ranks_per_node else ""
+    machine = hardware()
+    print(
+        f"{config.mode}: {config.ranks} ranks{nodes} on {config.backend}, hidden {config.hidden}, "
+        f"top-{config.topk} of {config.experts} experts, routing {config.routing}, "
+        f"layout {config.recv_layout.value}\n"
+        f"{machine['cpu']}, {machine['cores']} cores; {config.threads} thread(s) a rank, "
+        f"baseline {config.baseline}, seed {config.seed}",
+        flush=True,
+    )
+
+
+def print_results(config: BenchConfig, results: Sequence[Result]) -> None:
+    """Print the table of all figures and what its columns mean."""
+    figures = [figure for result in results for figure in result.figures]
+    in_ms = min(figure.timing.p50_us for figure in figures) >= MS_FROM_US
+    unit, divisor = ("ms", 1000.0) if in_ms else ("us", 1.0)
+    header = ["operation", "tokens", f"p50 {unit}", "p95", "p99", "wire GB/s", "DeepEP GB/s"]
+    if config.baseline != "none":
+        header += [f"{config.baseline} p50", "speed-up"]
+    header.append("x memcpy")
+    rows = []
+    for result in results:
+        for figure in result.figures:
+            rows.append(_row(figure, result.tokens, divisor, config.baseline != "none"))
+    print()
+    print_table(header, rows)
+    print(_legend(config, results))
+
+
+def _row(figure: Figure, tokens: int, divisor: float, with_baseline: bool) -> list[str]:
+    timing = figure.timing
+    times = [_number(value / divisor) for value in (timing.p50_us, timing.p95_us, timing.p99_us)]
+    name = figure.operation
+    row = [name if " / " not in name else f"  {name.partition(' / ')[2]}", str(tokens), *times]
+    row += [_number(figure.wire_gbps), _number(figure.deepep_gbps)]
+    if with_baseline:
+        row.append(_number(figure.baseline.p50_us / divisor if figure.baseline else None))
+        row.append("" if figure.speedup is None else f"{figure.speedup:.1f}x")
+    row.append("" if figure.memcpy_multiple is None else f"{figure.memcpy_multiple:.2f}")
+    return row
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _legend(config: BenchConfig, results: Sequence[Result]) -> str:
+    calls = sorted({len(next(iter(result.timings.values())).samples_us) for result in results})
+    times = f"{calls[0]}" if len(calls) == 1 else f"{calls[0]} to {calls[-1]}"
+    lines = [
+        "All results were checked on all ranks before measuring.",
+        f"Times: maximum over ranks of each of {times} calls, in turns with the others, each after "
+        "a barrier.",
+        "wire: bytes that crossed to another rank / time; DeepEP: all received row bytes / time; "
+        "mean a rank.",
+        "memcpy: every rank at once copies as many bytes as it receives, with one thread.",
+    ]
+    if config.baseline != "none":
+        lines.append(
+            f"{config.baseline}: index_select, all_to_all_single, index_add_; rows only, no ids, "
+            "no weights, BF16 sums."
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:
+    """Write everything that was configured, found and measured."""
+    document = {
+        "schema": SCHEMA_VERSION,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": config.command,
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "axes": _axes(config),
+        "formula": FORMULA,
+        "row_bytes": {kind.value: row_bytes(kind, config.hidden) for kind in Kind},
+        "results": [_result(result) for result in results],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _axes(config: BenchConfig) -> dict[str, Any]:
+    axes = asdict(config) | {"recv_layout": config.recv_layout.value}
+    for name in ("json", "plot", "command"):
+        del axes[name]
+    return axes
+
+
+def _result(result: Result) -> dict[str, Any]:
+    return {
+        "tokens": result.tokens,
+        "checked": True,
+        "traffic": asdict(result.traffic),
+        "figures": [_figure(figure) for figure in result.figures],
+        "timings": {name: _timing(timing) for name, timing in result.timings.items()},
+        "counters of one dispatch on rank 0": asdict(result.counters),
+        "explain": result.explanation,
+    }
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    return {
+        "operation": figure.operation,
+        "p50_us": figure.timing.p50_us,
+        "p95_us": figure.timing.p95_us,
+        "p99_us": figure.timing.p99_us,
+        "wire_gbps": figure.wire_gbps,
+        "deepep_gbps": figure.deepep_gbps,
+        "baseline_p50_us": figure.baseline.p50_us if figure.baseline else None,
+        "speedup": figure.speedup,
+        "memcpy_p50_us": figure.memcpy.p50_us if figure.memcpy else None,
+        "memcpy_multiple": figure.memcpy_multiple,
+    }
+
+
+def _timing(timing: Timing) -> dict[str, Any]:
+    return {
+        "p50_us": timing.p50_us,
+        "p95_us": timing.p95_us,
+        "p99_us": timing.p99_us,
+        "samples_us": list(timing.samples_us),
+    }
