@@ -54,7 +54,7 @@ def quantize_fp8(x: torch.Tensor, scale_format: str = "fp32") -> ScaledTensor:
     else:
         raise InvalidArgument(f"scale_format: expected fp32 or ue8m0, got {scale_format}")
     data_h = (x_st * inv_s[..., None]).flatten(-2)[..., :hidden]
-    # NOTE: torch's own cast turns values beyond 448 into NaN; clamp keeps NaN.
+    # NOTE: torch's cast does not promise to saturate; clamp keeps NaN.
     return ScaledTensor(data_h.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales)
 
 

@@ -51,6 +51,10 @@ def test_quantize_unit_scale_bytes() -> None:
         (13.0, 2.4375, 0x6B),
         # Likewise 84, the other way round: inverse 84.0, scale 84.0000076.
         (31.0, 5.8125, 0x6A),
+        # Exactly 42, halfway 40 = 0x62 (even) and 44 = 0x63; 448 times the rounded 1 / 3 is more.
+        (3.0, 0.28125, 0x62),
+        # Likewise 42; the inverse of the rounded scale gives more.
+        (19.0, 1.78125, 0x62),
     ],
 )
 def test_quantize_multiplies_by_the_inverse(amax: float, value: float, byte: int) -> None:
@@ -75,6 +79,11 @@ def test_quantize_zero_tile_takes_the_floor() -> None:
     q = quantize_fp8(row(0.0, -0.0))
     assert data_bytes(q) == [0x00, 0x80]
     assert scale_words(q) == [0x346FACAD]  # float32(1e-4) / 448 = 2.2321429e-07
+
+
+def test_quantize_divides_for_the_scale() -> None:
+    """3 / 448 rounds to 0x3bdb6db7; 3 times the rounded 1 / 448 is one unit more."""
+    assert scale_words(quantize_fp8(row(3.0))) == [0x3BDB6DB7]
 
 
 def test_quantize_below_the_floor_is_not_stretched() -> None:
