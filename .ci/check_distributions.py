@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WHEEL_NEEDS = (
     r"deepcomm/__init__\.py",
-    r"deepcomm/_C\.pyi",
+    r"deepcomm/_C/__init__\.pyi",
     r"deepcomm/_C\..*\.so",
     r"deepcomm/py\.typed",
     r"deepcomm-.*\.dist-info/licenses/LICENSE",

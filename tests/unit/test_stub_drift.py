@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed stub of the extension says what the built extension offers."""
+"""The committed stubs of the extension say what the built extension offers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STUB = ROOT / "deepcomm" / "_C.pyi"
+STUBS = ROOT / "deepcomm" / "_C"
 
 
-def test_stub_matches_the_built_extension(tmp_path: Path) -> None:
-    fresh = tmp_path / "_C.pyi"
-    subprocess.run([sys.executable, ROOT / ".ci" / "stub.py", fresh], check=True)
-    difference = difflib.unified_diff(
-        STUB.read_text().splitlines(), fresh.read_text().splitlines(), "committed", "built", n=1
-    )
-    assert "\n".join(difference) == "", "regenerate it: python .ci/stub.py"
+def read(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.glob("*.pyi"))}
 
 
-def test_stub_is_installed_beside_the_extension() -> None:
+def test_stubs_match_the_built_extension(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / ".ci" / "stub.py", tmp_path], check=True)
+    committed, built = read(STUBS), read(tmp_path)
+    assert list(committed) == list(built), "regenerate them: python .ci/stub.py"
+    difference = [
+        line
+        for name, text in built.items()
+        for line in difflib.unified_diff(
+            committed[name].splitlines(), text.splitlines(), f"committed {name}", "built", n=1
+        )
+    ]
+    assert "\n".join(difference) == "", "regenerate them: python .ci/stub.py"
+
+
+def test_stubs_are_installed_beside_the_extension() -> None:
     import deepcomm._C
 
     installed = Path(deepcomm._C.__file__).parent
-    assert (installed / "_C.pyi").read_text() == STUB.read_text()
+    assert read(installed / "_C") == read(STUBS)
     assert (installed / "py.typed").exists()

@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+# Generated from the built extension by `python .ci/stub.py`; do not edit.
+from . import cpu as cpu
+from . import simd as simd
