@@ -16,7 +16,7 @@ from deepcomm.types import SCALE_TILE, RecvLayout
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deepcomm import Buffer
+    from deepcomm.buffer import Buffer
     from deepcomm.cli.bench.workload import Arrivals, Workload
     from deepcomm.types import CombineOutput, DispatchOutput
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from deepcomm import Buffer
+from deepcomm.buffer import Buffer
 from deepcomm.cli.bench.figures import Contenders, Result, Traffic, make_figures
 from deepcomm.cli.bench.measure import Limits, measure
 from deepcomm.cli.bench.operations import list_operations
