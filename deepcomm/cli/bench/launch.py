@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
+import signal
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["launch"]
 
 GROUP_TIMEOUT = datetime.timedelta(minutes=5)
+EXPECTED = (Error, WrongResultError)
+"""Errors whose message says everything; of any other the traceback is shown."""
 
 
 def launch(config: BenchConfig) -> int:
@@ -38,16 +44,17 @@ def launch(config: BenchConfig) -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     # fork starts in a fraction of the time, but a CUDA context does not survive it.
     method = "fork" if config.backend == "cpu" else "spawn"
-    with tempfile.TemporaryDirectory(prefix="deepcomm-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="deepcomm-bench-") as name:
+        folder = Path(name)
+        context = start_processes(  # type: ignore[no-untyped-call]
+            _run_spawned, (config, folder), nprocs=config.ranks, join=False, start_method=method
+        )
         try:
-            start_processes(  # type: ignore[no-untyped-call]
-                _run_spawned, (config, folder), nprocs=config.ranks, start_method=method
-            )
-        except ProcessRaisedException as error:
-            _report(error.error_index, str(error))
-            return 1
-        except ProcessExitedException as error:
-            note(f"deepcomm bench: rank {error.error_index} died: {error}")
+            while not context.join():
+                pass
+        except (ProcessRaisedException, ProcessExitedException):
+            exit_codes = [process.exitcode for process in context.processes]
+            note(f"deepcomm bench: {_first_cause(folder, exit_codes)}")
             return 1
     return 0
 
@@ -56,37 +63,43 @@ def _run_under_torchrun(config: BenchConfig) -> int:
     dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)
     try:
         run_rank(config, int(os.environ.get("LOCAL_RANK", "0")))
-    except (Error, WrongResultError) as error:
+    except EXPECTED as error:
         note(f"deepcomm bench: rank {dist.get_rank()}: {error}")
         return 1
     dist.destroy_process_group()
     return 0
 
 
-def _run_spawned(rank: int, config: BenchConfig, folder: str) -> None:
-    # Ranks of one host meet on its loopback, whatever the host's name resolves to.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{Path(folder) / 'store'}",
-        rank=rank,
-        world_size=config.ranks,
-        timeout=GROUP_TIMEOUT,
-    )
-    run_rank(config, rank)
-    dist.destroy_process_group()
+def _run_spawned(rank: int, config: BenchConfig, folder: Path) -> None:
+    try:
+        # Ranks of one host meet on its loopback, whatever the host's name resolves to.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=config.ranks,
+            timeout=GROUP_TIMEOUT,
+        )
+        run_rank(config, rank)
+        dist.destroy_process_group()
+    except Exception as error:
+        text = str(error) if isinstance(error, EXPECTED) else traceback.format_exc().strip()
+        record = {"when": time.monotonic(), "text": f"rank {rank}: {text}"}
+        # Renamed when whole: this process may be ended while it writes.
+        part = folder / f"part-{rank}"
+        part.write_text(json.dumps(record))
+        part.rename(folder / f"failure-{rank}.json")
+        raise
 
 
-def _report(rank: int, text: str) -> None:
-    """Print what a rank raised: the message of an expected error, the traceback of any other."""
-    expected = (
-        f"{Error.__module__}.",
-        f"{WrongResultError.__module__}.{WrongResultError.__name__}",
-    )
-    lines = text.strip().splitlines()
-    for place, line in enumerate(lines):
-        if line.startswith(expected):
-            message = "\n".join([line.partition(": ")[2], *lines[place + 1 :]])
-            note(f"deepcomm bench: rank {rank}: {message}")
-            return
-    note(f"deepcomm bench: rank {rank} failed:\n{text.strip()}")
+def _first_cause(folder: Path, exit_codes: list[int | None]) -> str:
+    """Return what went wrong first: peers of a rank that failed fail for that reason."""
+    for rank, code in enumerate(exit_codes):
+        # SIGTERM is how the remaining ranks were ended.
+        if code is not None and code < 0 and code != -signal.SIGTERM:
+            return f"rank {rank} died of {signal.Signals(-code).name}"
+    records = [json.loads(path.read_text()) for path in folder.glob("failure-*.json")]
+    if records:
+        return str(min(records, key=lambda record: record["when"])["text"])
+    return f"ranks ended with status {exit_codes}"
