@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Terminal output: tables and progress, with rich where it is installed, plainly elsewhere."""
+"""Terminal output: plain tables, and a progress bar where rich is installed."""
 
 from __future__ import annotations
 
@@ -22,34 +22,28 @@ def note(message: str) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
-    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        _print_rich(header, rows)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    """Print a table: the first column to the left, the others to the right.
+
+    Args:
+        header: Of each column; may have two lines.
+        rows: Cells of each row, as many as ``header`` has.
+    """
+    first, second = zip(*(f"{head}\n".split("\n")[:2] for head in header), strict=True)
+    heads = [first, second] if any(second) else [first]
+    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
     rule = ["-" * width for width in widths]
-    for row in (header, rule, *rows):
+    for row in (*heads, rule, *rows):
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print(COLUMN_GAP.join(cells).rstrip())
 
 
-def _print_rich(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar of ``total`` steps while the block runs; the block calls what it gets per step."""
+    """Show a bar of ``total`` steps while the block runs; the block calls what it gets per step.
+
+    Without rich, or where the error stream is no terminal, the title alone is printed.
+    """
     if not (sys.stderr.isatty() and importlib.util.find_spec("rich")):
         note(title)
         yield lambda: None

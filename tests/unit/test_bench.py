@@ -303,10 +303,11 @@ def test_table_has_a_line_for_each_figure(capfd: pytest.CaptureFixture[str]) -> 
     config = config_of("--ranks", "2", "--tokens", "4,8")
     print_results(config, _results(config))
     lines = capfd.readouterr().out.splitlines()
-    assert lines[1].split()[:4] == ["operation", "tokens", "p50", "us"]
-    assert " ".join(lines[3].split()) == "dispatch BF16 4 100 109 110 0.287 0.717 250 2.5x 1.25"
-    assert lines[4].split() == ["send", "4", "30", "30", "30"]
-    assert [line.split()[0] for line in lines[7:11]] == ["dispatch", "send", "hook", "dispatch"]
+    assert lines[1].split()[:4] == ["operation", "tokens", "p50", "p95"]
+    assert lines[2].split() == ["us", "us", "us", "GB/s", "GB/s", "p50", "up", "memcpy"]
+    assert " ".join(lines[4].split()) == "dispatch BF16 4 100 109 110 0.29 0.72 250 2.5x 1.25"
+    assert lines[5].split() == ["send", "4", "30.0", "30.0", "30.0"]
+    assert [line.split()[0] for line in lines[8:12]] == ["dispatch", "send", "hook", "dispatch"]
     assert any("checked on all ranks" in line for line in lines)
 
 

@@ -161,9 +161,10 @@ def test_doctor_checks_the_interface_that_a_variable_names(
 
 
 def test_plain_table_aligns_its_columns(capfd: pytest.CaptureFixture[str]) -> None:
-    print_table(["name", "value"], [["a", "1"], ["long name", "1000000"]])
+    print_table(["name", "value\nus"], [["a", "1"], ["long name", "1000000"]])
     assert capfd.readouterr().out.splitlines() == [
         "name         value",
+        "                us",
         "---------  -------",
         "a                1",
         "long name  1000000",

@@ -32,10 +32,11 @@ def print_intro(config: BenchConfig) -> None:
     """Say what is measured and how, before it takes its time."""
     nodes = f", {config.ranks_per_node} a node" if config.ranks_per_node else ""
     machine = hardware()
+    tokens = ", ".join(map(str, config.tokens))
     print(
-        f"{config.mode}: {config.ranks} ranks{nodes} on {config.backend}, hidden {config.hidden}, "
-        f"top-{config.topk} of {config.experts} experts, routing {config.routing}, "
-        f"layout {config.recv_layout.value}\n"
+        f"{config.mode}: {config.ranks} ranks{nodes} on {config.backend}, {tokens} tokens a rank, "
+        f"hidden {config.hidden}, top-{config.topk} of {config.experts} experts, "
+        f"routing {config.routing}, layout {config.recv_layout.value}\n"
         f"{machine['cpu']}, {machine['cores']} cores; {config.threads} thread(s) a rank, "
         f"baseline {config.baseline}, seed {config.seed}",
         flush=True,
@@ -47,36 +48,45 @@ def print_results(config: BenchConfig, results: Sequence[Result]) -> None:
     figures = [figure for result in results for figure in result.figures]
     in_ms = min(figure.timing.p50_us for figure in figures) >= MS_FROM_US
     unit, divisor = ("ms", 1000.0) if in_ms else ("us", 1.0)
-    header = ["operation", "tokens", f"p50 {unit}", "p95", "p99", "wire GB/s", "DeepEP GB/s"]
-    if config.baseline != "none":
-        header += [f"{config.baseline} p50", "speed-up"]
-    header.append("x memcpy")
+    several, compared = len(results) > 1, config.baseline != "none"
+    header = ["operation", *(["tokens"] if several else [])]
+    header += [f"{name}\n{unit}" for name in ("p50", "p95", "p99")]
+    header += ["wire\nGB/s", "DeepEP\nGB/s"]
+    header += [f"{config.baseline}\np50", "speed-\nup"] if compared else []
+    header.append("times\nmemcpy")
     rows = []
     for result in results:
         for figure in result.figures:
-            rows.append(_row(figure, result.tokens, divisor, config.baseline != "none"))
+            tokens = [str(result.tokens)] if several else []
+            rows.append([_name(figure), *tokens, *_cells(figure, divisor, compared)])
     print()
     print_table(header, rows)
     print(_legend(config, results))
 
 
-def _row(figure: Figure, tokens: int, divisor: float, with_baseline: bool) -> list[str]:
+def _name(figure: Figure) -> str:
+    """Return the operation's name; of a step, the step's name indented."""
+    operation, _, step = figure.operation.partition(" / ")
+    return f"  {step}" if step else operation
+
+
+def _cells(figure: Figure, divisor: float, compared: bool) -> list[str]:
     timing = figure.timing
-    times = [_number(value / divisor) for value in (timing.p50_us, timing.p95_us, timing.p99_us)]
-    name = figure.operation
-    row = [name if " / " not in name else f"  {name.partition(' / ')[2]}", str(tokens), *times]
-    row += [_number(figure.wire_gbps), _number(figure.deepep_gbps)]
-    if with_baseline:
-        row.append(_number(figure.baseline.p50_us / divisor if figure.baseline else None))
-        row.append("" if figure.speedup is None else f"{figure.speedup:.1f}x")
-    row.append("" if figure.memcpy_multiple is None else f"{figure.memcpy_multiple:.2f}")
-    return row
+    cells = [_number(value / divisor) for value in (timing.p50_us, timing.p95_us, timing.p99_us)]
+    cells += [_number(figure.wire_gbps), _number(figure.deepep_gbps)]
+    if compared:
+        cells.append(_number(figure.baseline.p50_us / divisor if figure.baseline else None))
+        cells.append("" if figure.speedup is None else f"{figure.speedup:.1f}x")
+    cells.append(_number(figure.memcpy_multiple))
+    return cells
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _legend(config: BenchConfig, results: Sequence[Result]) -> str:
