@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the language and the chip give: function markers, shared storage, time, leaving a thread.
+#pragma once
+
+#include "common/int.hpp"
+
+#define DEEPCOMM_DEVICE __device__ __forceinline__
+
+namespace deepcomm::device {
+
+/// Bulk copies, transaction barriers and proxies exist from sm_90 on; below, the same names copy
+/// synchronously with plain loads and stores.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasBulkCopies = false;
+#else
+constexpr bool kHasBulkCopies = true;
+#endif
+
+/// Reading the clock costs more than a poll, so a wait reads it once in this many polls.
+constexpr uint32_t kPollsPerClockRead = 64;
+
+/// Sixteen bytes moved at once.
+struct alignas(16) Vec128 {
+    uint32_t words[4];
+};
+
+/// The block's dynamic shared memory as a struct: the only way to it. Launch with sizeof(Smem).
+template <typename Smem>
+DEEPCOMM_DEVICE Smem& shared_storage() {
+    extern __shared__ __align__(1024) unsigned char deepcomm_shared_memory[];
+    return *reinterpret_cast<Smem*>(deepcomm_shared_memory);
+}
+
+/// Wall clock of the device; its resolution may be as coarse as a microsecond.
+DEEPCOMM_DEVICE uint64_t globaltimer_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
+}
+
+/// Tells a simulator that a poll of address has failed. Hardware polls again at once.
+DEEPCOMM_DEVICE void pause_on(const void* /*address*/, uint64_t /*deadline_ns*/) {}
+
+DEEPCOMM_DEVICE void sleep_ns(uint32_t duration_ns) { __nanosleep(duration_ns); }
+
+/// Ends the calling thread and leaves the context alive, unlike a trap.
+DEEPCOMM_DEVICE void exit_thread() { asm volatile("exit;"); }
+
+}  // namespace deepcomm::device

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "emu/cluster.hpp"
+
+#include "emu/machine.hpp"
+
+namespace deepcomm::emu {
+
+Cluster::Cluster(int num_ranks, uint64_t seed, const Options& options) : num_ranks_(num_ranks) {
+    static Machine the_machine;  // its tables and stacks are reused by every seed
+    machine = &the_machine;
+    machine->reset(num_ranks, seed, options);
+}
+
+void* Cluster::alloc_bytes(int rank, const char* name, size_t num_bytes, Fill fill) {
+    return machine->memory.at(machine->memory.alloc(rank, name, num_bytes, fill == Fill::kZero));
+}
+
+void Cluster::define(const void* begin, size_t num_bytes) {
+    const size_t offset = machine->memory.offset_of(begin);
+    machine->memory.check_bounds("define", offset, num_bytes);
+    machine->memory.define(offset, num_bytes);
+}
+
+void Cluster::launch(int rank, Launch launch) {
+    machine->ranks[static_cast<size_t>(rank)].program.push_back({false, std::move(launch)});
+}
+
+void Cluster::host_barrier() {
+    for (Rank& rank : machine->ranks) rank.program.push_back({true, {0, 0, 0, nullptr}});
+}
+
+std::string Cluster::run() {
+    return machine->run();
+}
+
+Statistics Cluster::statistics() const {
+    const Scheduler& scheduler = machine->scheduler;
+    return {scheduler.num_steps(), scheduler.num_switches(), scheduler.now_ns(),
+            scheduler.trace_hash(), machine->num_threads};
+}
+
+}  // namespace deepcomm::emu

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// Public face of the emulator for tests: a small cluster of ranks, their memory, their kernels and
+// the faults to inject. One Cluster is one seed; everything it does is a function of that seed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace deepcomm::emu {
+
+constexpr int kHostRank = -1;  ///< owner of memory that the host shares with every rank
+constexpr uint64_t kNever = ~uint64_t{0};
+
+/// Faults, in virtual nanoseconds. A rank of -1 (and kNever) means none.
+struct Faults {
+    int stop_rank = -1;  ///< from stop_at_ns on, no thread of this rank runs
+    uint64_t stop_at_ns = 0;
+    int delay_rank = -1;  ///< no thread of this rank runs in [delay_from_ns, + delay_for_ns)
+    uint64_t delay_from_ns = 0;
+    uint64_t delay_for_ns = 0;
+    int slow_src = -1;  ///< what slow_src sends to slow_dst becomes visible slow_extra_ns later
+    int slow_dst = -1;
+    uint64_t slow_extra_ns = 0;
+};
+
+struct Options {
+    Faults faults;
+    bool trace = false;                 ///< print every event to stderr
+    uint64_t max_steps = 50'000'000;    ///< scheduler steps before the run is given up
+    uint64_t max_idle_steps = 400'000;  ///< steps in which nothing but loads happens: a raw spin loop
+};
+
+struct Launch {
+    int grid = 1;
+    int block = 32;
+    size_t smem_bytes = 0;
+    std::function<void()> kernel;  ///< called once by every thread
+};
+
+enum class Fill {
+    kZero,    ///< defined zeros
+    kPoison,  ///< 0xEE, and reading it before a write is an error
+};
+
+struct Statistics {
+    uint64_t steps = 0;
+    uint64_t switches = 0;
+    uint64_t now_ns = 0;
+    uint64_t trace_hash = 0;
+    int num_threads = 0;
+};
+
+class Cluster {
+  public:
+    Cluster(int num_ranks, uint64_t seed, const Options& options = {});
+
+    int num_ranks() const { return num_ranks_; }
+
+    /// Memory of one rank that every rank can address, 128-byte aligned, with a guard behind it.
+    void* alloc_bytes(int rank, const char* name, size_t num_bytes, Fill fill);
+    template <typename T>
+    T* alloc(int rank, const char* name, size_t count = 1, Fill fill = Fill::kPoison) {
+        return static_cast<T*>(alloc_bytes(rank, name, count * sizeof(T), fill));
+    }
+    /// Marks memory that the host has filled as defined.
+    void define(const void* begin, size_t num_bytes);
+
+    /// Queues a kernel on the rank's stream: it starts when the one before has ended.
+    void launch(int rank, Launch launch);
+    /// Queues a meeting of all ranks' streams on the host.
+    void host_barrier();
+
+    /// Runs everything queued. Returns what went wrong, or nothing.
+    std::string run();
+
+    /// What the last run did.
+    Statistics statistics() const;
+
+  private:
+    int num_ranks_;
+};
+
+}  // namespace deepcomm::emu

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the emulated device layer (device/emu/) and the compiler's hooks call: one entry for each
+// kind of instruction. Every function here acts for the running thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "emu/types.hpp"
+
+namespace deepcomm::emu {
+
+extern const ThreadIdentity* current_identity;  ///< of the running thread; changes at a switch
+
+/// Ends the run with a formatted message; never returns to the thread.
+[[noreturn]] void fail(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- strong memory operations; value and out point to size bytes (4, 8 or 16), naturally aligned
+
+void strong_load(void* out, const void* address, int size, Order order, Scope scope);
+void strong_store(void* address, const void* value, int size, Order order, Scope scope);
+
+enum class Rmw : uint8_t { kAdd, kExchange, kCompareSwap, kOr };
+struct RmwOperands {
+    uint64_t operand = 0;
+    uint64_t expected = 0;  ///< kCompareSwap only
+};
+/// Returns the value before. size is 4 or 8.
+uint64_t strong_rmw(void* address, int size, Rmw op, RmwOperands operands, Order order,
+                    Scope scope);
+
+void fence_acq_rel(Scope scope);
+void fence_sc(Scope scope);
+void fence_proxy_async();
+
+// ---- plain accesses, called by the hooks of -fsanitize=thread
+
+void weak_read(const void* address, size_t num_bytes);
+void weak_write(const void* address, size_t num_bytes);
+
+// ---- time and control
+
+uint64_t globaltimer_ns();
+/// Parks a polling thread until the word (or mbarrier) at address changes or the time has come.
+void pause_on(const void* address, uint64_t deadline_ns);
+void sleep_ns(uint64_t duration_ns);
+[[noreturn]] void exit_thread();
+
+// ---- rendezvous
+
+/// Return whether flag was true for every thread that met.
+bool block_barrier(bool flag);
+bool named_barrier(int barrier_idx, int num_threads, bool flag);
+
+enum class Collective : uint8_t { kSync, kBallot, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown };
+/// Returns the ballot or the value received; argument is a lane, a mask or a distance.
+uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, uint32_t argument);
+
+// ---- shared memory, mbarriers, bulk copies
+
+void* shared_memory(size_t num_bytes);
+
+void mbarrier_init(void* mbarrier, uint32_t num_arrivals);
+void fence_mbarrier_init();
+void mbarrier_arrive(void* mbarrier, uint32_t expected_bytes);
+bool mbarrier_try_wait(void* mbarrier, uint32_t parity);
+
+void bulk_load(void* shared_dst, const void* global_src, uint32_t num_bytes, void* mbarrier);
+void bulk_store(void* global_dst, const void* shared_src, uint32_t num_bytes);
+void bulk_commit();
+/// Waits until at most max_pending of the newest groups are unfinished (or, with reads_only,
+/// still read their source).
+void bulk_wait(uint32_t max_pending, bool reads_only);
+
+// ---- rails: a signal follows earlier puts of the same (context, peer); nothing else is ordered
+
+struct RailPeer {
+    int context;
+    int rank;
+};
+void rail_put(RailPeer peer, void* dst, const void* src, uint32_t num_bytes);
+void rail_signal_add(RailPeer peer, uint64_t* word, uint64_t value);
+/// Waits until this rank's puts on the context no longer need their sources.
+void rail_flush(int context);
+
+}  // namespace deepcomm::emu

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// The state of one run: ranks, blocks, warps and threads, and the modules that act on them. There
+// is one machine a process; Cluster resets it for every seed. One OS thread, so nothing is locked.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emu/async.hpp"
+#include "emu/clock.hpp"
+#include "emu/cluster.hpp"
+#include "emu/device_api.hpp"
+#include "emu/fiber.hpp"
+#include "emu/memory.hpp"
+#include "emu/random.hpp"
+#include "emu/scheduler.hpp"
+#include "emu/strong.hpp"
+#include "emu/types.hpp"
+
+namespace deepcomm::emu {
+
+struct Block;
+struct Warp;
+
+/// What a parked thread waits for; for the scheduler (deadline) and for the deadlock report.
+struct Wait {
+    const char* what = "runnable";
+    size_t offset = Memory::kOutside;
+    uint64_t deadline_ns = kNever;
+};
+
+/// Copies that one thread committed together, oldest group first.
+struct BulkGroup {
+    uint32_t sequence;
+    int num_unread = 0;
+    int num_unwritten = 0;
+    std::vector<AgentSpan> copies;
+};
+
+/// What a strong load returned.
+struct RecentRead {
+    size_t offset = Memory::kOutside;
+    size_t index = 0;
+    uint64_t newer_visible_ns = kNever;  ///< when a message comes over a slow link
+};
+
+struct Thread : ThreadIdentity {
+    int id = 0;  ///< index of its clock entry; ranks own consecutive ids
+    int rank = 0;
+    int lane = 0;
+    Block* block = nullptr;
+    Warp* warp = nullptr;
+    Context context;
+
+    // What it knows, and what it will tell or learn at its next fence.
+    Knowledge know;
+    uint32_t epoch = 1;  ///< of its current accesses; advances whenever it publishes
+    Knowledge fenced[kNumScopes];     ///< told by its later relaxed stores: snapshots at fences
+    Knowledge unfenced[kNumScopes];   ///< read by relaxed loads; learnt at a fence of that scope
+    RecentRead recent_reads[4];       ///< of strong loads, to know whether a poll saw the newest
+    uint32_t next_recent_read = 0;
+    uint32_t polled_phase = 0;  ///< of the mbarrier that it polled last
+
+    // Scheduling.
+    bool is_finished = false;
+    int run_slot = -1;  ///< index in the run queue, -1 while parked
+    Wait wait;
+    uint64_t collective_result = 0;  ///< of a warp's meeting
+    bool barrier_flag = true;        ///< given to a block's meeting, then its result
+
+    // Bulk copies.
+    std::deque<BulkGroup> groups;
+    BulkGroup open_group{};
+    uint32_t next_group = 0;
+    bool is_bulk_waiting = false;
+};
+
+struct WarpRendezvous {
+    Collective kind;
+    uint32_t mask;
+    uint32_t argument;
+    uint32_t arrived;
+    uint64_t values[32];
+};
+
+struct Warp {
+    uint32_t alive = 0;
+    Thread* lanes[32] = {};
+    std::vector<WarpRendezvous> pending;
+};
+
+constexpr int kNumBarriers = 16;
+
+struct Block {
+    int id = 0;  ///< unique in the run
+    int rank = 0;
+    int block_idx = 0;
+    int num_live = 0;
+    size_t smem_offset = 0;
+    size_t smem_bytes = 0;
+    int num_loads_in_flight = 0;  ///< bulk copies that still write its shared memory
+    std::vector<Thread*> arrived[kNumBarriers];
+    int expected[kNumBarriers] = {};  ///< threads named by the first arrival; 0: all
+};
+
+struct Step {
+    bool is_barrier;
+    Launch launch;
+};
+
+struct SmemArea {
+    size_t offset;
+    size_t num_bytes;
+};
+
+struct Rank {
+    std::deque<Step> program;
+    int first_thread = 0;
+    int max_threads = 0;
+    int num_live = 0;    ///< threads of the running kernel
+    int num_copies = 0;  ///< asynchronous operations issued by it and still in flight
+    bool is_running = false;
+    Knowledge know;  ///< what its stream knows between kernels
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::unique_ptr<Warp>> warps;
+    std::vector<SmemArea> smem;
+};
+
+struct Machine {
+    Options options;
+    Random random;
+    Memory memory;
+    StrongMemory strong;
+    AsyncEngine async;
+    Scheduler scheduler;
+    StackPool stacks;
+
+    std::deque<Rank> ranks;
+    std::deque<Thread> threads;  ///< by id
+    int num_threads = 0;
+    Thread* current = nullptr;  ///< null while the host runs
+    Context host;
+    std::string error;
+    const std::function<void()>* kernel_of_current() const;
+
+    void reset(int num_ranks, uint64_t seed, const Options& options);
+    std::string run();
+
+    // ---- who is who
+    bool is_thread(int actor) const { return actor < num_threads; }
+    int rank_of_actor(int actor) const;
+    std::string actor_name(int actor) const;
+    /// Whether an operation of this scope by `from` includes `to`.
+    bool includes(Scope scope, int from, int to) const;
+
+    // ---- knowledge
+    Actor actor(const Thread& thread, Access access) const {
+        return {thread.id, thread.epoch, &thread.know, access, Proxy::kGeneric};
+    }
+    /// What the thread knows including its own accesses so far; later ones get a new epoch.
+    Knowledge publish(Thread& thread);
+
+    void trace(const char* pattern, ...) __attribute__((format(printf, 2, 3)));
+
+    // ---- rendezvous and life of threads (rendezvous.cpp, launch.cpp)
+    void check_block_barriers(Block& block);
+    void check_collectives(Warp& warp);
+    void finish_current();
+    bool start_ready_launches();
+    void on_copy_done(int rank);
+
+  private:
+    void start_launch(Rank& rank, int rank_idx);
+    void end_launch(Rank& rank);
+    void create_block(Rank& rank, int rank_idx, int block_idx);
+    void create_thread(Rank& rank, Block& block, int thread_idx);
+    std::string describe_deadlock() const;
+    std::string describe_wait(const Thread& thread) const;
+    bool is_done() const;
+    void assign_threads();
+
+    int num_blocks_ = 0;
+};
+
+extern Machine* machine;
+
+/// The running thread; fails when a device function is called from the host.
+Thread& self();
+
+}  // namespace deepcomm::emu

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel leaves behind when a wait runs out or a check fails. One record a rank, in memory
+// that host and device share; the host turns it into an exception and clears it.
+//
+//   0       4      8           12     16     20     24     28      32         40         48       64
+//   +-------+------+-----------+------+------+------+------+-------+----------+----------+--------+
+//   | state | kind | operation | role | rank | peer | slot | block | expected | observed | unused |
+//   +-------+------+-----------+------+------+------+------+-------+----------+----------+--------+
+//
+// state goes kClear -> kWriting by compare-and-swap, so that the first failure wins, and kWriting ->
+// kComplete by a release after the fields: who acquires kComplete may read them.
+#pragma once
+
+#include "common/int.hpp"
+
+namespace deepcomm::layout {
+
+enum class RecordState : uint32_t { kClear = 0, kWriting = 1, kComplete = 2 };
+
+enum class FailureKind : int32_t { kTimeout = 0, kCheck = 1 };
+
+/// The operation of the buffer that a kernel belongs to.
+enum class Operation : int32_t {
+    kProbe = 0,
+    kBarrier = 1,
+    kDispatch = 2,
+    kCombine = 3,
+    kLowLatencyDispatch = 4,
+    kLowLatencyCombine = 5,
+};
+
+/// The part of the operation that failed.
+enum class Role : int32_t { kCount = 0, kSend = 1, kReceive = 2, kReduce = 3, kForward = 4, kMeet = 5 };
+
+constexpr int32_t kNoPeer = -1;
+constexpr int32_t kNoSlot = -1;
+
+struct ErrorRecord {
+    uint32_t state;  ///< RecordState; the only field touched by strong operations
+    FailureKind kind;
+    Operation operation;
+    Role role;
+    int32_t rank;
+    int32_t peer;  ///< or kNoPeer
+    int32_t slot;  ///< or kNoSlot
+    int32_t block;
+    uint64_t expected;
+    uint64_t observed;
+    uint64_t unused[2];
+};
+
+static_assert(sizeof(ErrorRecord) == 64, "drawing above");
+
+}  // namespace deepcomm::layout
