@@ -149,10 +149,10 @@ def test_forward_and_gradients_match_dense(
     problem = Problem.make(num_ranks)
 
     def run(group: Any) -> Any:
-        with open_buffer(group) as buffer:
+        with open_buffer(group, ranks_per_node=ranks_per_node) as buffer:
             return exchange(buffer, problem, recv_layout=layout)
 
-    results = LocalCluster(num_ranks, ranks_per_node=ranks_per_node).run(run)
+    results = LocalCluster(num_ranks).run(run)
     for rank, (out, grad_x, grad_weights, _) in enumerate(results):
         want_out, want_x, want_weights = problem.dense(rank)
         torch.testing.assert_close(out, want_out, **TOLERANCE)

@@ -26,7 +26,7 @@ MOE = MoEConfig(
 )
 
 
-def open_buffer(group: Any) -> Buffer:
+def open_buffer(group: Any, ranks_per_node: int | None) -> Buffer:
     return Buffer(
         group,
         num_experts=NUM_EXPERTS,
@@ -34,6 +34,7 @@ def open_buffer(group: Any) -> Buffer:
         hidden=HIDDEN,
         max_tokens_per_rank=NUM_TOKENS,
         device="cpu",
+        ranks_per_node=ranks_per_node,
         timeout_s=60.0,
     )
 
@@ -66,7 +67,7 @@ def test_moe_layer_matches_dense(
     replicated = ReplicatedPart()
 
     def run(group: Any) -> Any:
-        with open_buffer(group) as buffer:
+        with open_buffer(group, ranks_per_node) as buffer:
             moe = replicated.load_into(ExpertParallelMoE(buffer, config))
             x = tokens.split(sizes)[buffer.rank].clone().requires_grad_()
             out = moe(x)
@@ -74,7 +75,7 @@ def test_moe_layer_matches_dense(
             own = [parameter.grad for parameter in moe.expert_parameters()]
             return out.detach(), x.grad, own, moe.gate.weight.grad, moe.shared.down.grad
 
-    results = LocalCluster(num_ranks, ranks_per_node=ranks_per_node).run(run)
+    results = LocalCluster(num_ranks).run(run)
     x = tokens.clone().requires_grad_()
     want, experts = dense_moe(replicated, x)
     (want * coef).sum().backward()

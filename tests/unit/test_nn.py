@@ -101,7 +101,7 @@ def test_bias_updates_balance_a_skewed_gate() -> None:
     torch.manual_seed(0)
     gate = Gate(GateConfig(8, 2, num_groups=2, num_chosen_groups=1), hidden=8)
     gate.weight.data[0] += 0.5
-    x = torch.randn(2000, 8) + 0.5
+    x = torch.randn(500, 8) + 0.5
 
     def imbalance() -> float:
         gate.load.zero_()
