@@ -18,7 +18,16 @@ WHEEL_NEEDS = (
     r"deepcomm-.*\.dist-info/licenses/LICENSE",
 )
 WHEEL_HOLDS_ONLY = r"deepcomm/|deepcomm-[^/]*\.dist-info/"
-SDIST_FOLDERS = ".ci benchmarks constraints csrc deepcomm docs examples tests".split()
+SDIST_FOLDERS = [
+    ".ci",
+    "benchmarks",
+    "constraints",
+    "csrc",
+    "deepcomm",
+    "docs",
+    "examples",
+    "tests",
+]
 SDIST_SUFFIXES = {".py", ".pyi", ".hpp", ".cpp", ".cuh", ".cu", ".typed", ".txt", ".md"}
 
 
