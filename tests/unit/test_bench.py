@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from deepcomm.cli.bench.baseline import TorchExchange
 from deepcomm.cli.bench.figures import Contenders, Result, Traffic, make_figures
 from deepcomm.cli.bench.measure import Limits, Timing, measure
 from deepcomm.cli.bench.operations import Kind, Operation
+from deepcomm.cli.bench.opponents import list_copies
 from deepcomm.cli.bench.plot import write_plot
 from deepcomm.cli.bench.report import print_results, write_json
 from deepcomm.cli.bench.verify import (
@@ -213,6 +215,37 @@ def test_measure_rotates_the_order_and_hands_results_from_step_to_step() -> None
         assert min(timing.samples_us) > 0
     parts = zip(timings["a / send"].samples_us, timings["a / hook"].samples_us, strict=True)
     assert [sum(pair) for pair in parts] == pytest.approx(list(timings["a"].samples_us))
+
+
+@pytest.mark.usefixtures("single_rank_group")
+def test_measure_divides_by_the_repeats_of_a_call() -> None:
+    steps = (("call", lambda _: time.sleep(0.01)),)
+    once = Operation("once", Kind.DISPATCH, steps, lambda _: None)
+    often = Operation("often", Kind.DISPATCH, steps, lambda _: None, repeats=1000)
+    timings = measure([once, often], Limits(warmup=1, iters=3, max_seconds=60.0), CPU, None)
+    assert min(timings["once"].samples_us) > 10_000
+    assert max(timings["often"].samples_us) < min(timings["once"].samples_us)
+
+
+def test_copies_of_many_bytes_repeat_until_they_last() -> None:
+    config = config_of("--ranks", "2", "--hidden", "8192", "--experts", "4", "--topk", "2")
+    (copy, *_) = list_copies(Workload(config, 0, 1000, CPU))
+    arriving = int(Workload(config, 0, 1000, CPU).rows_between.sum(0).max()) * 16384
+    assert copy.repeats * arriving >= 128 << 20 > (copy.repeats - 1) * arriving
+
+
+@pytest.mark.parametrize(("rank", "arriving"), [(0, 120), (1, 0)])
+def test_copies_move_what_each_kind_receives(rank: int, arriving: int) -> None:
+    config = config_of(*SMALL, "--routing", "hot")
+    copies = {copy.kind: copy for copy in list_copies(Workload(config, rank, 40, CPU))}
+    targets = {kind: copy.steps[0][1].__defaults__[0].args[0] for kind, copy in copies.items()}
+    assert len(targets[Kind.DISPATCH]) == arriving * 544
+    assert len(targets[Kind.DISPATCH_FP8]) == arriving * (272 + 3 * 4)
+    assert len(targets[Kind.COMBINE]) == 40 * 544
+    assert copies[Kind.COMBINE].repeats == 1000
+    for kind, copy in copies.items():
+        copy.run()
+        assert targets[kind].all()
 
 
 @pytest.mark.usefixtures("single_rank_group")

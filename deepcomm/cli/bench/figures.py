@@ -25,7 +25,8 @@ FORMULA = {
     "wire_gbps": "rows that crossed to another rank * row_bytes / R / p50",
     "deepep_gbps": "all rows, rank-local ones included, * row_bytes / R / p50",
     "not counted": "K ids of 4 bytes and K weights of 4 bytes a row, counts, flags",
-    "memcpy": "each rank copies the bytes it receives, all at once, one thread, warm buffers",
+    "memcpy": "each rank copies the bytes it receives, all at once, one thread, warm buffers; "
+    "mean of back-to-back copies of 128 MiB in all, of 1000 where that is less",
     "time": "maximum over ranks of each call",
 }
 """How each figure is computed."""

@@ -118,7 +118,8 @@ def _time(operation: Operation, wait: Callable[[], None]) -> list[int]:
     # Freed after the last mark: giving a view back is not part of the call.
     del result
     parts = [after - before for before, after in itertools.pairwise(marks)]
-    return [marks[-1] - marks[0], *(parts if len(parts) > 1 else [])]
+    whole = (marks[-1] - marks[0]) // operation.repeats
+    return [whole, *(parts if len(parts) > 1 else [])]
 
 
 def _names(operation: Operation) -> list[str]:

@@ -44,12 +44,14 @@ class Operation:
         kind: What it is compared with.
         steps: Name and function of each; with more than one, each is also timed on its own.
         check: Raises ``verify.Mismatch`` for a wrong result.
+        repeats: How often a call does the work; its time is divided by that.
     """
 
     name: str
     kind: Kind
     steps: tuple[tuple[str, Callable[[Any], Any]], ...]
     check: Callable[[Any], None]
+    repeats: int = 1
 
     def run(self) -> Any:
         """Run all steps and return the last one's result."""

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["list_baseline", "list_copies"]
 
+MIN_COPIED_BYTES = 128 << 20
+"""Tens of milliseconds of copying."""
+
+MAX_REPEATS = 1000
+
 
 def list_baseline(workload: Workload, group: dist.ProcessGroup) -> list[Operation]:
     """Return the baseline's operations, one of each kind that is measured; collective."""
@@ -41,48 +46,53 @@ def list_baseline(workload: Workload, group: dist.ProcessGroup) -> list[Operatio
         del calls[Kind.DISPATCH_FP8]
     if config.low_latency:
         del calls[Kind.CACHED_DISPATCH]
-    return [
-        _operation(f"{config.baseline} {kind.value}", kind, call, _checker(workload, kind))
-        for kind, call in calls.items()
-    ]
+    operations = []
+    for kind, call in calls.items():
+        steps = (("call", lambda _, call=call: call()),)
+        name = f"{config.baseline} {kind.value}"
+        operations.append(Operation(name, kind, steps, _checker(workload, kind)))
+    return operations
 
 
 def list_copies(workload: Workload) -> list[Operation]:
     """Return plain copies, by one thread of each rank at once, of the bytes each kind receives.
 
     Source and destination are private, warm and distinct. Combine receives as many rows as this
-    rank sent.
+    rank sent. Ranks that share a core take turns in slices of milliseconds: a call repeats the copy
+    until it spans several, or each rank would find the machine idle in its own slice.
     """
     config = workload.config
-    arriving = int(workload.rows_between[:, workload.rank].sum())
-    returning = int(workload.rows_between[workload.rank].sum())
+    arriving, returning = workload.rows_between.sum(0), workload.rows_between.sum(1)
     rows = {Kind.DISPATCH: arriving, Kind.COMBINE: returning}
     if config.fp8:
         rows[Kind.DISPATCH_FP8] = arriving
     num_bytes = {kind: count * row_bytes(kind, config.hidden) for kind, count in rows.items()}
-    source = torch.ones(max(num_bytes.values()), dtype=torch.uint8, device=workload.device)
+    largest = max(int(count[workload.rank]) for count in num_bytes.values())
+    source = torch.ones(largest, dtype=torch.uint8, device=workload.device)
     target = torch.zeros_like(source)
     copies = []
     for kind, count in num_bytes.items():
-        call = partial(_copy, target[:count], source[:count])
-        copies.append(_operation(f"memcpy for {kind.value}", kind, call, lambda _: None))
+        own = int(count[workload.rank])
+        # The same on all ranks: whoever copies most decides.
+        repeats = min(-(-MIN_COPIED_BYTES // max(int(count.max()), 1)), MAX_REPEATS)
+        copy = partial(_copy, target[:own], source[:own], repeats)
+        steps = (("call", lambda _, copy=copy: copy()),)
+        copies.append(Operation(f"memcpy for {kind.value}", kind, steps, _accept, repeats))
     return copies
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy(target: torch.Tensor, source: torch.Tensor, repeats: int) -> None:
     threads = torch.get_num_threads()
-    if threads == 1:
+    if threads > 1:
+        torch.set_num_threads(1)
+    for _ in range(repeats):
         target.copy_(source)
-        return
-    torch.set_num_threads(1)
-    target.copy_(source)
-    torch.set_num_threads(threads)
+    if threads > 1:
+        torch.set_num_threads(threads)
 
 
-def _operation(
-    name: str, kind: Kind, call: Callable[[], Any], check: Callable[[Any], None]
-) -> Operation:
-    return Operation(name, kind, (("call", lambda _: call()),), check)
+def _accept(result: Any) -> None:
+    """Accept anything: a plain copy needs no check."""
 
 
 def _checker(workload: Workload, kind: Kind) -> Callable[[Any], None]:
