@@ -6,6 +6,7 @@
 
 namespace deepcomm {
 
+void bind_cpu(pybind11::module_& module);
 void bind_simd(pybind11::module_& module);
 
 }  // namespace deepcomm

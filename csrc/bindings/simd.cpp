@@ -84,8 +84,14 @@ void reduce_rows(Isa isa, const Reduction& job, int64_t num_outputs) {
 Reduction make_reduction(Rows dst, int32_t dtype, int64_t num_elements, std::vector<uintptr_t> rows,
                          std::vector<float> weights, std::vector<int32_t> group_sizes,
                          uintptr_t bias, bool stream) {
-    return {dst,  static_cast<DType>(dtype), num_elements, std::move(rows), std::move(weights),
-            std::move(group_sizes), bias, stream};
+    return {dst,
+            static_cast<DType>(dtype),
+            num_elements,
+            std::move(rows),
+            std::move(weights),
+            std::move(group_sizes),
+            bias,
+            stream};
 }
 
 }  // namespace

@@ -37,11 +37,25 @@ class CommError : public Error {
     int peer;
 };
 
+/// A peer died, closed or failed: unlike a peer's argument error, the buffer can only be closed.
+class PeerLost : public CommError {
+  public:
+    using CommError::CommError;
+};
+
 /// A peer did not arrive before the deadline.
 class CommTimeout : public CommError {
   public:
     using CommError::CommError;
 };
+
+/// Whether the operation can end on all ranks and the next one start: everything but a lost peer and
+/// our own bugs.
+inline bool is_recoverable(const Error& error) {
+    return dynamic_cast<const PeerLost*>(&error) == nullptr &&
+           dynamic_cast<const CommTimeout*>(&error) == nullptr &&
+           dynamic_cast<const InternalError*>(&error) == nullptr;
+}
 
 __attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {
     std::va_list args;
@@ -59,18 +73,18 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
 }  // namespace deepcomm
 
 /// The user's mistake: throws InvalidArgument with a formatted message.
-#define DEEPCOMM_CHECK_ARG(condition, ...)                                         \
-    do {                                                                           \
-        if (!(condition)) {                                                        \
-            throw ::deepcomm::InvalidArgument(::deepcomm::format(__VA_ARGS__));    \
-        }                                                                          \
+#define DEEPCOMM_CHECK_ARG(condition, ...)                                      \
+    do {                                                                        \
+        if (!(condition)) {                                                     \
+            throw ::deepcomm::InvalidArgument(::deepcomm::format(__VA_ARGS__)); \
+        }                                                                       \
     } while (false)
 
 /// Our mistake: throws InternalError with the place and a formatted message.
-#define DEEPCOMM_ASSERT(condition, ...)                                            \
-    do {                                                                           \
-        if (!(condition)) {                                                        \
+#define DEEPCOMM_ASSERT(condition, ...)                                                         \
+    do {                                                                                        \
+        if (!(condition)) {                                                                     \
             throw ::deepcomm::InternalError(::deepcomm::format("%s:%d: ", __FILE__, __LINE__) + \
-                                            ::deepcomm::format(__VA_ARGS__));      \
-        }                                                                          \
+                                            ::deepcomm::format(__VA_ARGS__));                   \
+        }                                                                                       \
     } while (false)

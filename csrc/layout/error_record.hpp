@@ -30,7 +30,14 @@ enum class Operation : int32_t {
 };
 
 /// The part of the operation that failed.
-enum class Role : int32_t { kCount = 0, kSend = 1, kReceive = 2, kReduce = 3, kForward = 4, kMeet = 5 };
+enum class Role : int32_t {
+    kCount = 0,
+    kSend = 1,
+    kReceive = 2,
+    kReduce = 3,
+    kForward = 4,
+    kMeet = 5
+};
 
 constexpr int32_t kNoPeer = -1;
 constexpr int32_t kNoSlot = -1;

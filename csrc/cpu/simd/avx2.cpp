@@ -17,8 +17,7 @@ namespace deepcomm::cpu {
 namespace {
 
 struct Avx2 : Vectors<32> {
-    static constexpr int kPrefetchBytes = 512;
-    static constexpr int kReducePairs = 4;
+    static constexpr int kReducePairs = 2;
 
     static void stream(void* dst, U32 x) {
         _mm256_stream_si256(static_cast<__m256i*>(dst), bit_cast<__m256i>(x));

@@ -20,7 +20,6 @@ namespace deepcomm::cpu {
 namespace {
 
 struct Avx512 : Vectors<64> {
-    static constexpr int kPrefetchBytes = 512;
     static constexpr int kReducePairs = 4;
 
     static void stream(void* dst, U32 x) {

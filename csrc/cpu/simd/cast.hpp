@@ -103,7 +103,7 @@ void cast_row(uint8_t* dst, typename Scale::Type* scales, const void* src, int64
     int64_t left = num_elements;
     for (; left >= kScaleTile; left -= kScaleTile, dst += kScaleTile, tile += kTileBytes) {
         for (int64_t line = 0; line < kTileBytes; line += 64) {
-            __builtin_prefetch(tile + V::kPrefetchBytes + line);
+            __builtin_prefetch(tile + kPrefetchBytes + line);
         }
         *scales++ = cast_tile<V, Codec, Scale>(dst, tile);
     }

@@ -26,7 +26,7 @@ void copy_stream(void* dst, const void* src, int64_t num_bytes) {
     for (; offset + kStep <= num_bytes; offset += kStep) {
         typename V::U32 x[kStep / V::kVectorBytes];
         for (int64_t line = 0; line < kStep; line += kLine) {
-            __builtin_prefetch(from + offset + line + V::kPrefetchBytes);
+            __builtin_prefetch(from + offset + line + kPrefetchBytes);
         }
         std::memcpy(x, from + offset, kStep);
         for (int64_t i = 0; i < kStep / V::kVectorBytes; ++i) {

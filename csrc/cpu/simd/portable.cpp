@@ -11,7 +11,6 @@ namespace deepcomm::cpu {
 namespace {
 
 struct Portable : Vectors<16> {
-    static constexpr int kPrefetchBytes = 512;
     static constexpr int kReducePairs = 4;
 
     static void stream(void* dst, U32 x) { store(dst, x); }

@@ -14,7 +14,13 @@
 namespace deepcomm::cpu {
 namespace {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "elements are split by little-endian rules");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+              "elements are split by little-endian rules");
+
+/// How far ahead rows are prefetched. PERF(Zen 5, 2026-11): hardware stops at each page; reducing 2 or
+/// 4 scattered rows takes 3.6 / 4.6 us without, 2.4 / 2.8 us with 1536 (512: 3.1 / 3.5, 2048: the same,
+/// but 8 rows lose 10 %).
+constexpr int kPrefetchBytes = 1536;
 
 template <int kBytes>
 struct Vectors {
@@ -130,8 +136,8 @@ struct F16Codec {
 
     static uint32_t amax_bits(const void* tile) {
         const auto max = bit_cast<typename V::U32>(max_magnitude16<V>(tile));
-        const uint32_t half = V::max_lane(max_of(bit_cast<typename V::I32>(max >> 16),
-                                                 bit_cast<typename V::I32>(max & 0xffffu)));
+        const uint32_t half = V::max_lane(
+            max_of(bit_cast<typename V::I32>(max >> 16), bit_cast<typename V::I32>(max & 0xffffu)));
         return widen_f16_magnitude<float>(half);
     }
 };
@@ -141,9 +147,7 @@ struct F32Codec {
     static constexpr bool kInterleaved = false;
     static constexpr int kElementBytes = 4;
 
-    static Pair<V> load_pair(const void* src) {
-        return load<Pair<V>>(src);
-    }
+    static Pair<V> load_pair(const void* src) { return load<Pair<V>>(src); }
 
     static void store_pair(void* dst, Pair<V> x, bool stream) {
         if (!stream) return store(dst, x);

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// deepcomm._C: the module and the translation of exceptions to deepcomm.errors.
+#include <pybind11/pybind11.h>
+
+#include "bindings/bind.hpp"
+#include "common/error.hpp"
+
+namespace py = pybind11;
+
+namespace deepcomm {
+namespace {
+
+void raise(const char* name, const Error& error) {
+    const py::object type = py::module_::import("deepcomm.errors").attr(name);
+    const auto* const comm = dynamic_cast<const CommError*>(&error);
+    const py::object value = comm == nullptr  ? type(error.what())
+                             : comm->peer < 0 ? type(error.what(), py::none())
+                                              : type(error.what(), comm->peer);
+    PyErr_SetObject(type.ptr(), value.ptr());
+}
+
+void translate(std::exception_ptr pointer) {
+    try {
+        if (pointer) {
+            std::rethrow_exception(pointer);
+        }
+    } catch (const InvalidArgument& error) {
+        raise("InvalidArgument", error);
+    } catch (const ConfigMismatch& error) {
+        raise("ConfigMismatch", error);
+    } catch (const InternalError& error) {
+        raise("InternalError", error);
+    } catch (const CommTimeout& error) {
+        raise("CommTimeout", error);
+    } catch (const CommError& error) {
+        raise("CommError", error);
+    }
+}
+
+}  // namespace
+}  // namespace deepcomm
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Native part of deepcomm.";
+    py::register_exception_translator(&deepcomm::translate);
+    deepcomm::bind_simd(module);
+    deepcomm::bind_cpu(module);
+}

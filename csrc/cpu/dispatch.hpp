@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// High-throughput dispatch on CPUs: announce counts, push each row straight to its final slot on
+// every destination rank of the node, pack rows for other nodes once per node, wait per source.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/round.hpp"
+#include "cpu/rows.hpp"
+#include "layout/token_record.hpp"
+
+namespace deepcomm::cpu {
+
+/// Records of one routing: what combine and a cached dispatch need. Immutable once complete.
+struct DispatchRecord {
+    uint64_t epoch = 0;
+    bool low_latency = false;
+    RecvLayout recv_layout = RecvLayout::kToken;
+    int32_t expert_alignment = 1;
+    int64_t capacity = -1;
+    Routing routing;
+    Received received;
+    std::vector<Routing> forwarded;  ///< per source rank of my rail on other nodes; else empty
+    std::vector<std::vector<int32_t>>
+        full_offsets;  ///< EXPERT starts per rank of this node, unclipped
+};
+
+struct DispatchArgs {
+    RowInput input;
+    RowFormat format;
+    int32_t num_tokens = 0;
+    int32_t num_topk = 0;
+    const void* topk_idx = nullptr;
+    bool topk_idx_is_int64 = false;
+    const float* topk_weights = nullptr;  ///< [T, K] or null
+    RecvLayout recv_layout = RecvLayout::kToken;
+    int32_t expert_alignment = 1;
+    int64_t capacity = -1;
+    bool growable = false;
+    std::shared_ptr<const DispatchRecord> cached;
+};
+
+class DispatchOp {
+  public:
+    /// Reads the ids and counts; throws InvalidArgument before anything is announced.
+    DispatchOp(Endpoint& endpoint, const DispatchArgs& args);
+
+    void announce();
+    Round& round() { return *round_; }
+    /// After round().wait_all(): hands out the slots.
+    void plan();
+
+    int64_t record_bytes() const { return record_format_.stride; }
+    int64_t num_rows_to(int32_t node) const;
+    int64_t num_rows_from(int32_t source) const;
+    /// Packs rows [begin, end) of those that go to node into records.
+    void pack(int32_t node, int64_t begin, int64_t end, std::byte* records);
+    /// Stores num records of a rail peer, the next in its order, on the ranks of this node.
+    void forward(int32_t source, int64_t num, const std::byte* records);
+    /// Publishes that all rows of source (this rank, or a rail peer) have been stored on this node.
+    void publish(int32_t source);
+    /// Stores this rank's rows on the ranks of this node, and publishes them.
+    void push();
+
+    /// Waits for the rows of all sources and records them.
+    void receive();
+    bool rows_in_place() const { return direct(endpoint_.config().local()); }
+    bool leasable() const { return landing_.leasable; }
+    int32_t generation() const { return landing_.generation; }
+    int64_t rows_offset() const;
+    bool overflow() const { return overflow_; }
+    const Received& received() const { return record_->received; }
+    void deliver_to(const DeliverTarget& target);
+    /// Ends the operation and makes its record final.
+    std::shared_ptr<const DispatchRecord> finish();
+
+  private:
+    struct LocalTarget {
+        std::byte* rows;
+        std::byte* scales;
+        int32_t* topk_idx;
+        float* topk_weights;
+        bool direct;
+        int64_t num_slots;  ///< TOKEN rows that fit
+    };
+
+    template <typename Source>
+    void store_rows(const Routing& routing, int64_t begin, int64_t end, const Source& source);
+    void store_token(const Routing& routing, int64_t token, const RowView& view,
+                     const float* weights);
+    void store_metadata(const LocalTarget& target, int32_t rank, int64_t slot, const int32_t* ids,
+                        const float* weights) const;
+    LocalTarget target_of(int32_t local) const;
+    bool direct(int32_t local) const;
+    int64_t metadata_bytes() const;
+    void count_written(int32_t rank, int64_t num_bytes);
+    void record_received();
+    void find_overflow();
+    std::vector<RowView> received_views() const;
+    Routing& forwarded(int32_t source) const;
+    const CountTable& table() const { return table_; }
+
+    Endpoint& endpoint_;
+    DispatchArgs args_;
+    layout::TokenRecord record_format_;
+    RowCounts counts_;
+    std::unique_ptr<Round> round_;
+    Landing landing_{-1, false};
+    CountTable table_;
+    std::shared_ptr<DispatchRecord> record_;
+    std::vector<std::unique_ptr<SlotAssigner>> rail_assigners_;
+    std::vector<int64_t> num_forwarded_;
+    std::vector<LocalTarget> targets_;
+    bool stream_ = false;
+    bool overflow_ = false;
+};
+
+}  // namespace deepcomm::cpu

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/segment.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <random>
+
+#include "common/error.hpp"
+
+namespace deepcomm::cpu {
+
+namespace {
+
+std::string fresh_name() {
+    std::random_device device;
+    return format("/deepcomm-%d-%08x%08x", getpid(), device(), device());
+}
+
+constexpr double kMiB = 1024.0 * 1024.0;
+
+}  // namespace
+
+std::shared_ptr<Segment> Segment::create(int64_t num_bytes) {
+    const std::string name = fresh_name();
+    const int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        throw CommError(format("shared memory: cannot create /dev/shm%s: %s", name.c_str(),
+                               std::strerror(errno)),
+                        -1);
+    }
+    if (ftruncate(fd, num_bytes) != 0) {
+        const int code = errno;
+        ::close(fd);
+        shm_unlink(name.c_str());
+        throw CommError(
+            format("shared memory: cannot size /dev/shm%s to %lld bytes: %s", name.c_str(),
+                   static_cast<long long>(num_bytes), std::strerror(code)),
+            -1);
+    }
+    return std::shared_ptr<Segment>(new Segment(name, fd, num_bytes, true));
+}
+
+std::shared_ptr<Segment> Segment::open(const std::string& name, int64_t num_bytes) {
+    const int fd = shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0);
+    if (fd < 0) {
+        throw CommError(format("shared memory: cannot open a peer's /dev/shm%s: %s", name.c_str(),
+                               std::strerror(errno)),
+                        -1);
+    }
+    return std::shared_ptr<Segment>(new Segment(name, fd, num_bytes, false));
+}
+
+Segment::Segment(std::string name, int fd, int64_t num_bytes, bool owner)
+    : name_(std::move(name)), fd_(fd), num_bytes_(num_bytes), linked_(owner) {
+    void* const address = mmap(nullptr, static_cast<size_t>(num_bytes), PROT_READ | PROT_WRITE,
+                               MAP_SHARED | MAP_NORESERVE, fd_, 0);
+    if (address == MAP_FAILED) {
+        const int code = errno;
+        ::close(fd_);
+        unlink();
+        throw CommError(format("shared memory: cannot map %.0f MiB: %s",
+                               static_cast<double>(num_bytes) / kMiB, std::strerror(code)),
+                        -1);
+    }
+    data_ = static_cast<std::byte*>(address);
+    if (!owner) {  // only the owner reserves
+        ::close(fd_);
+        fd_ = -1;
+    }
+}
+
+Segment::~Segment() {
+    munmap(data_, static_cast<size_t>(num_bytes_));
+    if (fd_ >= 0) {
+        ::close(fd_);
+    }
+    unlink();
+}
+
+bool Segment::try_reserve(int64_t offset, int64_t num_bytes) {
+    // Where /dev/shm is full, ftruncate succeeds and the first touch is a SIGBUS; this fails here.
+    int code = EINTR;
+    while (code == EINTR) {
+        code = posix_fallocate(fd_, offset, num_bytes);
+    }
+    if (code == 0) {
+        reserved_bytes_ += num_bytes;
+    }
+    return code == 0;
+}
+
+void Segment::reserve(int64_t offset, int64_t num_bytes) {
+    if (num_bytes == 0 || try_reserve(offset, num_bytes)) {
+        return;
+    }
+    struct statvfs status{};
+    statvfs("/dev/shm", &status);
+    const double free_mib =
+        static_cast<double>(status.f_bavail) * static_cast<double>(status.f_frsize) / kMiB;
+    throw CommError(
+        format(
+            "shared memory: /dev/shm is full: %.1f MiB needed, %.1f MiB free; mount a larger one "
+            "(containers: --shm-size) or lower max_tokens_per_rank or num_generations",
+            static_cast<double>(num_bytes) / kMiB, free_mib),
+        -1);
+}
+
+void Segment::unlink() {
+    if (linked_) {
+        shm_unlink(name_.c_str());
+        linked_ = false;
+    }
+}
+
+}  // namespace deepcomm::cpu

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+// The low-latency slots of one endpoint: addresses, credits, headers, and the rank mask. A slot
+// serves every num_slots-th operation; inside it every source (dispatch) or every (source node,
+// returning rank) pair (combine) owns a block.
+#pragma once
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "common/error.hpp"
+#include "cpu/endpoint.hpp"
+
+namespace deepcomm::cpu {
+
+/// Keeps the first recoverable error, so that all blocks of a slot are awaited before it is given
+/// back: a late writer must not meet the slot's next user.
+class FirstError {
+  public:
+    template <typename Body>
+    void run(Body&& body) {
+        try {
+            body();
+        } catch (const Error& error) {
+            if (!is_recoverable(error)) {
+                throw;
+            }
+            if (!first_) {
+                first_ = std::current_exception();
+            }
+        }
+    }
+    bool any() const { return first_ != nullptr; }
+    void rethrow() const { std::rethrow_exception(first_); }
+
+  private:
+    std::exception_ptr first_;
+};
+
+class SlotRing {
+  public:
+    explicit SlotRing(Endpoint& endpoint);
+
+    const EndpointConfig& config() const { return endpoint_.config(); }
+
+    // Mask
+    void set_masked(int32_t rank, bool masked);
+    bool is_masked(int32_t rank) const { return masked_[static_cast<size_t>(rank)] != 0; }
+    /// Whether tokens of source reach destination: both alive, and the rank that forwards them.
+    bool connected(int32_t source, int32_t destination) const;
+
+    // Operations
+    /// Throws InvalidArgument where the next operation's slot is still in flight.
+    void check_free(OpKind kind) const;
+    uint64_t open() {
+        in_flight_[slot_of(++epoch_)] = 1;
+        return epoch_;
+    }
+    /// Marks this rank's slot of epoch as read.
+    void close(uint64_t epoch);
+    void continue_from(const SlotRing& other);
+    /// Reserves this rank's blocks for records of stride bytes; throws where memory is full.
+    void reserve(int64_t stride);
+    /// Waits until local rank local has room for epoch's records of stride bytes. False where it is,
+    /// or becomes, masked, or has refused the operation: then nothing is to be stored there.
+    bool wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind kind, bool mask_late);
+
+    // Blocks: index is the source rank (dispatch) or pair_index (combine)
+    int32_t pair_index(int32_t source, int32_t returning_local) const {
+        return config().node_of(source) * config().ranks_per_node + returning_local;
+    }
+    std::byte* block(int32_t local, uint64_t epoch, int32_t index, int64_t stride) const;
+    BlockHeader& header(int32_t local, uint64_t epoch, int32_t index) const;
+    /// Weights [max_tokens, K] that source sends to local rank local ahead of a combine.
+    float* weights(int32_t local, uint64_t epoch, int32_t source) const;
+    std::atomic<uint64_t>& weights_flag(int32_t local, uint64_t epoch, int32_t source) const;
+    void publish(int32_t local, uint64_t epoch, int32_t index, int32_t num_rows,
+                 const OpSignature& signature);
+    void publish_abort(int32_t local, uint64_t epoch, int32_t index, const std::string& message);
+    void publish_weights(int32_t local, uint64_t epoch, int32_t source);
+    /// Refuses the operation of epoch in every block of this node that this rank owns.
+    void abort(uint64_t epoch, OpKind kind, const std::string& message);
+
+    /// Waits for a block of this rank. False where blamed is, or becomes, masked. Throws CommError
+    /// where it refused, ConfigMismatch where its signature differs.
+    bool wait_block(uint64_t epoch, int32_t index, int32_t blamed, const OpSignature& signature,
+                    bool mask_late);
+    /// The same for the weights of source.
+    bool wait_weights(uint64_t epoch, int32_t source, const OpSignature& signature, bool mask_late);
+
+  private:
+    size_t slot_of(uint64_t epoch) const {
+        return static_cast<size_t>(epoch % static_cast<uint64_t>(config().num_slots));
+    }
+    bool has_refused(int32_t local, uint64_t epoch, OpKind kind) const;
+    template <typename Ready>
+    bool wait_or_mask(int32_t rank, OpKind kind, const char* what, bool mask_late, Ready&& ready);
+
+    Endpoint& endpoint_;
+    std::vector<uint8_t> masked_;
+    std::vector<uint8_t> in_flight_;
+    uint64_t epoch_ = 0;
+    int64_t reserved_stride_ = 0;
+};
+
+}  // namespace deepcomm::cpu

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU backend: construction, growth, and the high-throughput operations.
+
+Steps of an operation are native (``csrc/cpu``); what crosses nodes goes through ``relay``. An argument
+error is announced like any other opening, so that the peers learn of it and nobody is left waiting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepcomm._C import cpu
+from deepcomm.backends.cpu_low_latency import LowLatency
+from deepcomm.backends.cpu_tensors import (
+    CpuRecord,
+    DispatchTensors,
+    combine_args,
+    combine_output,
+    dispatch_args,
+    make_handle,
+)
+from deepcomm.backends.rail import GlooRail, RailPolicy
+from deepcomm.backends.relay import Leg, Relay
+from deepcomm.checks import check_combine, check_dispatch
+from deepcomm.errors import CommError, Error, InvalidArgument
+from deepcomm.event import CompletedEvent
+from deepcomm.group import Group, agree, as_group, check_equal
+from deepcomm.sizing import native_config
+from deepcomm.topology import Topology, discover
+from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.checks import CheckedCombine, CheckedDispatch
+    from deepcomm.config import BufferConfig
+
+__all__ = ["CpuBackend"]
+
+LOG = logging.getLogger("deepcomm")
+PROTOCOL_VERSION = 1
+GROWTH = 1.5
+
+
+class CpuBackend:
+    """One rank's buffer in shared memory, with gloo rails between nodes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, group: Any, config: BufferConfig) -> None:
+        """Meet the peers, find the nodes, reserve memory; collective."""
+        self._group: Group = as_group(group)
+        agree(self._group, "Buffer", lambda: self._check_config(config))
+        entry = {"protocol": PROTOCOL_VERSION, **config.shared_fields()}
+        check_equal("Buffer", self._group.all_gather(entry))
+        self.topology: Topology = discover(self._group, config.ranks_per_node)
+        self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
+        self._num_local_experts = config.num_experts // self.topology.num_ranks
+        self._num_cores = len(os.sched_getaffinity(0))
+        self._num_threads = config.num_threads or max(
+            1, self._num_cores // self.topology.ranks_per_node
+        )
+        self._endpoint = self._open_endpoint()
+        self._rail = self._open_rail()
+        self._adopt_endpoint(None)
+        self._closed = False
+
+    def _check_config(self, config: BufferConfig) -> None:
+        config.check(self._group.size)
+        if config.rail not in ("auto", "gloo"):
+            raise InvalidArgument(f"rail: expected 'auto' or 'gloo' on CPUs, got {config.rail!r}")
+
+    def _open_endpoint(self) -> cpu.Endpoint:
+        """Create this rank's segment and map those of its node."""
+        topology = self.topology
+        native = native_config(
+            self.config,
+            rank=topology.rank,
+            num_ranks=topology.num_ranks,
+            num_threads=self._num_threads,
+        )
+        may_spin = topology.ranks_per_node * self._num_threads <= self._num_cores
+        created: list[cpu.Endpoint] = []
+
+        def create() -> tuple[str, str, int]:
+            created.append(
+                cpu.Endpoint(
+                    native, self.config.timeout_s, self.config.late_warning_s, may_spin, LOG.warning
+                )
+            )
+            return created[0].segment_name, os.readlink("/proc/self/ns/pid"), os.getpid()
+
+        entries = agree(self._group, "Buffer", create)
+        endpoint = created[0]
+        own_namespace = entries[topology.rank][1]
+        local = [entries[rank] for rank in topology.node_ranks]
+        names = [name for name, _, _ in local]
+        pids = [pid if namespace == own_namespace else 0 for _, namespace, pid in local]
+        try:
+            agree(self._group, "Buffer", lambda: endpoint.connect(names, pids))
+        finally:
+            endpoint.unlink()
+        return endpoint
+
+    def _open_rail(self) -> GlooRail | None:
+        if self.topology.num_nodes == 1:
+            return None
+        policy = RailPolicy(
+            self.config.timeout_s,
+            self.config.late_warning_s,
+            lambda message, culprit: self._endpoint.fail(message, culprit),
+        )
+        name = self._group.all_gather(f"deepcomm/{os.urandom(8).hex()}")[0]
+        rails: list[GlooRail] = []
+        agree(
+            self._group,
+            "Buffer",
+            lambda: rails.append(GlooRail(self._group, self.topology, policy, name)),
+        )
+        return rails[0]
+
+    def _adopt_endpoint(self, previous: LowLatency | None) -> None:
+        self._relay = Relay(self._rail, self.topology, self._endpoint.counters)
+        self._low_latency = LowLatency(
+            self._endpoint, self._relay, self.topology, self.config, previous
+        )
+
+    def _grow(self, num_tokens: int) -> None:
+        """Re-allocate for a rank that brings more tokens; collective. Views keep the old memory."""
+        wanted = max(num_tokens, int(self.config.max_tokens_per_rank * GROWTH))
+        LOG.info("growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted)
+        self.config = replace(self.config, max_tokens_per_rank=wanted)
+        old = self._endpoint
+        self._endpoint = self._open_endpoint()
+        self._endpoint.continue_from(old)
+        self._adopt_endpoint(self._low_latency)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of shared memory reserved by this rank."""
+        return self._endpoint.reserved_bytes
+
+    # ---- operations ------------------------------------------------------------------------------
+
+    def _prepare(self, kind: cpu.OpKind, prepare: Callable[[], Any]) -> Any:
+        """Check and open an operation on this rank; an error is announced to the peers first."""
+        self._endpoint.check_usable(kind)
+        try:
+            return prepare()
+        except Error as error:
+            if not self._endpoint.failed:
+                round_ = cpu.Round.refuse(self._endpoint, kind, str(error))
+                self._relay.exchange_announcements(round_, kind.name.lower())
+                self._endpoint.finish_epoch(round_.epoch)
+            raise
+
+    def _drop_rail_if_failed(self) -> None:
+        if self._endpoint.failed:
+            self._relay.close()
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """High-throughput dispatch."""
+        try:
+            return self._dispatch(request)
+        except CommError:
+            self._drop_rail_if_failed()
+            raise
+
+    def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        if request.previous_event is not None:
+            request.previous_event.synchronize()
+        checked, op = self._prepare(cpu.OpKind.DISPATCH, lambda: self._announce_dispatch(request))
+        op.round.wait_all(self._endpoint)
+        num_tokens = op.round.max_tokens()
+        if num_tokens > self.config.max_tokens_per_rank:
+            self._endpoint.finish_epoch(op.round.epoch)
+            self._grow(num_tokens)
+            return self._dispatch(request)
+        op.plan()
+        op.push(self._endpoint)
+        self._relay_dispatch(op)
+        op.receive(self._endpoint)
+        tensors = DispatchTensors.of_dispatch(op, request, checked, self._endpoint)
+        op.deliver_to(tensors.target())
+        record = op.finish()
+        tensors.check_out()
+        num_rows = op.received.out_rows
+        handle = make_handle(request.handle, checked, num_rows, CpuRecord(record, checked.id_dtype))
+        return DispatchOutput(
+            x=tensors.x,
+            scales=tensors.scales,
+            topk_idx=tensors.topk_idx,
+            topk_weights=tensors.topk_weights,
+            num_tokens_per_expert=tensors.counts,
+            expert_offsets=tensors.offsets,
+            num_recv_tokens=torch.tensor(op.received.num_recv, dtype=torch.int32),
+            overflow=torch.tensor(op.overflow),
+            handle=handle,
+            event=CompletedEvent() if request.async_op else None,
+        )
+
+    def _announce_dispatch(self, request: DispatchRequest) -> tuple[CheckedDispatch, cpu.DispatchOp]:
+        checked = check_dispatch(request, self.config, self.device)
+        args = dispatch_args(checked, self.config.hidden)
+        args.growable = self.config.growable
+        if request.handle is not None:
+            args.cached = request.handle.records.native
+        op = cpu.DispatchOp(self._endpoint, args)
+        op.announce(self._endpoint)
+        self._relay.exchange_announcements(op.round, "dispatch")
+        return checked, op
+
+    def _relay_dispatch(self, op: cpu.DispatchOp) -> None:
+        def packer(node: int) -> Leg:
+            return Leg(
+                node,
+                op.num_rows_to(node),
+                lambda begin, end, address: op.pack(node, begin, end, address),
+            )
+
+        def forwarder(node: int) -> Leg:
+            source = self._relay.peer(node)
+            return Leg(
+                node,
+                op.num_rows_from(source),
+                lambda begin, end, address: op.forward(source, end - begin, address),
+            )
+
+        nodes = list(self._relay.other_nodes)
+        self._relay.exchange_records(
+            [packer(node) for node in nodes],
+            [forwarder(node) for node in nodes],
+            op.record_bytes,
+            op.round.epoch,
+            "dispatch",
+        )
+        for node in nodes:
+            op.publish(self._relay.peer(node))
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """High-throughput combine."""
+        try:
+            return self._combine(request)
+        except CommError:
+            self._drop_rail_if_failed()
+            raise
+
+    def _combine(self, request: CombineRequest) -> CombineOutput:
+        if request.previous_event is not None:
+            request.previous_event.synchronize()
+        checked, output, op = self._prepare(
+            cpu.OpKind.COMBINE, lambda: self._announce_combine(request)
+        )
+        op.round.wait_all(self._endpoint)
+        partials = self._relay_combine(op)
+        addresses = [0 if data is None else data.data_ptr() for data in partials]
+        op.finish(self._endpoint, addresses)
+        del checked  # kept its tensors alive for the native code
+        return output
+
+    def _announce_combine(
+        self, request: CombineRequest
+    ) -> tuple[CheckedCombine, CombineOutput, cpu.CombineOp]:
+        checked = check_combine(request, self.config, self._num_local_experts, self.device)
+        output = combine_output(request, checked, self.config.hidden)
+        op = cpu.CombineOp(self._endpoint, combine_args(request, checked, output))
+        op.stage(self._endpoint)
+        self._relay.exchange_announcements(op.round, "combine")
+        return checked, output, op
+
+    def _relay_combine(self, op: cpu.CombineOp) -> list[torch.Tensor | None]:
+        """Exchange the nodes' partial sums; returns those for this rank's tokens, by node."""
+        partials: list[torch.Tensor | None] = [None] * self.topology.num_nodes
+
+        def packer(node: int) -> Leg:
+            source = self._relay.peer(node)
+            return Leg(
+                node,
+                op.num_rows_to(source),
+                lambda begin, end, address: op.pack(source, begin, end, address),
+            )
+
+        def collector(node: int) -> Leg:
+            num_rows = op.num_rows_from(node)
+            data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
+            partials[node] = data
+
+            def collect(begin: int, end: int, address: int) -> None:
+                size = (end - begin) * op.record_bytes
+                ctypes.memmove(data.data_ptr() + begin * op.record_bytes, address, size)
+
+            return Leg(node, num_rows, collect)
+
+        nodes = list(self._relay.other_nodes)
+        self._relay.exchange_records(
+            [packer(node) for node in nodes],
+            [collector(node) for node in nodes],
+            op.record_bytes,
+            op.round.epoch,
+            "combine",
+        )
+        return partials
+
+    def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """Low-latency dispatch, both phases or the first."""
+        try:
+            return self._low_latency.dispatch(request)
+        except CommError:
+            self._drop_rail_if_failed()
+            raise
+
+    def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
+        """Low-latency combine, both phases or the first."""
+        try:
+            return self._low_latency.combine(request)
+        except CommError:
+            self._drop_rail_if_failed()
+            raise
+
+    # ---- the rest --------------------------------------------------------------------------------
+
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        """Mark a peer dead or alive."""
+        if not 0 <= rank < self.topology.num_ranks or rank == self.topology.rank:
+            raise InvalidArgument(
+                f"rank: expected a peer in 0..{self.topology.num_ranks - 1} other than "
+                f"{self.topology.rank}, got {rank}"
+            )
+        self._low_latency.ring.set_masked(rank, masked)
+
+    def rank_mask(self) -> torch.Tensor:
+        """Return bool [R]."""
+        ring = self._low_latency.ring
+        return torch.tensor([ring.is_masked(rank) for rank in range(self.topology.num_ranks)])
+
+    def stats(self) -> BufferStats:
+        """Return the counters."""
+        counters = self._endpoint.counters
+        return BufferStats(
+            num_dispatches=counters.num_dispatches,
+            num_combines=counters.num_combines,
+            tokens_sent=counters.tokens_sent,
+            tokens_received=counters.tokens_received,
+            bytes_local=counters.bytes_local,
+            bytes_node=counters.bytes_node,
+            bytes_network=counters.bytes_network,
+            wait_us=tuple(counters.wait_us),
+        )
+
+    def explain(self) -> str:
+        """Return what was chosen and why."""
+        config, topology = self.config, self.topology
+        threads = "as asked" if config.num_threads else "cores / ranks of the node"
+        lines = [
+            "backend    cpu: POSIX shared memory inside a node",
+            f"topology   rank {topology.rank} of {topology.num_ranks}, "
+            f"{topology.num_nodes} node(s) of {topology.ranks_per_node} "
+            "(ranks that see each other's shared memory, or ranks_per_node)",
+            f"rail       {self._explain_rail()}",
+            f"isa        {self._endpoint.isa} (best of this machine, or DEEPCOMM_CPU_ISA)",
+            f"threads    {self._num_threads} of {self._num_cores} cores ({threads})",
+            f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
+            "which can be leased to views",
+            f"slots      {config.num_low_latency_slots} low-latency operations in flight",
+            f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
+            f"{config.max_tokens_per_rank} tokens a rank{' (growable)' if config.growable else ''}",
+            f"timeout    {config.timeout_s:g} s, late peers logged after {config.late_warning_s:g} s",
+        ]
+        return "\n".join(lines)
+
+    def _explain_rail(self) -> str:
+        if self._rail is None:
+            return "none: one node"
+        return f"gloo over {self._rail.address} to ranks {self.topology.rail_ranks}"
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._endpoint.close()
+            self._relay.close()

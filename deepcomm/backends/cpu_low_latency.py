@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The low-latency operations of the CPU backend: send phase, and the hook's receive phase.
+
+With several nodes the hook also takes what came over the rail and passes it on inside the node, so it
+is collective over the node and called in the same order on its ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm._C import cpu
+from deepcomm.backends.cpu_tensors import (
+    CpuRecord,
+    DispatchTensors,
+    combine_output,
+    dispatch_args,
+    fill_combine_args,
+    make_handle,
+)
+from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS, Header
+from deepcomm.checks import check_combine, check_dispatch, check_length
+from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
+from deepcomm.event import CompletedEvent
+from deepcomm.types import CombineOutput, DispatchOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.rail import Transfer
+    from deepcomm.backends.relay import Relay
+    from deepcomm.checks import CheckedCombine, CheckedDispatch
+    from deepcomm.config import BufferConfig
+    from deepcomm.topology import Topology
+
+__all__ = ["LowLatency"]
+
+DISPATCH, COMBINE = cpu.OpKind.LOW_LATENCY_DISPATCH, cpu.OpKind.LOW_LATENCY_COMBINE
+NAMES = {DISPATCH: "low_latency_dispatch", COMBINE: "low_latency_combine"}
+PHASES = {DISPATCH: (LL_ROWS,), COMBINE: (LL_WEIGHTS, LL_ROWS)}
+
+
+def dispatch_signature(checked: CheckedDispatch) -> str:
+    """Return what must be equal on all ranks, as readable text."""
+    return (
+        f"{str(checked.rows.dtype).removeprefix('torch.')} rows, scales {checked.scale_format}, "
+        f"{checked.recv_layout.name}, K={checked.num_topk}, "
+        f"weights {'given' if checked.topk_weights is not None else 'none'}"
+    )
+
+
+def combine_signature(request: CombineRequest, checked: CheckedCombine) -> str:
+    """Return what must be equal on all ranks, as readable text."""
+    return (
+        f"{str(checked.rows.dtype).removeprefix('torch.')} rows, "
+        f"carried weights {checked.carried is not None}, apply {checked.apply_weights}, "
+        f"weights given here {checked.source_weights is not None}, "
+        f"handle {request.handle.records.native.epoch}"
+    )
+
+
+def once(finish: Callable[[], None], name: str) -> Callable[[], None]:
+    """Return a hook that runs ``finish`` and refuses to run it again."""
+    done = False
+
+    def hook() -> None:
+        nonlocal done
+        if done:
+            raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
+        done = True
+        finish()
+
+    return hook
+
+
+class RailOperation:
+    """The messages of one low-latency operation between this rank and its rail peers."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        ring: cpu.SlotRing,
+        kind: cpu.OpKind,
+        epoch: int,
+        *,
+        signature: str = "",
+        mask_late: bool = False,
+    ) -> None:
+        """Prepare; nothing is sent yet."""
+        self.relay = relay
+        self._ring = ring
+        self._name = NAMES[kind]
+        self._epoch = epoch
+        self._signature = signature
+        self._mask_late = mask_late
+        self._sends: list[Transfer] = []
+        self.nodes = [node for node in relay.other_nodes if self._alive(node)]
+
+    def _alive(self, node: int) -> bool:
+        return not self._ring.is_masked(self.relay.peer(node))
+
+    def send(self, node: int, phase: int, data: torch.Tensor, num_rows: int) -> None:
+        """Start sending a header and ``data``, ``num_rows`` rows, if there are any."""
+        row_bytes = data.numel() // num_rows if num_rows else 0
+        header = Header(num_rows, row_bytes, self._signature)
+        self._start(node, phase, header.pack())
+        if num_rows:
+            self._start(node, phase + 1, data)
+
+    def refuse(self, node: int, phase: int, message: str) -> None:
+        """Send a refusal instead."""
+        self._start(node, phase, Header(refusal=message).pack())
+
+    def _start(self, node: int, phase: int, data: torch.Tensor) -> None:
+        try:
+            self._sends.append(self.relay.send(node, data, self._epoch, phase, self._name))
+        except CommError:
+            self._mask_or_raise(node)
+
+    def receive(self, node: int, phase: int) -> tuple[Header, torch.Tensor | None]:
+        """Wait for a header and the rows that follow it, as bytes.
+
+        A late or lost peer is masked where that is asked for, and counts as sending nothing.
+        """
+        if not self._alive(node):
+            return Header(), None
+        try:
+            header = Header.unpack(self._take(node, phase, Header.empty()))
+            if header.num_rows == 0:
+                return header, None
+            size = header.num_rows * header.row_bytes
+            return header, self._take(node, phase + 1, torch.empty(size, dtype=torch.uint8))
+        except CommError:
+            self._mask_or_raise(node)
+            return Header(), None
+
+    def _take(self, node: int, phase: int, data: torch.Tensor) -> torch.Tensor:
+        return self.relay.wait(self.relay.recv(node, data, self._epoch, phase, self._name))
+
+    def _mask_or_raise(self, node: int) -> None:
+        """Inside an except clause: mask the rail peer on ``node``, or let the error out."""
+        if not self._mask_late:
+            raise  # noqa: PLE0704
+        self._ring.set_masked(self.relay.peer(node), True)
+
+    def problem(self, node: int, header: Header) -> Error | None:
+        """Return the error that a header means, if any."""
+        peer = self.relay.peer(node)
+        if header.refusal:
+            return CommError(
+                f"{self._name}: rank {peer} refused the operation: {header.refusal}", peer
+            )
+        if header.signature not in ("", self._signature):
+            return ConfigMismatch(
+                f"{self._name}: arguments differ between ranks: rank {peer} has "
+                f"{header.signature}, this rank {self._signature}"
+            )
+        return None
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        for transfer in self._sends:
+            try:
+                self.relay.wait(transfer)
+            except CommError:
+                if not self._mask_late:
+                    raise
+                self._ring.set_masked(transfer.peer, True)
+
+
+class LowLatency:
+    """Low-latency operations of one endpoint."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        endpoint: cpu.Endpoint,
+        relay: Relay,
+        topology: Topology,
+        config: BufferConfig,
+        previous: LowLatency | None,
+    ) -> None:
+        """Open the slots; ``previous`` hands over its rank mask."""
+        self._endpoint = endpoint
+        self._relay = relay
+        self._topology = topology
+        self._config = config
+        self._num_local = config.num_experts // topology.num_ranks
+        self.ring = cpu.SlotRing(endpoint)
+        if previous is not None:
+            self.ring.continue_from(previous.ring)
+
+    def _refuse(self, kind: cpu.OpKind, message: str) -> None:
+        """Tell every rank that this one refuses the operation, and drop what they send."""
+        epoch = self.ring.open()
+        self.ring.abort(epoch, kind, message)
+        rail = RailOperation(self._relay, self.ring, kind, epoch)
+        for node in rail.nodes:
+            for phase in PHASES[kind]:
+                rail.refuse(node, phase, message)
+        for node in rail.nodes:
+            for phase in PHASES[kind]:
+                rail.receive(node, phase)
+        rail.finish()
+
+    def _wait_stats(self, before: list[int], stats: torch.Tensor | None) -> None:
+        if stats is not None:
+            stats += torch.tensor(self._endpoint.counters.wait_us) - torch.tensor(before)
+
+    # ---- dispatch --------------------------------------------------------------------------------
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """Send; then receive, or leave that to the hook."""
+        if request.previous_event is not None:
+            request.previous_event.synchronize()
+        self._endpoint.check_usable(DISPATCH)
+        mask_late = request.on_timeout == "mask"
+        try:
+            self.ring.check_free(DISPATCH)
+            checked = check_dispatch(request, self._config, self.device)
+            self._check_statistics(request)
+            max_rows = self._topology.num_ranks * self._config.max_tokens_per_rank
+            tensors = DispatchTensors.of_low_latency(request, checked, self._num_local, max_rows)
+            args = dispatch_args(checked, self._config.hidden)
+            op = cpu.LowLatencyDispatchOp(self._endpoint, self.ring, args, mask_late)
+        except Error as error:
+            self._refuse_if_open(DISPATCH, error)
+            raise
+        op.send(self._endpoint)
+        rail = RailOperation(
+            self._relay,
+            self.ring,
+            DISPATCH,
+            op.epoch,
+            signature=dispatch_signature(checked),
+            mask_late=mask_late,
+        )
+        for node in rail.nodes:
+            num_rows = op.num_rows_to(node)
+            data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
+            op.pack(node, data.data_ptr())
+            rail.send(node, LL_ROWS, data, num_rows)
+        output = self._dispatch_output(request, checked, tensors, op)
+        finish = partial(self._receive_dispatch, request, checked, tensors, op, rail, output)
+        if request.return_hook:
+            return replace(output, hook=once(finish, NAMES[DISPATCH]))
+        finish()
+        return output
+
+    def _refuse_if_open(self, kind: cpu.OpKind, error: Error) -> None:
+        """Refuse an operation on all ranks, unless too many are in flight here: then wait for none."""
+        if self._endpoint.failed:
+            return
+        try:
+            self.ring.check_free(kind)
+        except Error:
+            return
+        self._refuse(kind, str(error))
+
+    def _check_statistics(self, request: DispatchRequest) -> None:
+        check_length("expert_token_stats", request.expert_token_stats, self._num_local)
+        check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
+
+    def _dispatch_output(
+        self,
+        request: DispatchRequest,
+        checked: CheckedDispatch,
+        tensors: DispatchTensors,
+        op: cpu.LowLatencyDispatchOp,
+    ) -> DispatchOutput:
+        num_rows = tensors.x.numel() // self._config.hidden
+        handle = make_handle(None, checked, num_rows, CpuRecord(op.record, checked.id_dtype))
+        return DispatchOutput(
+            x=tensors.x,
+            scales=tensors.scales,
+            topk_idx=tensors.topk_idx,
+            topk_weights=tensors.topk_weights,
+            num_tokens_per_expert=tensors.counts,
+            expert_offsets=None,
+            num_recv_tokens=torch.zeros((), dtype=torch.int32),
+            overflow=torch.zeros((), dtype=torch.bool),
+            handle=replace(handle, low_latency=True),
+            event=CompletedEvent() if request.async_op else None,
+        )
+
+    def _receive_dispatch(
+        self,
+        request: DispatchRequest,
+        checked: CheckedDispatch,
+        tensors: DispatchTensors,
+        op: cpu.LowLatencyDispatchOp,
+        rail: RailOperation,
+        output: DispatchOutput,
+    ) -> None:
+        before = list(self._endpoint.counters.wait_us)
+        problem: Error | None = None
+        for node in rail.nodes:
+            source = self._relay.peer(node)
+            header, data = rail.receive(node, LL_ROWS)
+            found = rail.problem(node, header)
+            if found is not None:
+                problem = problem or found
+                op.forward_abort(source, str(found))
+            elif not self.ring.is_masked(source):
+                address = 0 if data is None else data.data_ptr()
+                op.forward(self._endpoint, source, header.num_rows, address)
+        rail.finish()
+        try:
+            op.receive(self._endpoint)
+        except CommError as error:
+            raise problem or error from None
+        op.deliver_to(self._endpoint, tensors.target())
+        output.num_recv_tokens.fill_(op.received.num_recv)
+        if request.expert_token_stats is not None:
+            request.expert_token_stats += tensors.counts
+        self._wait_stats(before, request.wait_us_stats)
+        del checked  # kept its tensors alive for the native code
+
+    # ---- combine ---------------------------------------------------------------------------------
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """Send; then receive and sum, or leave that to the hook."""
+        if request.previous_event is not None:
+            request.previous_event.synchronize()
+        self._endpoint.check_usable(COMBINE)
+        mask_late = request.on_timeout == "mask"
+        try:
+            self.ring.check_free(COMBINE)
+            checked = check_combine(request, self._config, self._num_local, self.device)
+            check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
+            output = combine_output(request, checked, self._config.hidden)
+            op = self._combine_op(request, checked, output, mask_late)
+        except Error as error:
+            self._refuse_if_open(COMBINE, error)
+            raise
+        op.open(self._endpoint)
+        rail = RailOperation(
+            self._relay,
+            self.ring,
+            COMBINE,
+            op.epoch,
+            signature=combine_signature(request, checked),
+            mask_late=mask_late,
+        )
+        try:
+            problem = self._exchange_weights(op, rail, request, checked)
+            op.wait_weights(self._endpoint)
+        except ConfigMismatch as error:
+            self.ring.abort(op.epoch, COMBINE, str(error))
+            raise
+        op.send(self._endpoint)
+        finish = partial(self._receive_combine, request, checked, output, op, rail, problem)
+        if request.return_hook:
+            return replace(output, hook=once(finish, NAMES[COMBINE]))
+        finish()
+        return output
+
+    def _combine_op(
+        self,
+        request: CombineRequest,
+        checked: CheckedCombine,
+        output: CombineOutput,
+        mask_late: bool,
+    ) -> cpu.LowLatencyCombineOp:
+        args = cpu.LowLatencyCombineArgs()
+        fill_combine_args(args.combine, request, checked, output)
+        if checked.source_weights is not None:
+            args.source_weights = checked.source_weights.data_ptr() or 1
+        args.mask_late = mask_late
+        return cpu.LowLatencyCombineOp(self._endpoint, self.ring, args)
+
+    def _exchange_weights(
+        self,
+        op: cpu.LowLatencyCombineOp,
+        rail: RailOperation,
+        request: CombineRequest,
+        checked: CheckedCombine,
+    ) -> Error | None:
+        """Swap the weights given here with the rail peers, and pass theirs on; returns a refusal."""
+        num_topk = int(request.handle.topk_idx.shape[1])
+        given = checked.source_weights is not None
+        for node in rail.nodes:
+            num_rows = op.num_weights_to(node) if given else 0
+            data = torch.empty(num_rows * num_topk * 4, dtype=torch.uint8)
+            if num_rows:
+                op.pack_weights(node, data.data_ptr())
+            rail.send(node, LL_WEIGHTS, data, num_rows)
+        problem: Error | None = None
+        for node in rail.nodes:
+            header, data_in = rail.receive(node, LL_WEIGHTS)
+            problem = problem or rail.problem(node, header)
+            if given:
+                address = 0 if data_in is None else data_in.data_ptr()
+                op.forward_weights(self._endpoint, self._relay.peer(node), address)
+        return problem
+
+    def _receive_combine(
+        self,
+        request: CombineRequest,
+        checked: CheckedCombine,
+        output: CombineOutput,
+        op: cpu.LowLatencyCombineOp,
+        rail: RailOperation,
+        problem: Error | None,
+    ) -> None:
+        before = list(self._endpoint.counters.wait_us)
+        for node in rail.nodes:
+            source = self._relay.peer(node)
+            num_rows = op.num_rows_to(source)
+            data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
+            try:
+                op.pack(self._endpoint, source, data.data_ptr())
+            except (CommError, ConfigMismatch) as error:
+                if self._endpoint.failed:
+                    raise
+                problem = problem or error
+                rail.refuse(node, LL_ROWS, str(error))
+                continue
+            rail.send(node, LL_ROWS, data, num_rows)
+        partials = [0] * self._topology.num_nodes
+        received: list[torch.Tensor] = []  # alive until the sums are done
+        for node in rail.nodes:
+            header, rows = rail.receive(node, LL_ROWS)
+            problem = problem or rail.problem(node, header)
+            if rows is not None:
+                received.append(rows)
+                partials[node] = rows.data_ptr()
+        rail.finish()
+        op.finish(self._endpoint, partials)
+        if problem is not None:
+            raise problem
+        self._wait_stats(before, request.wait_us_stats)
+        del checked, output  # kept their tensors alive for the native code

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of the CPU operations: native arguments from checked ones, and the outputs to fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm._C import cpu
+from deepcomm.checks import check_out_shape
+from deepcomm.types import CombineOutput, Handle, RecvLayout
+
+if TYPE_CHECKING:
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.checks import CheckedCombine, CheckedDispatch
+
+__all__ = [
+    "CpuRecord",
+    "DispatchTensors",
+    "combine_args",
+    "combine_output",
+    "dispatch_args",
+    "make_handle",
+]
+
+STREAM_BYTES = 4 << 20
+SCALE_ALIGN = 4
+
+DTYPES = {
+    torch.bfloat16: cpu.DType.BF16,
+    torch.float16: cpu.DType.F16,
+    torch.float32: cpu.DType.F32,
+    torch.float8_e4m3fn: cpu.DType.FP8_E4M3,
+}
+SCALE_FORMATS = {
+    "none": cpu.ScaleFormat.NONE,
+    "fp32": cpu.ScaleFormat.FP32,
+    "ue8m0": cpu.ScaleFormat.UE8M0,
+}
+LAYOUTS = {
+    RecvLayout.TOKEN: cpu.RecvLayout.TOKEN,
+    RecvLayout.EXPERT: cpu.RecvLayout.EXPERT,
+    RecvLayout.EXPERT_PADDED: cpu.RecvLayout.EXPERT_PADDED,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuRecord:
+    """What a ``Handle`` keeps for the CPU backend.
+
+    Attributes:
+        native: The native record.
+        id_dtype: Of ``topk_idx`` as the user gave it; outputs of cached dispatches follow it.
+    """
+
+    native: cpu.DispatchRecord
+    id_dtype: torch.dtype
+
+
+def row_dtype(checked: CheckedDispatch) -> torch.dtype:
+    """Return the dtype of rows as they travel."""
+    return torch.float8_e4m3fn if checked.scale_format != "none" else checked.rows.dtype
+
+
+def dispatch_args(checked: CheckedDispatch, hidden: int) -> cpu.DispatchArgs:
+    """Return the native arguments; they hold addresses of the tensors in ``checked``."""
+    args = cpu.DispatchArgs()
+    rows = checked.rows
+    args.input.rows = rows.data_ptr()
+    args.input.row_stride = rows.stride(0) * rows.element_size()
+    args.input.dtype = DTYPES[rows.dtype]
+    args.input.quantize = checked.quantize
+    if checked.scales is not None:
+        args.input.scales = checked.scales.data_ptr()
+        args.input.scale_stride = checked.scales.stride(0) * checked.scales.element_size()
+    args.format = cpu.RowFormat.make(
+        DTYPES[row_dtype(checked)], SCALE_FORMATS[checked.scale_format], hidden
+    )
+    args.num_tokens = checked.num_tokens
+    args.num_topk = checked.num_topk
+    if checked.topk_idx is not None:
+        args.topk_idx = checked.topk_idx.data_ptr()
+        args.topk_idx_is_int64 = checked.topk_idx.dtype == torch.int64
+    if checked.topk_weights is not None:
+        args.topk_weights = address_of(checked.topk_weights)
+    args.recv_layout = LAYOUTS[checked.recv_layout]
+    args.expert_alignment = checked.expert_alignment
+    args.capacity = -1 if checked.capacity is None else checked.capacity
+    return args
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Return a tensor's address; never 0, which would mean that it was not given."""
+    return tensor.data_ptr() or 1
+
+
+def make_handle(
+    cached: Handle | None, checked: CheckedDispatch, num_rows: int, record: CpuRecord
+) -> Handle:
+    """Return the handle of a dispatch; it owns copies of what the user gave."""
+    weights = None if checked.topk_weights is None else checked.topk_weights.clone()
+    if cached is not None:
+        topk_idx = cached.topk_idx
+        record = CpuRecord(record.native, cached.records.id_dtype)
+    else:
+        assert checked.topk_idx is not None  # noqa: S101
+        topk_idx = checked.topk_idx.to(torch.int32, copy=True)
+    return Handle(
+        recv_layout=checked.recv_layout,
+        expert_alignment=checked.expert_alignment,
+        capacity=checked.capacity,
+        num_tokens=checked.num_tokens,
+        num_rows=num_rows,
+        topk_idx=topk_idx,
+        topk_weights=weights,
+        low_latency=False,
+        records=record,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputShape:
+    """Sizes of a dispatch's outputs.
+
+    Attributes:
+        rows: Rows of ``x``, all blocks together.
+        num_blocks: Blocks of ``EXPERT_PADDED``, else 1.
+        partly_filled: Whether some rows of TOKEN metadata hold no token.
+    """
+
+    layout: RecvLayout
+    rows: int
+    num_blocks: int
+    num_local_experts: int
+    num_topk: int
+    hidden: int
+    scale_words: int
+    scale_dtype: torch.dtype
+    partly_filled: bool
+
+    @property
+    def x(self) -> tuple[int, ...]:
+        """Shape of ``x``."""
+        if self.layout is RecvLayout.EXPERT_PADDED:
+            return (self.num_blocks, self.rows // self.num_blocks, self.hidden)
+        return (self.rows, self.hidden)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class DispatchTensors:
+    """Output tensors of one dispatch, allocated, to be filled by the native code.
+
+    Attributes:
+        x: The rows: a view of shared memory, or owned.
+        in_place: Whether the rows lie in ``x`` already.
+        out: The user's tensor to check and fill, or None.
+    """
+
+    x: torch.Tensor
+    in_place: bool
+    out: torch.Tensor | None
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    counts: torch.Tensor
+    offsets: torch.Tensor | None
+    zero_padding: bool
+
+    @staticmethod
+    def of_dispatch(
+        op: cpu.DispatchOp,
+        request: DispatchRequest,
+        checked: CheckedDispatch,
+        endpoint: cpu.Endpoint,
+    ) -> DispatchTensors:
+        """Allocate for a high-throughput dispatch, or view its landing area."""
+        received = op.received
+        shape = output_shape(checked, received.out_rows, len(received.counts), int(request_hidden(checked)))
+        dtype = row_dtype(checked)
+        num_bytes = received.out_rows * shape.hidden * dtype.itemsize
+        may_view = (
+            op.rows_in_place
+            and op.leasable
+            and not request.owned
+            and request.out is None
+            and 0 < num_bytes <= endpoint.rows_reserved(op.generation)
+        )
+        if may_view:
+            capsule = endpoint.lease(op.generation, op.rows_offset, num_bytes)
+            x = torch.from_dlpack(capsule).view(dtype).view(shape.x)
+        else:
+            x = allocate_rows(request.out, shape, dtype)
+        id_dtype = checked.id_dtype
+        if request.handle is not None:
+            id_dtype = request.handle.records.id_dtype
+        return allocate(request, checked, shape, x, may_view, id_dtype)
+
+    @staticmethod
+    def of_low_latency(
+        request: DispatchRequest, checked: CheckedDispatch, num_local: int, max_rows: int
+    ) -> DispatchTensors:
+        """Allocate for a low-latency dispatch, whose shapes are fixed."""
+        token = checked.recv_layout is RecvLayout.TOKEN
+        rows = max_rows if token else num_local * max_rows
+        shape = output_shape(checked, rows, num_local, request_hidden(checked), fixed=True)
+        dtype = row_dtype(checked)
+        if request.out is not None:
+            check_out_shape(request.out, shape.x, dtype)
+        x = allocate_rows(request.out, shape, dtype)
+        return allocate(request, checked, shape, x, False, checked.id_dtype)
+
+    def target(self) -> cpu.DeliverTarget:
+        """Return where the native code writes."""
+        target = cpu.DeliverTarget()
+        if not self.in_place:
+            target.x = address_of(self.x)
+            target.stream = self.x.numel() * self.x.element_size() >= STREAM_BYTES
+        if self.scales is not None:
+            target.scales = address_of(self.scales)
+        if self.topk_idx is not None:
+            target.topk_idx = address_of(self.topk_idx)
+            target.topk_idx_is_int64 = self.topk_idx.dtype == torch.int64
+        if self.topk_weights is not None:
+            target.topk_weights = address_of(self.topk_weights)
+        target.counts = address_of(self.counts)
+        if self.offsets is not None:
+            target.offsets = address_of(self.offsets)
+        target.zero_padding = self.zero_padding
+        return target
+
+    def check_out(self) -> None:
+        """Raise InvalidArgument if the user's ``out`` did not fit; the operation is then complete."""
+        if self.out is not None and self.x.data_ptr() != self.out.data_ptr():
+            check_out_shape(self.out, tuple(self.x.shape), self.x.dtype)
+
+
+def request_hidden(checked: CheckedDispatch) -> int:
+    """Return H."""
+    return int(checked.rows.shape[1])
+
+
+def output_shape(
+    checked: CheckedDispatch, rows: int, num_local: int, hidden: int, *, fixed: bool = False
+) -> OutputShape:
+    """Return the sizes of the outputs."""
+    tiles = -(-hidden // 128)
+    ue8m0 = checked.scale_format == "ue8m0"
+    words = 0 if checked.scale_format == "none" else -(-tiles // 4) if ue8m0 else tiles
+    padded = checked.recv_layout is RecvLayout.EXPERT_PADDED
+    return OutputShape(
+        layout=checked.recv_layout,
+        rows=rows,
+        num_blocks=num_local if padded else 1,
+        num_local_experts=num_local,
+        num_topk=checked.num_topk,
+        hidden=hidden,
+        scale_words=words,
+        scale_dtype=torch.int32 if ue8m0 else torch.float32,
+        partly_filled=fixed or checked.capacity is not None,
+    )
+
+
+def allocate_rows(
+    out: torch.Tensor | None, shape: OutputShape, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``out``, cut to the rows, if it fits, else a fresh tensor."""
+    if out is None or out.dtype != dtype or len(out.shape) != len(shape.x):
+        return torch.empty(shape.x, dtype=dtype)
+    if tuple(out.shape) == shape.x:
+        return out
+    if len(shape.x) == 2 and out.shape[0] >= shape.rows:
+        return out[: shape.rows]
+    return torch.empty(shape.x, dtype=dtype)
+
+
+def allocate(
+    request: DispatchRequest,
+    checked: CheckedDispatch,
+    shape: OutputShape,
+    x: torch.Tensor,
+    in_place: bool,
+    id_dtype: torch.dtype,
+) -> DispatchTensors:
+    """Allocate all outputs but ``x``."""
+    token = shape.layout is RecvLayout.TOKEN
+    topk_idx: torch.Tensor | None = None
+    topk_weights: torch.Tensor | None = None
+    if token:
+        size = (shape.rows, shape.num_topk)
+        topk_idx = torch.full(size, -1, dtype=id_dtype) if shape.partly_filled else torch.empty(
+            size, dtype=id_dtype
+        )
+    if checked.topk_weights is not None:
+        topk_weights = torch.zeros(size if token else shape.x[:-1])
+    offsets: torch.Tensor | None = None
+    if shape.layout is RecvLayout.EXPERT:
+        offsets = torch.empty(shape.num_local_experts + 1, dtype=torch.int32)
+    return DispatchTensors(
+        x=x,
+        in_place=in_place,
+        out=request.out,
+        scales=allocate_scales(shape, request.zero_padding),
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        counts=torch.empty(shape.num_local_experts, dtype=torch.int32),
+        offsets=offsets,
+        zero_padding=request.zero_padding,
+    )
+
+
+def allocate_scales(shape: OutputShape, zero: bool) -> torch.Tensor | None:
+    """Return the scale tensor of the layout: row-major for TOKEN, else column-major in blocks."""
+    if shape.scale_words == 0:
+        return None
+    make = torch.zeros if zero else torch.empty
+    words = shape.scale_words
+    if shape.layout is RecvLayout.TOKEN:
+        return make(shape.rows, words, dtype=shape.scale_dtype)
+    block = shape.rows // shape.num_blocks
+    stride = -(-block // SCALE_ALIGN) * SCALE_ALIGN
+    storage = make(shape.num_blocks * words * stride, dtype=shape.scale_dtype)
+    if shape.layout is RecvLayout.EXPERT:
+        return storage.as_strided((block, words), (1, stride))
+    return storage.as_strided((shape.num_blocks, block, words), (words * stride, 1, stride))
+
+
+def combine_output(
+    request: CombineRequest, checked: CheckedCombine, hidden: int
+) -> CombineOutput:
+    """Allocate the outputs of a high-throughput combine."""
+    from deepcomm.event import CompletedEvent
+
+    handle = request.handle
+    x = request.out
+    if x is None:
+        x = torch.empty(handle.num_tokens, hidden, dtype=checked.rows.dtype)
+    weights: torch.Tensor | None = None
+    if checked.carried is not None:
+        weights = torch.empty(handle.num_tokens, handle.topk_idx.shape[1])
+    return CombineOutput(x, weights, CompletedEvent() if request.async_op else None)
+
+
+def combine_args(
+    request: CombineRequest, checked: CheckedCombine, output: CombineOutput
+) -> cpu.CombineArgs:
+    """Return the native arguments; they hold addresses of tensors in all three."""
+    args = cpu.CombineArgs()
+    fill_combine_args(args, request, checked, output)
+    return args
+
+
+def fill_combine_args(
+    args: cpu.CombineArgs,
+    request: CombineRequest,
+    checked: CheckedCombine,
+    output: CombineOutput,
+) -> None:
+    """Fill native arguments that another struct contains."""
+    rows = checked.rows
+    record = request.handle.records.native
+    args.record = record
+    args.format = cpu.RowFormat.make(DTYPES[rows.dtype], cpu.ScaleFormat.NONE, rows.shape[1])
+    args.outputs.y = address_of(rows)
+    args.outputs.row_stride = rows.stride(0) * rows.element_size()
+    args.apply_weights = checked.apply_weights
+    if checked.apply_weights and checked.source_weights is None:
+        args.outputs.apply_weights = record.recv_weights_address or 1
+    if checked.carried is not None:
+        args.outputs.topk_weights = address_of(checked.carried)
+    args.target.out = address_of(output.x)
+    if request.bias is not None:
+        args.target.bias = address_of(request.bias)
+        args.target.bias_stride = request.bias.stride(0) * request.bias.element_size()
+    if output.topk_weights is not None:
+        args.target.topk_weights = address_of(output.topk_weights)

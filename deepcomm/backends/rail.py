@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gloo rail: point-to-point between the ranks with one local index on all nodes.
+
+A private process group, so that what breaks here (a timed-out receive closes its pair) never touches
+the user's group. Messages between two ranks are matched by tag; every wait is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from deepcomm.errors import CommError, CommTimeout
+from deepcomm.group import address_towards, socket_interface
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from deepcomm.group import Group
+    from deepcomm.topology import Topology
+
+__all__ = ["GlooRail", "RailPolicy", "Transfer"]
+
+LOG = logging.getLogger("deepcomm")
+NUM_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A send or receive under way: gloo's work, the peer, and what it is for."""
+
+    work: Any
+    peer: int
+    what: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RailPolicy:
+    """How long a wait may take, when the peer counts as late, and whom to tell of a lost one."""
+
+    timeout_s: float
+    late_warning_s: float
+    on_lost: Callable[[str, int], None]
+
+
+class GlooRail:
+    """Transport to the rail peers of one rank, numbered by node."""
+
+    def __init__(self, group: Group, topology: Topology, policy: RailPolicy, name: str) -> None:
+        """Connect to the rail peers; collective over ``group``, which gives the store."""
+        timeout = timedelta(seconds=policy.timeout_s)
+        store = group.store(timeout)
+        self._topology = topology
+        self._policy = policy
+        self.address = rail_address(store)
+        options = dist.ProcessGroupGloo._Options()  # noqa: SLF001  # the only way to pick a device
+        options._devices = [rail_device(self.address)]  # noqa: SLF001
+        options._threads = NUM_THREADS  # noqa: SLF001
+        options._timeout = timeout  # noqa: SLF001
+        prefix = dist.PrefixStore(f"{name}/rail{topology.local}", store)
+        try:
+            self._group: Any = dist.ProcessGroupGloo(
+                prefix, topology.node, topology.num_nodes, options
+            )
+        except RuntimeError as error:
+            raise CommError(
+                f"rail: rank {topology.rank}: cannot connect to ranks {topology.rail_ranks} from "
+                f"{self.address}: {error}; GLOO_SOCKET_IFNAME chooses another interface"
+            ) from error
+
+    def send(self, node: int, tensor: torch.Tensor, tag: int, what: str) -> Transfer:
+        """Start sending a tensor, which must stay unchanged until the transfer is waited for."""
+        return self._start(self._group.send, node, tensor, tag, what)
+
+    def recv(self, node: int, tensor: torch.Tensor, tag: int, what: str) -> Transfer:
+        """Start receiving into a tensor of the size that is sent."""
+        return self._start(self._group.recv, node, tensor, tag, what)
+
+    def _start(
+        self, call: Callable[..., Any], node: int, tensor: torch.Tensor, tag: int, what: str
+    ) -> Transfer:
+        peer = self._topology.rank_of(node, self._topology.local)
+        try:
+            return Transfer(call([tensor], node, tag), peer, what, tensor)
+        except RuntimeError as error:
+            raise self._lost(peer, what, error) from error
+
+    def wait(self, transfer: Transfer) -> int:
+        """Wait for a transfer; returns the microseconds spent.
+
+        Raises:
+            CommTimeout: The peer did not come within the timeout.
+            CommError: The connection to the peer is lost.
+        """
+        start = time.perf_counter()
+        with self._warn_when_late(transfer):
+            try:
+                transfer.work.wait(timedelta(seconds=self._policy.timeout_s))
+            except RuntimeError as error:
+                if time.perf_counter() - start >= self._policy.timeout_s * 0.99:
+                    message = (
+                        f"{transfer.what}: rank {self._topology.rank}: rank {transfer.peer} did "
+                        f"not come within {self._policy.timeout_s:g} s"
+                    )
+                    self._policy.on_lost(message, transfer.peer)
+                    raise CommTimeout(message, transfer.peer) from error
+                raise self._lost(transfer.peer, transfer.what, error) from error
+        return int((time.perf_counter() - start) * 1e6)
+
+    def _lost(self, peer: int, what: str, error: RuntimeError) -> CommError:
+        message = (
+            f"{what}: rank {self._topology.rank}: the connection to rank {peer} is lost: {error}"
+        )
+        self._policy.on_lost(message, peer)
+        return CommError(message, peer)
+
+    @contextlib.contextmanager
+    def _warn_when_late(self, transfer: Transfer) -> Iterator[None]:
+        timer = threading.Timer(self._policy.late_warning_s, self._warn, (transfer,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _warn(self, transfer: Transfer) -> None:
+        LOG.warning(
+            "%s: rank %d: rank %d is late: waiting since %g s (fatal after %g s)",
+            transfer.what,
+            self._topology.rank,
+            transfer.peer,
+            self._policy.late_warning_s,
+            self._policy.timeout_s,
+        )
+
+    def close(self) -> None:
+        """Drop the connections: peers that wait for this rank notice."""
+        self._group = None
+
+
+def rail_address(store: dist.Store) -> str:
+    """Return the interface or address that the rail binds to."""
+    chosen = socket_interface()
+    if chosen is not None:
+        return chosen
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return address_towards(store.host) if isinstance(store, dist.TCPStore) else "127.0.0.1"
+
+
+def rail_device(address: str) -> Any:
+    """Return gloo's device for an interface name or an address."""
+    if socket_interface() is not None:
+        return dist.ProcessGroupGloo.create_device(interface=address)
+    return dist.ProcessGroupGloo.create_device(hostname=address)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What crosses the rails in the operations of the CPU backend: announcements, records, aborts."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from deepcomm._C import cpu
+    from deepcomm.backends.rail import GlooRail, Transfer
+    from deepcomm.topology import Topology
+
+__all__ = ["LL_ROWS", "LL_WEIGHTS", "Header", "Leg", "Relay"]
+
+CHUNK_BYTES = 1 << 20
+LOOKAHEAD = 2
+TAGS_PER_EPOCH = 16
+MAX_EPOCH_TAG = 1 << 26
+
+ANNOUNCE, PAYLOAD = 0, 1
+LL_ROWS, LL_WEIGHTS = 8, 10  # each a header, and a payload under the next number
+
+
+def tag_of(epoch: int, phase: int) -> int:
+    """Return the tag of one kind of message of one operation."""
+    return epoch % MAX_EPOCH_TAG * TAGS_PER_EPOCH + phase
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Records that flow one way between this rank and a rail peer.
+
+    ``handle(begin, end, address)`` packs records into memory, or takes them out of it.
+    """
+
+    node: int
+    num_rows: int
+    handle: Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """First message of a low-latency transfer: what follows, or why nothing does.
+
+    Attributes:
+        num_rows: Rows that follow in one message; none if 0.
+        row_bytes: Bytes of each.
+        signature: What the sender asks for, to be compared by the receiver.
+        refusal: Why the sender refuses the operation; empty if it does not.
+    """
+
+    num_rows: int = 0
+    row_bytes: int = 0
+    signature: str = ""
+    refusal: str = ""
+
+    def pack(self) -> torch.Tensor:
+        """Return the header as bytes."""
+        texts = [text.encode() for text in (self.signature, self.refusal)]
+        data = HEADER.pack(self.num_rows, self.row_bytes, *texts)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    @staticmethod
+    def empty() -> torch.Tensor:
+        """Return memory to receive a header into."""
+        return torch.empty(HEADER.size, dtype=torch.uint8)
+
+    @staticmethod
+    def unpack(data: torch.Tensor) -> Header:
+        """Return the header in ``data``."""
+        num_rows, row_bytes, *texts = HEADER.unpack(data.numpy().tobytes())
+        signature, refusal = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
+        return Header(num_rows, row_bytes, signature, refusal)
+
+
+HEADER = struct.Struct("<qq160s320s")
+
+
+class Relay:
+    """Moves an operation's messages over the rail of one rank; does nothing on a single node."""
+
+    def __init__(self, rail: GlooRail | None, topology: Topology, counters: cpu.Counters) -> None:
+        """Use a rail, or none where there is one node."""
+        self._rail = rail
+        self._topology = topology
+        self._counters = counters
+
+    @property
+    def other_nodes(self) -> Iterator[int]:
+        """Nodes but this one, each rank beginning with its next: no peer is everyone's first."""
+        topology = self._topology
+        for step in range(1, topology.num_nodes):
+            yield (topology.node + step) % topology.num_nodes
+
+    def peer(self, node: int) -> int:
+        """Return the rank of the rail peer on ``node``."""
+        return self._topology.rank_of(node, self._topology.local)
+
+    def send(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
+        """Start sending."""
+        assert self._rail is not None  # noqa: S101
+        return self._rail.send(node, data, tag_of(epoch, phase), what)
+
+    def recv(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
+        """Start receiving."""
+        assert self._rail is not None  # noqa: S101
+        return self._rail.recv(node, data, tag_of(epoch, phase), what)
+
+    def wait(self, transfer: Transfer) -> torch.Tensor:
+        """Wait for a transfer, count the time, and return its tensor."""
+        assert self._rail is not None  # noqa: S101
+        self._counters.add_wait(transfer.peer, self._rail.wait(transfer))
+        return transfer.tensor
+
+    def exchange_announcements(self, round_: cpu.Round, what: str) -> None:
+        """Pass this rank's announcement to its rail peers, and theirs on to this node."""
+        if self._rail is None:
+            return
+        data = torch.frombuffer(bytearray(round_.bytes()), dtype=torch.uint8)
+        receives = [
+            (node, self.recv(node, torch.empty_like(data), round_.epoch, ANNOUNCE, what))
+            for node in self.other_nodes
+        ]
+        sends = [self.send(node, data, round_.epoch, ANNOUNCE, what) for node in self.other_nodes]
+        for node, transfer in receives:
+            round_.relay(node, self.wait(transfer).numpy().tobytes())
+        for transfer in sends:
+            self.wait(transfer)
+
+    def exchange_records(
+        self, outgoing: list[Leg], incoming: list[Leg], record_bytes: int, epoch: int, what: str
+    ) -> None:
+        """Stream records both ways in chunks, a bounded number of them in flight.
+
+        All ranks step through chunk numbers together: the rank with the smallest number always finds
+        its peers' chunks posted, so the exchange cannot lock up whatever the numbers of rows.
+        """
+        rows = max(1, CHUNK_BYTES // record_bytes)
+        num_steps = max((-(-leg.num_rows // rows) for leg in (*outgoing, *incoming)), default=0)
+        receiving: dict[int, list[tuple[Leg, int, int, Transfer]]] = {}
+        sending: dict[int, list[Transfer]] = {}
+
+        def post(step: int) -> None:
+            receiving[step] = [
+                (leg, begin, end, self.recv(leg.node, chunk, epoch, PAYLOAD, what))
+                for leg, begin, end, chunk in chunks_of(incoming, step, rows, record_bytes)
+            ]
+            sending[step] = []
+            for leg, begin, end, chunk in chunks_of(outgoing, step, rows, record_bytes):
+                leg.handle(begin, end, chunk.data_ptr())
+                sending[step].append(self.send(leg.node, chunk, epoch, PAYLOAD, what))
+
+        for step in range(-LOOKAHEAD, num_steps):
+            if step + LOOKAHEAD < num_steps:
+                post(step + LOOKAHEAD)
+            for leg, begin, end, transfer in receiving.pop(step, ()):
+                leg.handle(begin, end, self.wait(transfer).data_ptr())
+            for transfer in sending.pop(step, ()):
+                self.wait(transfer)
+
+    def close(self) -> None:
+        """Drop the connections."""
+        if self._rail is not None:
+            self._rail.close()
+
+
+def chunks_of(
+    legs: list[Leg], step: int, rows: int, record_bytes: int
+) -> Iterator[tuple[Leg, int, int, torch.Tensor]]:
+    """Yield chunk number ``step`` of every leg that has one, with memory for it."""
+    for leg in legs:
+        begin, end = step * rows, min((step + 1) * rows, leg.num_rows)
+        if begin < end:
+            yield leg, begin, end, torch.empty((end - begin) * record_bytes, dtype=torch.uint8)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control plane: what a buffer needs of the group it is constructed over.
+
+A process group of ``torch.distributed``, an mpi4py communicator and the groups of ``LocalCluster``
+all become a ``Group``: used at construction and growth only, never for payload.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Group", "agree", "as_group"]
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """Ranks that construct a buffer together."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value, by rank."""
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return a store that all ranks share."""
+
+
+class TorchGroup:
+    """A ``torch.distributed`` process group of any backend, also a subgroup."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Wrap a group that this process is a member of."""
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        if self.rank < 0:
+            raise InvalidArgument("group: expected a group of this process, got one without it")
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value, by rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return the group's own store."""
+        return self._group.get_group_store()
+
+
+class MpiGroup:
+    """An mpi4py communicator."""
+
+    def __init__(self, communicator: Any) -> None:
+        """Wrap the communicator."""
+        self._communicator = communicator
+        self.rank = int(communicator.Get_rank())
+        self.size = int(communicator.Get_size())
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value, by rank."""
+        return list(self._communicator.allgather(value))
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return a store served by rank 0 of the communicator."""
+        return serve_store(self, timeout)
+
+
+def serve_store(group: Group, timeout: timedelta) -> dist.Store:
+    """Start a TCP store on rank 0 and connect all ranks to it."""
+    if group.rank == 0:
+        host = own_address()
+        store = dist.TCPStore(
+            host, 0, None, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        group.all_gather((host, store.port))
+        return store
+    host, port = group.all_gather(None)[0]
+    return dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def own_address() -> str:
+    """Return an address of this host that others reach: its name's, if it resolves to one."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
+def address_towards(host: str) -> str:
+    """Return this host's address on the route to ``host``; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return own_address()
+        return str(probe.getsockname()[0])
+
+
+def as_group(group: Any) -> Group:
+    """Return the control plane of a process group, communicator or local cluster.
+
+    Raises:
+        InvalidArgument: ``group`` is none of them.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return TorchGroup(group)
+    if hasattr(group, "Get_rank") and hasattr(group, "allgather"):
+        return MpiGroup(group)
+    if all(hasattr(group, name) for name in ("rank", "size", "all_gather", "store")):
+        return group  # type: ignore[no-any-return]
+    raise InvalidArgument(
+        "group: expected a torch.distributed process group, an mpi4py communicator or a group of "
+        f"deepcomm.testing.LocalCluster, got {type(group).__name__}"
+    )
+
+
+def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
+    """Run ``produce`` on every rank and gather the results; one rank's error ends it on all.
+
+    Raises:
+        Error: Whatever ``produce`` raised, on the rank where it did; CommError naming that rank on
+            the others.
+    """
+    failure: Error | None = None
+    value: T | None = None
+    try:
+        value = produce()
+    except Error as error:
+        failure = error
+    entries = group.all_gather((value, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, message) in enumerate(entries):
+        if message is not None:
+            raise CommError(f"{what}: rank {group.rank}: rank {rank} failed: {message}", rank)
+    return [entry for entry, _ in entries]
+
+
+def check_equal(what: str, entries: list[dict[str, Any]]) -> None:
+    """Raise ConfigMismatch, alike on every rank, for the first field in which ranks differ."""
+    for name, expected in entries[0].items():
+        for rank, entry in enumerate(entries):
+            if entry[name] != expected:
+                raise ConfigMismatch(
+                    f"{what}: {name} differs between ranks: rank 0 has {expected!r}, "
+                    f"rank {rank} has {entry[name]!r}"
+                )
+
+
+def socket_interface() -> str | None:
+    """Return the network interface that the user chose for gloo, if any."""
+    return os.environ.get("GLOO_SOCKET_IFNAME")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``LocalCluster``: the ranks of a group as threads of this process."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from deepcomm.errors import CommError, CommTimeout, InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
+T = TypeVar("T")
+
+__all__ = ["LocalCluster", "LocalGroup"]
+
+
+class _Meeting:
+    """What the ranks of a cluster share: a board to gather on, and one store."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.board: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+        self.timeout_s = timeout_s
+        self.lock = threading.Lock()
+        self.server: dist.Store | None = None
+
+    def wait(self, rank: int) -> None:
+        try:
+            self.barrier.wait(self.timeout_s)
+        except threading.BrokenBarrierError:
+            raise CommTimeout(
+                f"LocalCluster: rank {rank}: another rank failed or did not come within "
+                f"{self.timeout_s:g} s"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGroup:
+    """The group as one rank of a ``LocalCluster`` sees it; pass it to ``Buffer``.
+
+    Attributes:
+        rank: This rank's index.
+        size: R, ranks of the cluster.
+    """
+
+    rank: int
+    size: int
+    _meeting: _Meeting
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank."""
+        self._meeting.board[self.rank] = value
+        self._meeting.wait(self.rank)
+        values = list(self._meeting.board)
+        self._meeting.wait(self.rank)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._meeting.wait(self.rank)
+
+    def store(self, timeout: timedelta) -> dist.Store:
+        """Return a client of one store on the loopback interface."""
+        with self._meeting.lock:
+            if self._meeting.server is None:
+                self._meeting.server = dist.TCPStore(
+                    "127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False
+                )
+            port = self._meeting.server.port
+        return dist.TCPStore(
+            "127.0.0.1", port, None, is_master=False, timeout=timeout, wait_for_workers=False
+        )
+
+
+class LocalCluster:
+    """R ranks as threads of one process: for notebooks, debuggers and tests.
+
+    Example:
+        >>> LocalCluster(4).run(lambda group: group.rank)
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0) -> None:
+        """Prepare a cluster.
+
+        Args:
+            num_ranks: R, one thread each.
+            timeout_s: Seconds a rank may wait for the others in the control plane.
+
+        Raises:
+            InvalidArgument: ``num_ranks`` is less than 1.
+        """
+        if num_ranks < 1:
+            raise InvalidArgument(f"num_ranks: expected at least 1, got {num_ranks}")
+        self.num_ranks = num_ranks
+        self._timeout_s = timeout_s
+
+    def run(self, function: Callable[[LocalGroup], T]) -> list[T]:
+        """Call ``function(group)`` on every rank and return the results, by rank.
+
+        Raises:
+            BaseException: What the first failing rank raised, with a note naming the rank. A rank
+                that failed only because another did (CommError, CommTimeout) is not preferred.
+        """
+        meeting = _Meeting(self.num_ranks, self._timeout_s)
+        results: list[Any] = [None] * self.num_ranks
+        failures: list[tuple[int, BaseException]] = []
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = function(LocalGroup(rank, self.num_ranks, meeting))
+            except BaseException as error:  # noqa: BLE001  # re-raised below, in the caller
+                failures.append((rank, error))
+                meeting.barrier.abort()
+
+        threads = [
+            threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True)
+            for rank in range(self.num_ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            rank, error = min(failures, key=lambda entry: isinstance(entry[1], CommError))
+            if hasattr(error, "add_note"):
+                error.add_note(f"raised on rank {rank} of {self.num_ranks}")
+            raise error
+        return results
