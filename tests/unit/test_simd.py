@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row operations of the CPU backend: every instruction set of this machine against torch, bitwise."""
+"""Row operations of the CPU backend: every instruction set here against torch, bitwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows_of(tensor: torch.Tensor) -> simd.Rows:
 
 
 def guarded(num_bytes: int, misalign: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a guard-filled uint8 buffer and its middle: num_bytes, misaligned to 64 by misalign."""
+    """Return a buffer of guard bytes and num_bytes inside it, misalign bytes past a line."""
     whole = torch.full((num_bytes + 4 * GUARD_BYTES,), GUARD, dtype=torch.uint8)
     start = GUARD_BYTES + -whole.data_ptr() % 64 + misalign
     return whole, whole[start : start + num_bytes]
@@ -242,7 +242,11 @@ SUMS = [
     Sum((), 200),
     Sum((), 200, bias=True, stream=True),
     *(Sum((n,), 7168, stream=n % 2 == 0) for n in range(1, 10)),
-    *(Sum((3,), h, weighted=True, stream=s) for h in (1, 7, 8, 33, 136, 200) for s in (True, False)),
+    *(
+        Sum((3,), h, weighted=True, stream=s)
+        for h in (1, 7, 8, 33, 136, 200)
+        for s in (True, False)
+    ),
     *(Sum((4,), 1000, stream=True, bias=True, dst_misalign=a) for a in (16, 32, 48)),
     Sum((2, 3, 1, 4), 7168),
     Sum((2, 3, 1, 4), 1111, weighted=True, bias=True, stream=True),
