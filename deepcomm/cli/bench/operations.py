@@ -103,6 +103,7 @@ def _high_throughput(workload: Workload, buffer: Buffer) -> list[Operation]:
 
 
 def _low_latency(workload: Workload, buffer: Buffer) -> list[Operation]:
+    """Return the split-phase operations; they receive into kept tensors, as decoders do."""
     x, routed, config = workload.x, workload.routed, workload.config
     send = partial(
         buffer.low_latency_dispatch,
@@ -114,6 +115,7 @@ def _low_latency(workload: Workload, buffer: Buffer) -> list[Operation]:
     )
     first = _receive(send())
     check_dispatch(workload, first)
+    send = partial(send, out=torch.empty_like(first.x))
     send_back = partial(
         buffer.low_latency_combine,
         _run_experts(first.x, workload),
@@ -123,7 +125,8 @@ def _low_latency(workload: Workload, buffer: Buffer) -> list[Operation]:
     )
     operations = [_dispatch(workload, Kind.DISPATCH, _two_phases(send))]
     if config.fp8:
-        fused = partial(send, quantize="fp8_e4m3")
+        fp8_out = torch.empty_like(first.x, dtype=torch.float8_e4m3fn)
+        fused = partial(send, quantize="fp8_e4m3", out=fp8_out)
         operations.append(_dispatch(workload, Kind.DISPATCH_FP8, _two_phases(fused)))
     return [*operations, _combine(workload, "combine BF16", _two_phases(send_back))]
 

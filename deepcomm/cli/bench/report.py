@@ -102,8 +102,8 @@ def _legend(config: BenchConfig, results: Sequence[Result]) -> str:
     ]
     if config.baseline != "none":
         lines.append(
-            f"{config.baseline}: index_select, all_to_all_single, index_add_; rows only, no ids, "
-            "no weights, BF16 sums."
+            f"{config.baseline}: index_select, all_to_all_single, index_add_, FP8 cast in torch; "
+            "rows only, no ids or weights, BF16 sums."
         )
     return "\n".join(lines)
 
