@@ -31,7 +31,7 @@ struct Warp {
     DEEPCOMM_DEVICE void sync() const { warp_sync(); }
     DEEPCOMM_DEVICE bool sync_and(bool flag) const {
         const uint32_t ballot = warp_ballot(flag);
-        warp_sync();  // a ballot alone orders no memory
+        warp_sync();  // ORDER: the lanes' accesses before it; a ballot alone orders no memory
         return ballot == kFullMask;
     }
 };

@@ -186,16 +186,15 @@ std::string ring_case(Cluster& cluster) {
     return "";
 }
 
-// ---- probe_barrier_fold: 2 blocks of 32 threads on each of 3 ranks take turns
+// ---- probe_barrier_fold: 1 or 2 blocks of 32 threads on each of 3 ranks take turns
 
-std::string barrier_fold_case(Cluster& cluster) {
+std::string fold_in_turns(Cluster& cluster, int num_rounds, int num_blocks) {
     const int num_ranks = cluster.num_ranks();
-    constexpr int kRounds = 1, kBlocks = 2;
     auto* accumulator = cluster.alloc<uint32_t>(0, "accumulator", 1, Fill::kZero);
     std::vector<ProbeParams> probes;
     kernels::BarrierFoldParams params{};
     for (int rank = 0; rank < num_ranks; ++rank) {
-        probes.push_back(ring_of_ranks(cluster, rank, kRounds, 0));
+        probes.push_back(ring_of_ranks(cluster, rank, num_rounds, 0));
         params.barrier_words[rank] = cluster.alloc<uint32_t>(
             rank, "barrier_words", static_cast<size_t>(num_ranks), Fill::kZero);
     }
@@ -204,16 +203,24 @@ std::string barrier_fold_case(Cluster& cluster) {
     for (int rank = 0; rank < num_ranks; ++rank) {
         params.probe = probes[static_cast<size_t>(rank)];
         params.grid_state = cluster.alloc<device::GridBarrierState>(rank, "grid", 1, Fill::kZero);
-        cluster.launch(rank, {kBlocks, 32, 0, [params] { kernels::probe_barrier_fold(params); }});
+        cluster.launch(rank, {num_blocks, 32, 0, [params] { kernels::probe_barrier_fold(params); }});
     }
     const std::string error = run_and_describe(cluster, probes);
     if (!error.empty()) return error;
     uint32_t expected = 0;
-    for (int turn = 0; turn < kRounds * num_ranks * kBlocks; ++turn) {
-        expected = kernels::fold(expected, static_cast<uint32_t>(turn % (num_ranks * kBlocks)) + 1);
+    for (int turn = 0; turn < num_rounds * num_ranks * num_blocks; ++turn) {
+        expected = kernels::fold(expected, static_cast<uint32_t>(turn % (num_ranks * num_blocks)) + 1);
     }
     DEEPCOMM_EXPECT("accumulator", 0, expected, *accumulator);
     return "";
+}
+
+std::string barrier_fold_case(Cluster& cluster) {
+    return fold_in_turns(cluster, 1, 2);
+}
+
+std::string barrier_fold_one_block_case(Cluster& cluster) {
+    return fold_in_turns(cluster, 2, 1);
 }
 
 // ---- probe_packet: 48 packets both ways between two ranks, 5 rounds in 2 copies
@@ -249,6 +256,7 @@ const Register kClaim("claim", 2, claim_case);
 const Register kBulkPut("bulk_put", 2, bulk_put_case);
 const Register kRing("ring", 2, ring_case);
 const Register kBarrierFold("barrier_fold", 3, barrier_fold_case);
+const Register kBarrierFoldOne("barrier_fold_one_block", 3, barrier_fold_one_block_case);
 const Register kPacket("packet", 2, packet_case);
 
 }  // namespace

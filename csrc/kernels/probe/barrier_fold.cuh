@@ -8,11 +8,12 @@
 namespace deepcomm::kernels {
 
 /// Meeting of all blocks of all ranks: the blocks of a rank, then their first blocks over ranks,
-/// then the blocks again.
+/// then the blocks again. A single block needs the ranks only.
 DEEPCOMM_DEVICE bool meet_everyone(const BarrierFoldParams& params, const device::Block& block,
                                    const device::RankBarrier& ranks, uint32_t epoch) {
     const auto context = wait_context(params.probe);
     const auto site = wait_for_peer(device::Role::kMeet, layout::kNoPeer, layout::kNoSlot);
+    if (block.num_blocks() == 1) return device::rank_barrier(context, site, block, ranks, epoch);
     auto* grid = static_cast<device::GridBarrierState*>(params.grid_state);
     if (!device::grid_barrier(context, site, block, grid)) return false;  // ORDER: blocks, then ranks
     bool is_complete = true;
@@ -31,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(256)
     ranks.num_ranks = params.num_ranks;
     for (int32_t i = 0; i < params.num_ranks; ++i) ranks.words[i] = params.barrier_words[i];
     const int32_t num_turns = params.num_ranks * block.num_blocks();
-    const int32_t my_turn = params.probe.rank * block.num_blocks() + block.block_idx();
+    const int32_t my_turn = block.block_idx() * params.num_ranks + params.probe.rank;
     uint32_t epoch = 0;
     for (int32_t round = 0; round < params.probe.num_rounds; ++round) {
         for (int32_t turn = 0; turn < num_turns; ++turn) {

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the emulated test programs: plain g++, objects cached by the hash of what they include.
+
+The emulator itself is compiled as usual. Units with kernels are compiled with
+``-fsanitize=thread``, whose hooks the emulator implements, so that plain accesses are checked; the
+sanitizer's run time is never linked. Objects live in ``build/emulated`` of the repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "emulated"
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulated"
+COMPILER = "g++"
+MAX_PARALLEL_COMPILES = 2
+
+BASE_FLAGS = ("-std=c++17", "-g", "-Wall", "-Wextra", "-Werror")
+HOOK_FLAGS = (
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    # Loops must not become calls of memset and memcpy, which no hook would see.
+    "-fno-tree-loop-distribute-patterns",
+)
+KERNEL_FOLDERS = ("common", "layout", "device", "kernels", "emu")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How to compile: what the program's kernels and the emulator are built with."""
+
+    kernel_flags: tuple[str, ...] = ("-O1", *HOOK_FLAGS)
+    emulator_flags: tuple[str, ...] = ("-O2",)
+    includes: tuple[Path, ...] = (CSRC,)
+    name: str = "plain"
+
+
+PLAIN = Variant()
+UNOPTIMISED = Variant(kernel_flags=("-O0", *HOOK_FLAGS), name="O0")
+OPTIMISED = Variant(kernel_flags=("-O3", *HOOK_FLAGS), name="O3")
+ADDRESS = Variant(
+    kernel_flags=("-O1", "-fsanitize=address"),
+    emulator_flags=("-O1", "-fsanitize=address"),
+    name="address",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program printed for one case (see harness.cpp)."""
+
+    case: str
+    seeds: int
+    failures: int
+    trace_hash: str
+    us_per_seed: float
+    steps_per_seed: float
+    max_now_ns: int
+    threads: int
+    notes: dict[str, int] = field(default_factory=dict)
+    first_seed: int | None = None
+    error: str = ""
+    replay: str = ""
+
+    def explain(self) -> str:
+        """One message with all that is needed to look into the first failure."""
+        return (
+            f"{self.case}: {self.failures} of {self.seeds} seeds failed, first seed "
+            f"{self.first_seed}: {self.error}\nreplay: {self.replay}"
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A built test program."""
+
+    path: Path
+
+    def cases(self) -> list[str]:
+        return self._call("--list").split()
+
+    def run(self, case: str, seeds: range, *options: str, no_aslr: bool = False) -> Result:
+        """Run a case over consecutive seeds; any failing seed is in the result, not raised."""
+        prefix = ("setarch", "-R") if no_aslr else ()
+        window = f"{seeds.start}:{seeds.stop}"
+        output = self._call(case, "--seeds", window, *options, prefix=prefix)
+        values: dict[str, Any] = json.loads(output)
+        return Result(**values)
+
+    def _call(self, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
+        command = [*prefix, str(self.path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr}")
+        return done.stdout
+
+
+def build(name: str, variant: Variant = PLAIN) -> Program:
+    """Compile ``tests/emulated/<name>.cpp`` and link it with the harness and the emulator."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    emulator = [(path, variant.emulator_flags) for path in sorted((CSRC / "emu").glob("*.cpp"))]
+    harness = [(HERE / "harness.cpp", variant.emulator_flags)]
+    kernels = [(HERE / f"{name}.cpp", variant.kernel_flags)]
+    includes = tuple(f"-I{path}" for path in (*variant.includes, HERE))
+    with ThreadPoolExecutor(MAX_PARALLEL_COMPILES) as pool:
+        objects = list(
+            pool.map(
+                lambda unit: compile_unit(unit[0], (*BASE_FLAGS, *unit[1], *includes)),
+                emulator + harness + kernels,
+            )
+        )
+    sanitizer = ("-fsanitize=address",) if "-fsanitize=address" in variant.emulator_flags else ()
+    key = digest([str(path) for path in objects])
+    program = BUILD / f"{name}-{variant.name}-{key}"
+    if not program.exists():
+        run_compiler([*map(str, objects), *sanitizer], program)
+    return Program(program)
+
+
+def compile_unit(source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one unit unless an object of the same sources, flags and compiler exists."""
+    key = digest([compiler_version(), *flags, source.read_text(), headers_digest(flags)])
+    target = BUILD / f"{source.stem}-{key}.o"
+    if not target.exists():
+        run_compiler(["-c", str(source), *flags], target)
+    return target
+
+
+def run_compiler(arguments: list[str], target: Path) -> None:
+    partial = target.with_name(target.name + ".partial")
+    command = [COMPILER, *arguments, "-o", str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    partial.replace(target)
+
+
+def headers_digest(flags: tuple[str, ...]) -> str:
+    """Hash of every header that a unit with these include folders may see."""
+    folders = [Path(flag[2:]) for flag in flags if flag.startswith("-I")]
+    headers = [
+        path
+        for folder in folders
+        for sub in (KERNEL_FOLDERS if folder != HERE else (".",))
+        for path in sorted((folder / sub).rglob("*.*h*"))
+    ]
+    return digest([text for path in headers for text in (path.name, path.read_text())])
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+@cache
+def compiler_version() -> str:
+    done = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True)
+    return done.stdout
