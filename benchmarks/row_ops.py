@@ -3,8 +3,8 @@
 
 Bytes are counted as read + written: copy 2 * B, cast B + H + scales, reduce of n rows (n + 1) * B,
 with H elements and B = 2 * H bytes a BF16 row. Cold: the rows of one pass exceed every cache; warm:
-they fit the second level. Each figure is the best of the rounds, variants taking turns; "x memcpy" is
-how many times as long as the C library's copy of the same source bytes, cold.
+they fit the second level. Each figure is the best of the rounds, variants taking turns; "x memcpy"
+is how many times as long as the C library copies the same source bytes, cold.
 """
 
 from __future__ import annotations

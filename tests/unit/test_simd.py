@@ -334,6 +334,17 @@ def test_reduce_rounds_every_value(isa: simd.Isa, dtype: torch.dtype, weight: fl
 
 @each_isa
 @each_dtype
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000], ids=hex)
+def test_reduce_keeps_nan_of_any_payload(isa: simd.Isa, dtype: torch.dtype, bits: int) -> None:
+    """Rounding a NaN like a number would carry a payload of ones into the sign: a zero."""
+    weight = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    case = Sum((1,), 200, weighted=True)
+    got = reduce(isa, case, Operands(torch.ones(1, 200, dtype=dtype), weight, None))
+    assert bool(got.isnan().all())
+
+
+@each_isa
+@each_dtype
 def test_reduce_pairs_of_every_value(isa: simd.Isa, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     values = all_values(dtype)
