@@ -18,7 +18,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
               "elements are split by little-endian rules");
 
 /// How far ahead rows are prefetched. PERF(Zen 5, 2026-11): hardware stops at each page; reducing 2 or
-/// 4 scattered rows takes 3.6 / 4.6 us without, 2.4 / 2.8 us with 1536 (512: 3.1 / 3.5, 2048: the same,
+/// 4 scattered rows takes 3.8 / 4.8 us without, 2.4 / 2.8 us with 1536 (512: 3.1 / 3.5, 2048: the same,
 /// but 8 rows lose 10 %).
 constexpr int kPrefetchBytes = 1536;
 
