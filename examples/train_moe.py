@@ -67,6 +67,7 @@ class Settings:
     device: str
     dtype: str
     ranks_per_node: int | None
+    threads: int
     print_every: int
     plot: Path | None
     json: Path | None
@@ -97,6 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, else bfloat16")
     add("--ranks-per-node", type=int, help="play several nodes on one host")
+    add("--threads", type=int, default=1, help="a rank; more pay off with larger layers only")
     add("--print-every", type=int, default=10, help="steps between printed losses")
     add("--plot", type=Path, help="write the loss curve to this PNG (needs matplotlib)")
     add("--json", type=Path, help="write losses and settings to this file")
@@ -327,12 +329,11 @@ def plot(losses: list[float], num_ranks: int, path: Path) -> None:
     pyplot.close(figure)
 
 
-def join_group(device: str) -> None:
+def join_group(settings: Settings) -> None:
     """Join the ranks that torchrun started, or be the only one."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(settings.threads)
     backend = "gloo"
-    if device == "cuda":
+    if settings.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
@@ -368,7 +369,7 @@ def train(settings: Settings) -> None:
 def main() -> None:
     """Run the command line."""
     settings = parse()
-    join_group(settings.device)
+    join_group(settings)
     try:
         train(settings)
     finally:
