@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,11 @@ HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
 # Generated from the built extension by `python .ci/stub.py`; do not edit.
 """
+
+
+# Their home depends on the version of Python that pybind11 compiles for.
+MOVING = re.compile(r"\b(?:typing_extensions|types|collections\.abc)\.(?:Buffer|CapsuleType)\b")
+IMPORT = re.compile(r"^import (\S+)\n", re.MULTILINE)
 
 
 def submodules() -> list[str]:
@@ -29,16 +35,26 @@ def generate() -> dict[str, str]:
     imports = "".join(f"from . import {name} as {name}\n" for name in names)
     stubs = {"__init__.pyi": f"{HEAD}{imports}"}
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--inspect-mode", "-q", "-o", folder]
+        output = Path(folder, "output")
+        options = ["--inspect-mode", "-q", "-o", str(output)]
         modules = [part for name in names for part in ("-m", f"deepcomm._C.{name}")]
         subprocess.run(
             [sys.executable, "-c", "from mypy.stubgen import main; main()", *options, *modules],
-            cwd=folder,  # in the checkout, the sources would hide an installed package
+            # Neither the checkout's sources nor the output may hide the installed package.
+            cwd=folder,
             check=True,
         )
         for name in names:
-            stubs[f"{name}.pyi"] = HEAD + Path(folder, "deepcomm", "_C", f"{name}.pyi").read_text()
+            text = Path(output, "deepcomm", "_C", f"{name}.pyi").read_text()
+            stubs[f"{name}.pyi"] = HEAD + settle(text)
     return stubs
+
+
+def settle(text: str) -> str:
+    """Return the stub in the same words for every version of Python."""
+    text = MOVING.sub("object", text)
+    body = IMPORT.sub("", text)
+    return IMPORT.sub(lambda line: line.group() if f"{line.group(1)}." in body else "", text)
 
 
 def main(folder: Path) -> None:
