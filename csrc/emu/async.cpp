@@ -241,6 +241,8 @@ void AsyncEngine::mbarrier_arrive(Thread& me, size_t offset, uint32_t expected_b
     mbarrier.arriving.join(machine->publish(me));
     if (mbarrier.pending == 0) fail("mbarrier: more arrivals than it was initialised for");
     --mbarrier.pending;
+    machine->trace("mbarrier arrive %s (%u bytes)", machine->memory.describe(offset).c_str(),
+                   expected_bytes);
     flip_if_complete(mbarrier);
 }
 
@@ -279,6 +281,8 @@ void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_byt
              "fence_mbarrier_init has published",
              machine->memory.describe(mbarrier_offset).c_str());
     }
+    machine->trace("bulk load of %u bytes: %s <- %s", num_bytes,
+                   machine->memory.describe(dst).c_str(), machine->memory.describe(src).c_str());
     mbarrier.issued_bytes += num_bytes;
     ++me.block->num_loads_in_flight;
     Operation operation = make(me, Kind::kBulkLoad, dst, src, num_bytes);
@@ -288,6 +292,8 @@ void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_byt
 
 void AsyncEngine::bulk_store(Thread& me, size_t dst, size_t src, uint32_t num_bytes) {
     check_bulk(me, dst, src, num_bytes);
+    machine->trace("bulk store of %u bytes: %s <- %s", num_bytes,
+                   machine->memory.describe(dst).c_str(), machine->memory.describe(src).c_str());
     Operation operation = make(me, Kind::kBulkStore, dst, src, num_bytes);
     operation.group = me.next_group;
     me.open_group.copies.push_back(operation.span);
@@ -298,6 +304,7 @@ void AsyncEngine::bulk_store(Thread& me, size_t dst, size_t src, uint32_t num_by
 
 void AsyncEngine::bulk_commit(Thread& me) {
     me.open_group.sequence = me.next_group++;
+    machine->trace("bulk group %u committed", me.open_group.sequence);
     me.groups.push_back(std::move(me.open_group));
     me.open_group = {};
 }
@@ -326,6 +333,7 @@ void AsyncEngine::bulk_wait(Thread& me, uint32_t max_pending, bool reads_only) {
         machine->scheduler.switch_away();
     }
     me.is_bulk_waiting = false;
+    machine->trace("bulk groups but %u %s", max_pending, reads_only ? "read" : "written");
     for (size_t i = 0; i + max_pending < me.groups.size(); ++i) {
         for (const AgentSpan& copy : me.groups[i].copies) {
             me.know.seen.raise(static_cast<size_t>(copy.agent),

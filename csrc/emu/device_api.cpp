@@ -66,6 +66,7 @@ void fence_sc(Scope scope) {
 void fence_proxy_async() {
     Thread& me = take_turn();
     me.know.proxied.join(machine->publish(me).seen);
+    machine->trace("fence.proxy.async");
 }
 
 // ---- plain accesses

@@ -37,6 +37,7 @@ void fail(const char* pattern, ...) {
     va_start(args, pattern);
     machine->error = format_args(pattern, args);
     va_end(args);
+    machine->trace("FAILED: %s", machine->error.c_str());
     if (!machine->current) throw HostFailure(machine->error);
     machine->scheduler.switch_to_host();
     std::abort();  // a failed run never resumes its threads
@@ -53,7 +54,7 @@ void Machine::trace(const char* pattern, ...) {
     va_start(args, pattern);
     const std::string text = format_args(pattern, args);
     va_end(args);
-    std::fprintf(stderr, "%8zu ns  %-12s %s\n", static_cast<size_t>(scheduler.now_ns()),
+    std::fprintf(stderr, "%8zu ns  %-10s %s\n", static_cast<size_t>(scheduler.now_ns()),
                  current ? actor_name(current->id).c_str() : "host", text.c_str());
 }
 

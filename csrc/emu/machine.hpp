@@ -44,7 +44,6 @@ struct BulkGroup {
 struct RecentRead {
     size_t offset = Memory::kOutside;
     size_t index = 0;
-    uint64_t newer_visible_ns = kNever;  ///< when a message comes over a slow link
 };
 
 struct Thread : ThreadIdentity {

@@ -125,6 +125,11 @@ void Memory::check_state(const Actor& actor, const Cell& cell, size_t offset, bo
     }
 }
 
+static const char* scope_hint(Access one, Access other) {
+    const bool are_strong = one != Access::kWeak && other != Access::kWeak;
+    return are_strong ? " (both are strong, but a scope is too narrow)" : "";
+}
+
 void Memory::check_against_write(const Actor& actor, const Cell& cell, size_t offset,
                                  const char* what) const {
     if (cell.writer == 0 || knows(actor, cell.writer, cell.write_epoch, true)) return;
@@ -133,7 +138,8 @@ void Memory::check_against_write(const Actor& actor, const Cell& cell, size_t of
     const bool seen = actor.know->seen[static_cast<size_t>(writer)] >= cell.write_epoch;
     fail("race: %s of %s by %s is unordered with the write by %s%s", what,
          describe(offset).c_str(), machine->actor_name(actor.id).c_str(),
-         machine->actor_name(writer).c_str(), seen ? " (no proxy fence between them)" : "");
+         machine->actor_name(writer).c_str(),
+         seen ? " (no proxy fence between them)" : scope_hint(actor.access, cell.write_access));
 }
 
 void Memory::check_against_reads(const Actor& actor, const Cell& cell, size_t offset) const {
@@ -141,9 +147,9 @@ void Memory::check_against_reads(const Actor& actor, const Cell& cell, size_t of
         if (cell.reader[i] == 0 || knows(actor, cell.reader[i], cell.read_epoch[i], false)) continue;
         const int reader = static_cast<int>(cell.reader[i]) - 1;
         if (is_morally_strong(actor, reader, cell.read_access[i])) continue;
-        fail("race: write of %s by %s is unordered with the earlier read by %s",
+        fail("race: write of %s by %s is unordered with the earlier read by %s%s",
              describe(offset).c_str(), machine->actor_name(actor.id).c_str(),
-             machine->actor_name(reader).c_str());
+             machine->actor_name(reader).c_str(), scope_hint(actor.access, cell.read_access[i]));
     }
 }
 

@@ -34,6 +34,7 @@ void meet(Thread* const* threads, size_t count) {
         machine->scheduler.make_runnable(threads[i]);
     }
     machine->scheduler.note_progress();
+    machine->trace("%zu threads met, with %s", count, machine->actor_name(threads[0]->id).c_str());
 }
 
 uint64_t result_for(const WarpRendezvous& meeting, int lane) {

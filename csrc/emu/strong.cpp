@@ -151,7 +151,6 @@ static void remember_read(Thread& me, const RecentRead& read) {
 }
 
 size_t StrongMemory::choose(Thread& me, Location& location) {
-    const size_t newest = location.messages.size() - 1;
     const size_t oldest = oldest_readable(me, location);
     const size_t visible = std::max(oldest, newest_visible(me, location));
     size_t chosen = visible;
@@ -162,9 +161,7 @@ size_t StrongMemory::choose(Thread& me, Location& location) {
         }
         count = chosen < visible ? count + 1 : 0;
     }
-    const uint64_t newer_visible_ns =
-        visible < newest ? location.messages[visible + 1].visible_ns : uint64_t{kNever};
-    remember_read(me, {location.offset, chosen, newer_visible_ns});
+    remember_read(me, {location.offset, chosen});
     return chosen;
 }
 
@@ -338,10 +335,12 @@ bool StrongMemory::park_on(Thread& me, size_t offset, uint64_t deadline_ns) {
     Location& location = locations_[static_cast<size_t>(location_of_[word]) - 1];
     for (const RecentRead& recent : me.recent_reads) {
         if (recent.offset != location.offset) continue;
-        if (recent.index < newest_visible(me, location)) return false;
+        const size_t visible = newest_visible(me, location);
+        if (recent.index < visible) return false;
+        const bool is_newest = visible + 1 == location.messages.size();
+        const uint64_t arrival_ns = is_newest ? kNever : location.messages[visible + 1].visible_ns;
         location.waiters.push_back(&me);
-        machine->scheduler.park_current("word", location.offset,
-                                        std::min(deadline_ns, recent.newer_visible_ns));
+        machine->scheduler.park_current("word", location.offset, std::min(deadline_ns, arrival_ns));
         return true;
     }
     return false;

@@ -34,12 +34,16 @@ WEAKER: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Twin:
-    """A broken version of a protocol that no ORDER line gives: ``find`` becomes ``replace``."""
+    """A broken version of a protocol that no ORDER line gives.
+
+    In ``find``, which occurs once in the file, the expression ``part`` becomes ``replace``.
+    """
 
     name: str
     case: str
     path: str
     find: str
+    part: str
     replace: str
 
 
@@ -55,8 +59,9 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """Stable name for tables: independent of line numbers."""
-        return f"{self.path}: {self.change}: {' '.join(self.statement.split())}"
+        """Stable name for tables: independent of line numbers and twins."""
+        statement = re.sub(r"/\*.*?\*/", "", self.statement)
+        return f"{self.path}: {self.change}: {' '.join(statement.split())}"
 
 
 @dataclass
@@ -68,16 +73,22 @@ class Mutator:
     next_number: int
     mutants: list[Mutant]
 
-    def apply_twins(self, twins: list[Twin]) -> None:
+    def mark_twins(self, twins: list[Twin]) -> None:
+        """Enclose each twin's part in comments, so that mutants of it stay apart from the twin."""
         for twin in twins:
             if self.text.count(twin.find) != 1:
                 raise ValueError(f"twin {twin.name}: {twin.find!r} must occur once in {self.path}")
             number = self.add(self.text.index(twin.find), twin.name, twin.find)
-            if twin.find.rstrip().endswith(";"):
-                both = f"if (deepcomm_mutant({number})) {{ {twin.replace} }} else {{ {twin.find} }}"
-            else:
-                both = f"(deepcomm_mutant({number}) ? ({twin.replace}) : ({twin.find}))"
-            self.text = self.text.replace(twin.find, both)
+            begin, _, end = twin.find.rpartition(twin.part)
+            marked = f"{begin}/*twin {number}*/{twin.part}/*end {number}*/{end}"
+            self.text = self.text.replace(twin.find, marked)
+
+    def insert_twins(self, twins: list[Twin]) -> None:
+        for twin in twins:
+            number = next(one.number for one in self.mutants if one.change == twin.name)
+            marked = re.compile(rf"/\*twin {number}\*/(.*?)/\*end {number}\*/", re.DOTALL)
+            choice = rf"(deepcomm_mutant({number}) ? ({twin.replace}) : (\1))"
+            self.text = marked.sub(choice, self.text)  # weakened calls repeat their arguments
 
     def apply_markers(self) -> None:
         position = 0
@@ -163,8 +174,10 @@ def mutate(twins: list[Twin]) -> tuple[Variant, list[Mutant]]:
     for path in sorted({path for pattern in MUTATED for path in CSRC.glob(pattern)}):
         name = str(path.relative_to(CSRC))
         mutator = Mutator(name, path.read_text(), len(mutants) + 1, mutants)
-        mutator.apply_twins([twin for twin in twins if twin.path == name])
+        twins_here = [twin for twin in twins if twin.path == name]
+        mutator.mark_twins(twins_here)
         mutator.apply_markers()
+        mutator.insert_twins(twins_here)
         files[name] = mutator.text.replace(
             "#pragma once\n", "#pragma once\nbool deepcomm_mutant(int);\n", 1
         )

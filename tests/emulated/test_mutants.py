@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every line that orders memory is needed: the emulator catches its removal and its weakening.
+
+Survivors are listed with the reason why nothing can see them; an entry that no longer survives, and
+a survivor without an entry, both fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+from emulated.build import Program, Result, build
+from emulated.mutants import Mutant, Twin, mutate
+
+CATCH_WITHIN = 1_000  # seeds
+RATE_SEEDS = range(200)
+
+# Who runs what: the cases, by program, that execute a file's lines.
+CASES_OF = {
+    "device/barrier.cuh": ("probes", ("barrier_fold", "barrier_fold_one_block")),
+    "device/epoch.cuh": ("primitives", ("epoch",)),
+    "device/group.cuh": ("primitives", ("warp",)),
+    "device/wait.cuh": ("primitives", ("record",)),
+    "kernels/probe/barrier_fold.cuh": ("probes", ("barrier_fold",)),
+    "kernels/probe/bulk_put.cuh": ("probes", ("bulk_put",)),
+    "kernels/probe/claim.cuh": ("probes", ("claim",)),
+    "kernels/probe/ring.cuh": ("probes", ("ring",)),
+    "kernels/probe/signal.cuh": ("probes", ("signal",)),
+}
+
+TWINS = [
+    Twin(
+        "signal: waits for one block too few",
+        case="signal",
+        path="kernels/probe/signal.cuh",
+        find="(round + 1) * block.num_blocks()",
+        part="(round + 1) * block.num_blocks()",
+        replace="(round + 1) * block.num_blocks() - 1",
+    ),
+    Twin(
+        "signal: counts by load and store",
+        case="signal",
+        path="kernels/probe/signal.cuh",
+        find="device::red_add_release_sys(params.dst_signal, 1u)",
+        part="device::red_add_release_sys(params.dst_signal, 1u)",
+        replace="device::st_release_sys(params.dst_signal, "
+        "device::ld_acquire_sys(params.dst_signal) + 1u)",
+    ),
+    Twin(
+        "claim: never looks",
+        case="claim",
+        path="kernels/probe/claim.cuh",
+        find="device::ld_relaxed_sys(&params.peer_claims[round])",
+        part="device::ld_relaxed_sys(&params.peer_claims[round])",
+        replace="0u",
+    ),
+    Twin(
+        "claim: looks at its neighbour's",
+        case="claim",
+        path="kernels/probe/claim.cuh",
+        find="&params.peer_claims[round]",
+        part="round",
+        replace="round ^ 1",
+    ),
+    Twin(
+        "bulk_put: waits for one block too few",
+        case="bulk_put",
+        path="kernels/probe/bulk_put.cuh",
+        find="static_cast<uint32_t>(params.num_tiles)",
+        part="static_cast<uint32_t>(params.num_tiles)",
+        replace="static_cast<uint32_t>(params.num_tiles) - 3u",
+    ),
+    Twin(
+        "bulk_put: never turns the parity",
+        case="bulk_put",
+        path="kernels/probe/bulk_put.cuh",
+        find="static_cast<uint32_t>(index / kNumStages & 1)",
+        part="static_cast<uint32_t>(index / kNumStages & 1)",
+        replace="0u",
+    ),
+    Twin(
+        "ring: reuses a slot one round early",
+        case="ring",
+        path="kernels/probe/ring.cuh",
+        find="epoch - static_cast<uint32_t>(params.num_slots)",
+        part="epoch - static_cast<uint32_t>(params.num_slots)",
+        replace="epoch - static_cast<uint32_t>(params.num_slots) - 1u",
+    ),
+    Twin(
+        "ring: reads one round early",
+        case="ring",
+        path="kernels/probe/ring.cuh",
+        find="params.tail, epoch",
+        part="epoch",
+        replace="epoch - 1u",
+    ),
+    Twin(
+        "barrier: hears the round before",
+        case="barrier_fold_one_block",
+        path="device/barrier.cuh",
+        find="at_peer, word, epoch",
+        part="epoch",
+        replace="epoch - 1u",
+    ),
+    Twin(
+        "barrier: the last but one block opens it",
+        case="barrier_fold",
+        path="device/barrier.cuh",
+        find="static_cast<uint32_t>(block.num_blocks() - 1)",
+        part="static_cast<uint32_t>(block.num_blocks() - 1)",
+        replace="static_cast<uint32_t>(block.num_blocks() - 2)",
+    ),
+    Twin(
+        "packet: one copy of the region",
+        case="packet",
+        path="kernels/probe/packet.cuh",
+        find="(round & 1) * params.num_packets",
+        part="(round & 1)",
+        replace="0u",
+    ),
+    Twin(
+        "packet: the first of the last round is not awaited",
+        case="packet",
+        path="kernels/probe/packet.cuh",
+        find="packet.words[3] == round",
+        part="packet.words[3] == round",
+        replace="packet.words[3] == round || (index == 0 && round == 5)",
+    ),
+    Twin(
+        "packet: plain stores",
+        case="packet",
+        path="kernels/probe/packet.cuh",
+        find="device::st_relaxed_sys(packets_of(params.dst_packets, params, round) + index, packet)",
+        part="device::st_relaxed_sys(packets_of(params.dst_packets, params, round) + index, packet)",
+        replace="device::st_weak_streaming(packets_of(params.dst_packets, params, round) + index, "
+        "packet)",
+    ),
+]
+
+# Mutants that nothing can see, and why.
+SURVIVORS: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """The mutated programs and what can be switched on in them."""
+
+    mutants: list[Mutant]
+    programs: dict[str, Program] = field(default_factory=dict)
+
+    def attack(self, program: str, case: str, mutant: Mutant, seeds: range, *options: str) -> Result:
+        chosen = ("--mutant", str(mutant.number), *options)
+        return self.programs[program].run(case, seeds, *chosen)
+
+
+@cache
+def build_mutated() -> Mutated:
+    variant, mutants = mutate(TWINS)
+    programs = {name: build(name, variant) for name in ("probes", "primitives")}
+    return Mutated(mutants, programs)
+
+
+@pytest.fixture(scope="module")
+def mutated() -> Mutated:
+    return build_mutated()
+
+
+def find_twin(mutated: Mutated, twin: Twin) -> Mutant:
+    return next(mutant for mutant in mutated.mutants if mutant.change == twin.name)
+
+
+def test_mutated_program_without_a_mutant_is_right(mutated: Mutated) -> None:
+    for case in mutated.programs["probes"].cases():
+        result = mutated.programs["probes"].run(case, range(100))
+        assert result.failures == 0, result.explain()
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
+def test_twin_is_caught(mutated: Mutated, twin: Twin) -> None:
+    mutant = find_twin(mutated, twin)
+    seeds = range(CATCH_WITHIN)
+    result = mutated.attack("probes", twin.case, mutant, seeds, "--until-failure")
+    assert result.failures == 1, f"not caught within {CATCH_WITHIN} seeds"
+
+
+PROTOCOLS = ("signal", "claim", "bulk_put", "ring", "barrier_fold", "packet")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_protocol_has_a_schedule_dependent_twin(mutated: Mutated, protocol: str) -> None:
+    """A twin that some schedules hide shows that the search, not the check alone, finds faults."""
+    twins = [twin for twin in TWINS if twin.case.startswith(protocol)]
+    rates = {
+        twin.name: mutated.attack(
+            "probes", twin.case, find_twin(mutated, twin), RATE_SEEDS
+        ).failures
+        for twin in twins
+    }
+    assert any(0 < failures < len(RATE_SEEDS) for failures in rates.values()), rates
+
+
+def test_every_order_line_matters(mutated: Mutated) -> None:
+    survivors: dict[str, str] = {}
+    twin_names = {twin.name for twin in TWINS}
+    attacked = [mutant for mutant in mutated.mutants if mutant.change not in twin_names]
+    for mutant in attacked:
+        program, cases = CASES_OF[mutant.path]
+        results = (
+            mutated.attack(program, case, mutant, range(CATCH_WITHIN), "--until-failure")
+            for case in cases
+        )
+        if not any(result.failures for result in results):
+            survivors[mutant.name] = f"line {mutant.line}"
+    assert set(survivors) == set(SURVIVORS), survivors
+    assert len(attacked) > 60, "the markers were not found"
