@@ -327,7 +327,6 @@ void bind_combine(py::module_& module) {
         .def_property_readonly("round", &CombineOp::round,
                                py::return_value_policy::reference_internal)
         .def_property_readonly("record_bytes", &CombineOp::record_bytes)
-        .def_property_readonly("zero_copy", &CombineOp::zero_copy)
         .def("num_rows_to", &CombineOp::num_rows_to, py::arg("source"))
         .def("num_rows_from", &CombineOp::num_rows_from, py::arg("node"))
         .def(

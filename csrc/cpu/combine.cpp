@@ -4,41 +4,26 @@
 #include <algorithm>
 
 #include "common/error.hpp"
+#include "cpu/combine_ring.hpp"
+#include "cpu/staged_rows.hpp"
 
 namespace deepcomm::cpu {
 
+StagedRows::StagedRows(const Endpoint& endpoint, const Round& round, int64_t row_bytes,
+                       int32_t num_topk)
+    : row_bytes_(row_bytes), num_topk_(num_topk), config_(endpoint.config()) {
+    const layout::SegmentLayout& map = endpoint.map();
+    for (int32_t local = 0; local < config_.ranks_per_node; ++local) {
+        const Announcement& at = round.of(config_.node() * config_.ranks_per_node + local);
+        const std::byte* const base = endpoint.base(local);
+        const bool rows_there = at.rows_offset != Announcement::kThroughRing;
+        rows_.push_back(rows_there ? base + at.rows_offset : nullptr);
+        weights_.push_back(reinterpret_cast<const float*>(
+            base + map.generation_begin(at.generation) + map.generation.topk_weights));
+    }
+}
+
 namespace {
-
-/// Rows as announced by the ranks of this node.
-class StagedRows : public RowSource {
-  public:
-    StagedRows(const Endpoint& endpoint, const Round& round, int64_t row_bytes, int32_t num_topk)
-        : row_bytes_(row_bytes), num_topk_(num_topk), config_(endpoint.config()) {
-        for (int32_t local = 0; local < config_.ranks_per_node; ++local) {
-            const Announcement& at = round.of(config_.node() * config_.ranks_per_node + local);
-            const std::byte* const base = endpoint.base(local);
-            rows_.push_back(base + at.rows_offset);
-            weights_.push_back(reinterpret_cast<const float*>(
-                base + endpoint.map().generation_begin(at.generation) +
-                endpoint.map().generation.topk_weights));
-        }
-    }
-
-    const std::byte* row(const Destination& at) const override {
-        return rows_[static_cast<size_t>(config_.local_of(at.rank))] + at.slot * row_bytes_;
-    }
-    const float* weights(const Destination& at) const override {
-        return weights_[static_cast<size_t>(config_.local_of(at.rank))] +
-               static_cast<int64_t>(at.slot) * num_topk_;
-    }
-
-  private:
-    int64_t row_bytes_;
-    int32_t num_topk_;
-    const EndpointConfig& config_;
-    std::vector<const std::byte*> rows_;
-    std::vector<const float*> weights_;
-};
 
 OpSignature signature_of(const CombineArgs& args) {
     OpSignature signature{};
@@ -61,25 +46,36 @@ CombineOp::CombineOp(Endpoint& endpoint, const CombineArgs& args)
     endpoint.check_usable(OpKind::kCombine);
 }
 
+CombineOp::Way CombineOp::choose_way(int32_t lent_generation) const {
+    if (lent_generation >= 0) {
+        return Way::kLent;
+    }
+    return endpoint_.config().num_nodes() == 1 ? Way::kRing : Way::kStaged;
+}
+
+int32_t CombineOp::choose_generation(int32_t lent_generation) {
+    if (way_ == Way::kLent) {
+        // Its metadata may still be read for an earlier combine of the same rows.
+        endpoint_.wait_readers(endpoint_.last_read(lent_generation), OpKind::kCombine);
+        return lent_generation;
+    }
+    return endpoint_.choose_landing(OpKind::kCombine).generation;
+}
+
 void CombineOp::stage() {
     const int64_t row_bytes = args_.format.row_bytes;
     const int64_t num_bytes = args_.record->received.num_rows * row_bytes;
-    int32_t generation = -1;
+    int32_t lent = -1;
     if (args_.record->recv_layout == RecvLayout::kToken && args_.outputs.row_stride == row_bytes &&
         num_bytes > 0) {
-        generation = endpoint_.generation_of(args_.outputs.y, num_bytes);
+        lent = endpoint_.generation_of(args_.outputs.y, num_bytes);
     }
-    zero_copy_ = generation >= 0;
-    if (!zero_copy_) {
-        generation = endpoint_.choose_landing(OpKind::kCombine).generation;
-        if (!endpoint_.ensure_rows(generation, num_bytes)) {
-            throw CommError(format("combine: /dev/shm is full: %lld bytes needed to stage the rows",
-                                   static_cast<long long>(num_bytes)),
-                            endpoint_.config().rank);
-        }
-    } else {
-        // Its metadata may still be read for an earlier combine of the same rows.
-        endpoint_.wait_readers(endpoint_.last_read(generation), OpKind::kCombine);
+    way_ = choose_way(lent);
+    const int32_t generation = choose_generation(lent);
+    if (way_ == Way::kStaged && !endpoint_.ensure_rows(generation, num_bytes)) {
+        throw CommError(format("combine: /dev/shm is full: %lld bytes needed to stage the rows",
+                               static_cast<long long>(num_bytes)),
+                        endpoint_.config().rank);
     }
     round_ = std::make_unique<Round>(endpoint_, signature_of(args_));
     endpoint_.mark_read(generation, round_->epoch());
@@ -96,17 +92,20 @@ void CombineOp::stage_rows(int32_t generation) {
     std::byte* const begin = endpoint_.own_base() + map.generation_begin(generation);
     std::byte* const rows = begin + map.generation.rows;
     auto* const weights = reinterpret_cast<float*>(begin + map.generation.topk_weights);
-    rows_offset_ = (zero_copy_ ? args_.outputs.y : rows) - endpoint_.own_base();
+    const bool copies_rows = way_ == Way::kStaged;
+    rows_offset_ = way_ == Way::kRing
+                       ? Announcement::kThroughRing
+                       : (copies_rows ? rows : args_.outputs.y) - endpoint_.own_base();
     const Received& received = args_.record->received;
     const int64_t row_bytes = args_.format.row_bytes;
     const bool carries = args_.outputs.topk_weights != nullptr;
-    if (zero_copy_ && !carries) {
+    if (!copies_rows && !carries) {
         return;
     }
     const bool stream = received.num_rows * row_bytes >= kStreamBytes;
     endpoint_.pool().parallel_for(received.num_rows, kGrainRows, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
-            const ReturnedRow target{zero_copy_ ? nullptr : rows + row * row_bytes,
+            const ReturnedRow target{copies_rows ? rows + row * row_bytes : nullptr,
                                      carries ? weights + row * received.num_topk : nullptr};
             return_row(args_.format, args_.record->recv_layout, received, row, args_.outputs,
                        target, endpoint_.ops(), stream);
@@ -144,24 +143,32 @@ void CombineOp::pack(int32_t source, int64_t begin, int64_t end, std::byte* reco
 
 void CombineOp::finish(const std::vector<const std::byte*>& partials) {
     const Routing& routing = args_.record->routing;
-    const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, routing.num_topk);
-    const NodePartials from_nodes{
-        layout::TokenRecord::make(args_.format.row_bytes, 0, routing.num_topk), partials};
-    sum_tokens(endpoint_, *args_.record, args_.format, rows, from_nodes, args_.target);
+    CombineRing ring(endpoint_, *round_, args_);
+    if (ring.is_used()) {
+        ring.run();
+    } else {
+        const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, routing.num_topk);
+        const NodePartials from_nodes{
+            layout::TokenRecord::make(args_.format.row_bytes, 0, routing.num_topk), partials};
+        sum_tokens(endpoint_, *args_.record, args_.format, rows, from_nodes, args_.target,
+                   {0, routing.num_tokens});
+    }
     endpoint_.finish_epoch(round_->epoch());
-    Counters& counters = endpoint_.counters();
-    ++counters.num_combines;
-    const int32_t own = endpoint_.config().rank;
-    const Received& received = args_.record->received;
-    const auto at = static_cast<size_t>(own);
-    const int64_t own_rows = std::min(received.first_row[at + 1], received.num_rows) -
-                             std::min(received.first_row[at], received.num_rows);
-    counters.bytes_local += own_rows * args_.format.row_bytes;
-    counters.bytes_node += (received.num_rows - own_rows) * args_.format.row_bytes;
-    if (zero_copy_) {
+    ++endpoint_.counters().num_combines;
+    count_bytes();
+    if (way_ == Way::kLent) {
         // The caller may change its tensor as soon as this returns.
         endpoint_.wait_readers(round_->epoch(), OpKind::kCombine);
     }
+}
+
+void CombineOp::count_bytes() {
+    const Received& received = args_.record->received;
+    const auto own = static_cast<size_t>(endpoint_.config().rank);
+    const int64_t own_rows = std::min(received.first_row[own + 1], received.num_rows) -
+                             std::min(received.first_row[own], received.num_rows);
+    endpoint_.counters().bytes_local += own_rows * args_.format.row_bytes;
+    endpoint_.counters().bytes_node += (received.num_rows - own_rows) * args_.format.row_bytes;
 }
 
 }  // namespace deepcomm::cpu

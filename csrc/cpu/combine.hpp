@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// High-throughput combine on CPUs: each rank stages its rows (summed over its experts) where its
-// node can read them, or lends the view it received them in; the tokens' ranks read and sum. Sums for
-// tokens of other nodes go back over the rail, one per (token, node).
+// High-throughput combine on CPUs. A rank's rows reach the ranks that sum them in one of three ways:
+//   lent    y is the view of symmetric memory that dispatch returned: peers read it where it lies;
+//   ring    one node, any other tensor: rows pass block by block through a small ring that stays in
+//           the cache the cores share (combine_ring.hpp);
+//   staged  several nodes: all rows are copied to a generation, because sums for other nodes go first.
+// Sums for tokens of other nodes go back over the rail, one per (token, node).
 #pragma once
 
 #include <memory>
@@ -22,7 +25,7 @@ class CombineOp {
   public:
     CombineOp(Endpoint& endpoint, const CombineArgs& args);
 
-    /// Stages the rows and announces them.
+    /// Makes the rows readable, or ready to pass through the ring, and announces them.
     void stage();
     Round& round() { return *round_; }
 
@@ -32,16 +35,20 @@ class CombineOp {
     void pack(int32_t source, int64_t begin, int64_t end, std::byte* records);
     /// Sums; partials[n] holds the records of node n (null for this node).
     void finish(const std::vector<const std::byte*>& partials);
-    bool zero_copy() const { return zero_copy_; }
 
   private:
+    enum class Way { kLent, kRing, kStaged };
+
+    Way choose_way(int32_t lent_generation) const;
+    int32_t choose_generation(int32_t lent_generation);
     void stage_rows(int32_t generation);
     const Routing& forwarded(int32_t source) const;
+    void count_bytes();
 
     Endpoint& endpoint_;
     CombineArgs args_;
     std::unique_ptr<Round> round_;
-    bool zero_copy_ = false;
+    Way way_ = Way::kStaged;
     int64_t rows_offset_ = 0;
 };
 

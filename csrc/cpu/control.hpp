@@ -26,10 +26,18 @@ struct Control {
     alignas(64) std::atomic<PeerState> state;
     int32_t culprit;
     char message[kMessageBytes];
+    /// Steps of the combine ring, as ring_step(epoch, step): rows owner has staged, and blocks of its
+    /// peers it is done with.
+    alignas(64) std::atomic<uint64_t> staged;
+    alignas(64) std::atomic<uint64_t> consumed;
     alignas(64) std::atomic<uint64_t> block_stride;  ///< record size the low-latency slots hold
     alignas(64) std::atomic<uint64_t> slot_done[kMaxSlots];  ///< last finished low-latency epoch
 };
 static_assert(sizeof(Control) <= layout::kControlBytes, "control page");
+
+constexpr uint64_t ring_step(uint64_t epoch, int64_t step) {
+    return (epoch << 24) | static_cast<uint64_t>(step);
+}
 
 enum class OpKind : int32_t {
     kDispatch = 0,
@@ -57,11 +65,13 @@ enum class OpStatus : int32_t { kOk = 0, kAborted = 1 };
 /// One rank's word to all about one operation. Two slots alternate: a rank that publishes epoch e+2
 /// has seen every rank's e+1, so every rank has finished e.
 struct Announcement {
+    static constexpr int64_t kThroughRing = -1;
     std::atomic<uint64_t> epoch;  // ORDER: release by the publisher, acquire by readers
     OpStatus status;
     OpSignature signature;
     int32_t num_tokens;
-    int64_t rows_offset;    ///< dispatch: landing rows; combine: rows to read (segment offset)
+    int64_t rows_offset;    ///< dispatch: landing rows; combine: rows to read (segment offset), or
+                            ///< kThroughRing
     int64_t rows_reserved;  ///< dispatch: bytes usable at rows_offset
     int32_t generation;
     char message[kMessageBytes];

@@ -146,6 +146,7 @@ DispatchOp::LocalTarget DispatchOp::target_of(int32_t local) const {
     target.scales = begin + map.generation.scales;
     target.topk_idx = reinterpret_cast<int32_t*>(begin + map.generation.topk_idx);
     target.topk_weights = reinterpret_cast<float*>(begin + map.generation.topk_weights);
+    target.source_token = reinterpret_cast<int32_t*>(begin + map.generation.source_token);
     target.direct = direct(local);
     const bool clipped = args_.recv_layout == RecvLayout::kToken && args_.capacity >= 0;
     target.num_slots = clipped ? args_.capacity : INT64_MAX;
@@ -178,11 +179,11 @@ void DispatchOp::find_overflow() {
 
 // ---- storing rows on the ranks of this node -----------------------------------------------------
 
-void DispatchOp::store_metadata(const LocalTarget& target, int32_t rank, int64_t slot,
+void DispatchOp::store_metadata(const LocalTarget& target, const Destination& to,
                                 const int32_t* ids, const float* weights) const {
     const int32_t num_local = endpoint_.config().num_local_experts();
-    const int32_t first = rank * num_local;
-    const int64_t at = slot * args_.num_topk;
+    const int32_t first = to.rank * num_local;
+    const int64_t at = static_cast<int64_t>(to.slot) * args_.num_topk;
     for (int32_t column = 0; column < args_.num_topk; ++column) {
         const int32_t local_id = ids[column] - first;
         const bool here = ids[column] >= 0 && local_id >= 0 && local_id < num_local;
@@ -213,7 +214,8 @@ void DispatchOp::store_token(const Routing& routing, int64_t token, const RowVie
         if (to.slot >= target.num_slots) {
             continue;
         }
-        store_metadata(target, to.rank, to.slot, ids, weights);
+        target.source_token[to.slot] = static_cast<int32_t>(token);
+        store_metadata(target, to, ids, weights);
         if (view.scales != nullptr && args_.format.scale_bytes > 0) {
             std::memcpy(target.scales + to.slot * args_.format.scale_bytes, view.scales,
                         static_cast<size_t>(args_.format.scale_bytes));
@@ -376,6 +378,7 @@ void DispatchOp::record_received() {
             static_cast<int32_t>(std::min<int64_t>(received.first_row.back(), own.num_slots));
         received.topk_idx.assign(
             own.topk_idx, own.topk_idx + static_cast<int64_t>(received.num_rows) * args_.num_topk);
+        received.source_token.assign(own.source_token, own.source_token + received.num_rows);
         place_rows(config, args_.recv_layout, args_.capacity,
                    record_->full_offsets[static_cast<size_t>(config.local())], received);
     }

@@ -81,6 +81,7 @@ class DispatchOp {
         std::byte* rows;
         std::byte* scales;
         int32_t* topk_idx;
+        int32_t* source_token;
         float* topk_weights;
         bool direct;
         int64_t num_slots;  ///< TOKEN rows that fit
@@ -90,7 +91,7 @@ class DispatchOp {
     void store_rows(const Routing& routing, int64_t begin, int64_t end, const Source& source);
     void store_token(const Routing& routing, int64_t token, const RowView& view,
                      const float* weights);
-    void store_metadata(const LocalTarget& target, int32_t rank, int64_t slot, const int32_t* ids,
+    void store_metadata(const LocalTarget& target, const Destination& to, const int32_t* ids,
                         const float* weights) const;
     LocalTarget target_of(int32_t local) const;
     bool direct(int32_t local) const;

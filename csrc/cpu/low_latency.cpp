@@ -466,7 +466,7 @@ void LowLatencyCombineOp::finish(const std::vector<const std::byte*>& partials) 
     const int32_t own = endpoint_.config().rank;
     const BlockRows rows(ring_, epoch_, own, record_format_, wait_blocks(own));
     sum_tokens(endpoint_, *combine.record, combine.format, rows, {record_format_, partials},
-               combine.target);
+               combine.target, {0, combine.record->routing.num_tokens});
     ring_.close(epoch_);
     ++endpoint_.counters().num_combines;
 }

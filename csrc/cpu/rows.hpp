@@ -66,6 +66,7 @@ struct Received {
     std::vector<int32_t> first_row;         ///< [R + 1] rows of each source
     std::vector<int32_t> topk_idx;          ///< [N, K] local expert ids, -1 elsewhere
     std::vector<float> topk_weights;        ///< [N, K] or empty
+    std::vector<int32_t> source_token;      ///< [N] token index at its source
     std::vector<int32_t> counts;            ///< [L] rows delivered per expert
     std::vector<int32_t> offsets;           ///< EXPERT: [L + 1], clipped to the capacity
     std::vector<int32_t> first_expert_row;  ///< [N + 1], index into expert_rows; expert layouts

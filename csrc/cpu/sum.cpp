@@ -69,7 +69,7 @@ class TokenSummer {
     TokenSummer(const EndpointConfig& config, const DispatchRecord& record, const RowSource& source,
                 const NodePartials& partials, int64_t first_token)
         : config_(config), record_(record), source_(source), partials_(partials) {
-        for (const std::vector<int32_t>& tokens : record.routing.node_tokens) {
+        for (const auto& tokens : record.routing.node_tokens) {
             next_.push_back(std::lower_bound(tokens.begin(), tokens.end(), first_token) -
                             tokens.begin());
         }
@@ -173,13 +173,14 @@ void mark_lost_weights(const EndpointConfig& config, const DispatchRecord& recor
 }  // namespace
 
 void sum_tokens(Endpoint& endpoint, const DispatchRecord& record, const RowFormat& format,
-                const RowSource& source, const NodePartials& partials,
-                const CombineTarget& target) {
+                const RowSource& source, const NodePartials& partials, const CombineTarget& target,
+                TokenRange range) {
     const Routing& routing = record.routing;
     const bool stream = routing.num_tokens * format.row_bytes >= kStreamBytes;
-    endpoint.pool().parallel_for(routing.num_tokens, kGrainRows, [&](int64_t begin, int64_t end) {
-        TokenSummer summer(endpoint.config(), record, source, partials, begin);
-        for (int64_t token = begin; token < end; ++token) {
+    const int64_t count = range.end - range.begin;
+    endpoint.pool().parallel_for(count, kGrainRows, [&](int64_t first, int64_t last) {
+        TokenSummer summer(endpoint.config(), record, source, partials, range.begin + first);
+        for (int64_t token = range.begin + first; token < range.begin + last; ++token) {
             float* weights = nullptr;
             if (target.topk_weights != nullptr) {
                 weights = target.topk_weights + token * routing.num_topk;
@@ -273,6 +274,9 @@ void return_row(const RowFormat& format, RecvLayout recv_layout, const Received&
         if (target.weights != nullptr) {
             target.weights[copy.column] = outputs.topk_weights[copy.position];
         }
+    }
+    if (target.row == nullptr) {
+        return;
     }
     ReduceArgs args = reduce_args(format, sum, target.row);
     args.weights = outputs.apply_weights == nullptr ? nullptr : factors;

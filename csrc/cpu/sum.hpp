@@ -35,9 +35,16 @@ struct CombineTarget {
     bool carries_weights = false;
 };
 
-/// Sums for each token of routing what its ranks returned, into target.
+/// Consecutive tokens.
+struct TokenRange {
+    int64_t begin;
+    int64_t end;
+};
+
+/// Sums for each token of range what its ranks returned, into target.
 void sum_tokens(Endpoint& endpoint, const DispatchRecord& record, const RowFormat& format,
-                const RowSource& source, const NodePartials& partials, const CombineTarget& target);
+                const RowSource& source, const NodePartials& partials, const CombineTarget& target,
+                TokenRange range);
 
 /// Sums tokens [begin, end) of routing.node_tokens[this node] over this node into records.
 void sum_node(Endpoint& endpoint, const Routing& routing, const RowFormat& format,

@@ -3,7 +3,8 @@
 // holds the types that live there.
 //
 //   control | arrivals[R] | announcements[N][2] | low-latency headers[S][R], weight flags[S][R]
-//   | generation 0: topk_idx, weights, scales, rows | generation 1 ... | slot 0: weights, blocks | ...
+//   | combine ring | generation 0: topk_idx, weights, source tokens, scales, rows | generation 1 ...
+//   | slot 0: weights, blocks | ...
 //
 // Every region begins at a page. Rows and blocks are sparse: the address range is sized for the
 // widest case, memory is reserved for what the configuration or an operation really needs.
@@ -21,6 +22,9 @@ constexpr int64_t kAnnouncementHeadBytes = 512;
 constexpr int64_t kBlockHeaderBytes = 512;
 constexpr int64_t kWidestItemBytes = 4;   // float32 rows
 constexpr int64_t kDefaultItemBytes = 2;  // what construction reserves: bfloat16 rows
+constexpr int64_t kRingDepth = 3;         // blocks of combine rows between two ranks
+constexpr int64_t kRingBytes =
+    4 << 20;  // a rank's ring: all rings of a node stay in a shared cache
 
 struct SegmentShape {
     int32_t num_ranks;
@@ -44,6 +48,7 @@ struct SegmentShape {
 struct GenerationOffsets {
     int64_t topk_idx;      ///< int32 [max_rows, K], local expert ids
     int64_t topk_weights;  ///< float [max_rows, K]
+    int64_t source_token;  ///< int32 [max_rows], index of the row's token at its source
     int64_t scales;        ///< [max_rows, 4 * tiles] bytes
     int64_t rows;          ///< rows, dense
 };
@@ -54,6 +59,8 @@ struct SegmentLayout {
     int64_t announcement_stride;
     int64_t block_headers;
     int64_t weight_flags;
+    int64_t ring;
+    int64_t ring_bytes;
     int64_t generations;
     int64_t generation_stride;
     GenerationOffsets generation;  ///< relative to the generation's begin
@@ -78,10 +85,18 @@ struct SegmentLayout {
         map.block_headers = cursor.take(num_blocks * kBlockHeaderBytes, kCacheLine);
         map.weight_flags = cursor.take(num_blocks * kCacheLine, kCacheLine);
 
+        const int64_t ring_row =
+            kRingDepth * (shape.num_ranks / shape.num_nodes) * shape.hidden * kWidestItemBytes;
+        map.ring_bytes = ring_row * shape.max_tokens < kRingBytes ? ring_row * shape.max_tokens
+                         : ring_row > kRingBytes                  ? ring_row
+                                                                  : kRingBytes;
+        map.ring = cursor.take(map.ring_bytes, kPage);
+
         const int64_t topk_items = shape.max_rows() * shape.num_topk;
         Cursor one;
         map.generation.topk_idx = one.take_array<int32_t>(topk_items, kPage);
         map.generation.topk_weights = one.take_array<float>(topk_items, kPage);
+        map.generation.source_token = one.take_array<int32_t>(shape.max_rows(), kPage);
         map.generation.scales = one.take(shape.max_rows() * shape.num_tiles() * 4, kPage);
         map.rows_capacity = shape.max_rows() * shape.hidden * kWidestItemBytes * shape.max_copies();
         map.generation.rows = one.take(map.rows_capacity, kPage);
@@ -108,6 +123,10 @@ struct SegmentLayout {
 
     /// Bytes that construction reserves before the first generation.
     constexpr int64_t control_bytes() const { return generations; }
+    /// Tokens of one block of the combine ring, for rows of row_bytes.
+    constexpr int64_t ring_tokens(int32_t ranks_per_node, int64_t row_bytes) const {
+        return ring_bytes / (kRingDepth * ranks_per_node * row_bytes);
+    }
     /// Bytes that construction reserves in each generation.
     constexpr int64_t reserved_generation_bytes(const SegmentShape& shape) const {
         return generation.rows + shape.max_rows() * shape.hidden * kDefaultItemBytes;

@@ -256,19 +256,23 @@ def test_measure_stops_after_its_seconds_but_not_before_a_sample() -> None:
 
 
 @pytest.mark.usefixtures("single_rank_group")
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_baseline_of_one_rank_is_right(num_tokens: int) -> None:
+def test_baseline_of_one_rank_is_right(num_tokens: int, kept: bool) -> None:
     config = config_of("--ranks", "1", "--hidden", "272", "--experts", "4", "--topk", "2")
     workload = Workload(config, 0, num_tokens, CPU)
     group = dist.group.WORLD
     assert group is not None
-    exchange = TorchExchange(group, config.experts)
+    exchange = TorchExchange(group, config.experts, keep_tensors=kept)
     plan = exchange.route(workload.routed.topk_idx)
     expected = workload.arrivals_in(RecvLayout.TOKEN)
-    rows = exchange.dispatch(workload.x, plan)
+    rows = exchange.dispatch(workload.x, workload.routed, plan)
     check_rows(workload, expected, rows, None)
-    cast = exchange.dispatch_fp8(workload.x, plan)
+    cast = exchange.dispatch_fp8(workload.x, workload.routed, plan)
     check_rows(workload, expected, cast.data, cast.scales)
+    ids, weights = exchange.exchange_routing(workload.routed, plan)
+    assert ids.equal(workload.routed.topk_idx[plan.token].int())
+    assert weights.equal(workload.routed.topk_weights[plan.token])
     summed = exchange.combine(expert_output_(rows.clone(), 0), plan, num_tokens)
     check_combine(workload, summed, weighted=False, num_roundings=2)
 

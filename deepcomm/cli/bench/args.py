@@ -105,7 +105,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--baseline", choices=["gloo", "nccl", "none"], help="gloo on cpu, nccl on cuda")
+    add(
+        "--baseline",
+        choices=["gloo", "gloo-kept", "nccl", "none"],
+        help="gloo on cpu (gloo-kept: its tensors are kept between calls), nccl on cuda",
+    )
     add("--iters", type=_positive, help="timed calls of each operation, at most (20; 100)")
     add("--warmup", type=_positive, default=3, help="calls of each operation before those")
     add("--max-seconds", type=float, default=30.0, help="then stop measuring a number of tokens")
@@ -209,7 +213,7 @@ def _check(config: BenchConfig) -> None:
         raise InvalidArgument("--backend cuda: torch finds no CUDA device (see deepcomm doctor)")
     if config.baseline == "nccl" and config.backend != "cuda":
         raise InvalidArgument("--baseline nccl: needs --backend cuda: NCCL moves GPU memory only")
-    if config.baseline == "gloo" and config.backend != "cpu":
+    if config.baseline.startswith("gloo") and config.backend != "cpu":
         raise InvalidArgument("--baseline gloo: expected nccl or none with --backend cuda")
     if config.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise InvalidArgument("--plot: needs matplotlib: pip install deepcomm[bench]")

@@ -32,14 +32,15 @@ MAX_REPEATS = 1000
 def list_baseline(workload: Workload, group: dist.ProcessGroup) -> list[Operation]:
     """Return the baseline's operations, one of each kind that is measured; collective."""
     config = workload.config
-    exchange = TorchExchange(group, config.experts)
-    x, topk_idx = workload.x, workload.routed.topk_idx
+    exchange = TorchExchange(group, config.experts, keep_tensors=config.baseline == "gloo-kept")
+    x, routed = workload.x, workload.routed
+    topk_idx = routed.topk_idx
     plan = exchange.route(topk_idx)
-    y = expert_output_(exchange.dispatch(x, plan).clone(), workload.rank)
+    y = expert_output_(exchange.dispatch(x, routed, plan), workload.rank)
     calls: dict[Kind, Callable[[], Any]] = {
-        Kind.DISPATCH: lambda: exchange.dispatch(x, exchange.route(topk_idx)),
-        Kind.DISPATCH_FP8: lambda: exchange.dispatch_fp8(x, exchange.route(topk_idx)),
-        Kind.CACHED_DISPATCH: lambda: exchange.dispatch(x, plan),
+        Kind.DISPATCH: lambda: exchange.dispatch(x, routed, exchange.route(topk_idx)),
+        Kind.DISPATCH_FP8: lambda: exchange.dispatch_fp8(x, routed, exchange.route(topk_idx)),
+        Kind.CACHED_DISPATCH: lambda: exchange.dispatch(x, routed, plan),
         Kind.COMBINE: lambda: exchange.combine(y, plan, workload.num_tokens),
     }
     if not config.fp8:

@@ -103,7 +103,7 @@ def _legend(config: BenchConfig, results: Sequence[Result]) -> str:
     if config.baseline != "none":
         lines.append(
             f"{config.baseline}: index_select, all_to_all_single, index_add_, FP8 cast in torch; "
-            "rows only, no ids or weights, BF16 sums."
+            "TOKEN rows with ids and weights, BF16 sums."
         )
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ def _prepare(workload: Workload, buffer: Buffer) -> Contenders:
     _agree(failure)
     baseline = []
     if workload.config.baseline != "none":
-        gloo = workload.config.baseline == "gloo"
+        gloo = workload.config.baseline.startswith("gloo")
         group = dist.group.WORLD if gloo else dist.new_group(backend="nccl")
         assert group is not None
         baseline = list_baseline(workload, group)
