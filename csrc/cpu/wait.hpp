@@ -49,7 +49,7 @@ class Waiter {
             return 0;
         }
         const auto start = Clock::now();
-        if (policy_.may_spin && spin(ready)) {
+        if (policy_.may_spin && spin(ready, start)) {
             return elapsed_us(start);
         }
         Progress progress{start, start, false};
@@ -75,14 +75,18 @@ class Waiter {
         bool warned;
     };
 
+    /// Looks again and again for as long as being woken by the kernel would take.
     template <typename Ready>
-    static bool spin(Ready& ready) {
-        constexpr int kSpins = 400;  // some 10 us: a wake-up through the kernel costs more
-        for (int index = 0; index < kSpins; ++index) {
-            if (ready()) {
-                return true;
+    static bool spin(Ready& ready, Clock::time_point start) {
+        constexpr auto kSpinTime = std::chrono::microseconds(100);
+        constexpr int kLooksPerClock = 16;
+        while (Clock::now() - start < kSpinTime) {
+            for (int look = 0; look < kLooksPerClock; ++look) {
+                if (ready()) {
+                    return true;
+                }
+                pause();
             }
-            pause();
         }
         return false;
     }

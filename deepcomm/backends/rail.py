@@ -52,6 +52,49 @@ class RailPolicy:
     on_lost: Callable[[str, int], None]
 
 
+class LateWatch:
+    """Logs a transfer that is waited for too long, from a thread: gloo's wait cannot be sliced."""
+
+    def __init__(self, rank: int, policy: RailPolicy) -> None:
+        """Start watching for a rank's waits."""
+        self._rank = rank
+        self._policy = policy
+        self._current: tuple[Transfer, float] | None = None
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, name="deepcomm-late-watch", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watching(self, transfer: Transfer) -> Iterator[None]:
+        """Watch a wait."""
+        self._current = (transfer, time.monotonic())
+        try:
+            yield
+        finally:
+            self._current = None
+
+    def _run(self) -> None:
+        warned: tuple[Transfer, float] | None = None
+        while not self._stopped.wait(self._policy.late_warning_s / 4):
+            current = self._current
+            if current is None or current is warned:
+                continue
+            transfer, start = current
+            if time.monotonic() - start >= self._policy.late_warning_s:
+                warned = current
+                LOG.warning(
+                    "%s: rank %d: rank %d is late: waiting since %g s (fatal after %g s)",
+                    transfer.what,
+                    self._rank,
+                    transfer.peer,
+                    self._policy.late_warning_s,
+                    self._policy.timeout_s,
+                )
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+
+
 class GlooRail:
     """Transport to the rail peers of one rank, numbered by node."""
 
@@ -61,6 +104,7 @@ class GlooRail:
         store = group.store(timeout)
         self._topology = topology
         self._policy = policy
+        self._watch = LateWatch(topology.rank, policy)
         self.address = rail_address(store)
         options = dist.ProcessGroupGloo._Options()  # noqa: SLF001  # the only way to pick a device
         options._devices = [rail_device(self.address)]  # noqa: SLF001
@@ -102,7 +146,7 @@ class GlooRail:
             CommError: The connection to the peer is lost.
         """
         start = time.perf_counter()
-        with self._warn_when_late(transfer):
+        with self._watch.watching(transfer):
             try:
                 transfer.work.wait(timedelta(seconds=self._policy.timeout_s))
             except RuntimeError as error:
@@ -123,28 +167,9 @@ class GlooRail:
         self._policy.on_lost(message, peer)
         return CommError(message, peer)
 
-    @contextlib.contextmanager
-    def _warn_when_late(self, transfer: Transfer) -> Iterator[None]:
-        timer = threading.Timer(self._policy.late_warning_s, self._warn, (transfer,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _warn(self, transfer: Transfer) -> None:
-        LOG.warning(
-            "%s: rank %d: rank %d is late: waiting since %g s (fatal after %g s)",
-            transfer.what,
-            self._topology.rank,
-            transfer.peer,
-            self._policy.late_warning_s,
-            self._policy.timeout_s,
-        )
-
     def close(self) -> None:
         """Drop the connections: peers that wait for this rank notice."""
+        self._watch.stop()
         self._group = None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's programs run as they stand; its commands are run by .ci/run."""
+"""The programs of the README and of PROTOCOLS.md run as they stand; .ci/run runs its commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
 MAX_FIRST_PROGRAM_LINES = 10
 
-PROGRAMS = [body for language, body in BLOCK.findall(README) if language == "python"]
+PROTOCOLS = (ROOT / "csrc" / "cpu" / "PROTOCOLS.md").read_text()
+
+PROGRAMS = [body for language, body in BLOCK.findall(README + PROTOCOLS) if language == "python"]
 
 
 @pytest.mark.parametrize("index", range(len(PROGRAMS)))
