@@ -32,7 +32,8 @@ DEEPCOMM_DEVICE bool grid_barrier(const WaitContext& context, const WaitSite& si
             st_release_gpu(&state->generation, generation + 1);
         } else {
             // ORDER: pairs with the release by the last arrival
-            is_complete = wait_reached_acquire_gpu(context, site, &state->generation, generation + 1);
+            is_complete =
+                wait_reached_acquire_gpu(context, site, &state->generation, generation + 1);
         }
     }
     return block.sync_and(is_complete);  // ORDER: the leader's acquire before the block goes on
@@ -50,8 +51,7 @@ struct RankBarrier {
 /// higher each time (it may wrap). What any rank's group did before, all groups see afterwards.
 template <typename Group>
 DEEPCOMM_DEVICE bool rank_barrier(const WaitContext& context, const WaitSite& site,
-                                  const Group& group, const RankBarrier& barrier,
-                                  uint32_t epoch) {
+                                  const Group& group, const RankBarrier& barrier, uint32_t epoch) {
     group.sync();  // ORDER: the group's accesses before its signals
     bool is_complete = true;
     for (int32_t peer = group.thread_idx(); peer < barrier.num_ranks; peer += group.size()) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who acts: groups of threads as values. Every group has thread_idx() inside itself, size(),
-// is_leader(), sync() and sync_and(flag), so that loops and protocols take the group as an argument.
+// is_leader(), sync() and sync_and(flag), so that loops and protocols take it as an argument.
 #pragma once
 
 #include "device/primitives.cuh"

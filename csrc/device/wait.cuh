@@ -64,8 +64,8 @@ DEEPCOMM_DEVICE void record_failure(const WaitContext& context, const WaitSite& 
 /// Polls until poll() is ready; address is what it polls, for the emulator. False when the deadline
 /// has passed (and is recorded) or when the rank has failed elsewhere.
 template <typename Poll>
-DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site,
-                                uint64_t expected, const void* address, Poll&& poll) {
+DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site, uint64_t expected,
+                                const void* address, Poll&& poll) {
     uint64_t deadline_ns = 0;
     for (uint32_t num_polls = 1;; ++num_polls) {
         const Observed observed = poll();

@@ -29,9 +29,7 @@ void check_bulk(const Thread& me, size_t global, size_t shared, uint32_t num_byt
 
 }  // namespace
 
-void AsyncEngine::reset() {
-    *this = AsyncEngine();
-}
+void AsyncEngine::reset() { *this = AsyncEngine(); }
 
 // ---- agents and life of an operation
 
@@ -45,9 +43,7 @@ AgentSpan AsyncEngine::take_agent(const Thread& me) {
     return {machine->num_threads + static_cast<int>(index), read_epoch, write_epoch};
 }
 
-int AsyncEngine::issuer_of(int agent) const {
-    return agent_issuer_[agent - machine->num_threads];
-}
+int AsyncEngine::issuer_of(int agent) const { return agent_issuer_[agent - machine->num_threads]; }
 
 AsyncEngine::Operation AsyncEngine::make(Thread& me, Kind kind, size_t dst, size_t src,
                                          uint32_t num_bytes) {
@@ -175,98 +171,6 @@ void AsyncEngine::complete(Operation& operation) {
     }
 }
 
-// ---- mbarriers
-
-void AsyncEngine::mbarrier_init(Thread& me, size_t offset, uint32_t num_arrivals) {
-    if (offset % 8 || num_arrivals == 0) fail("mbarrier_init: misaligned or without arrivals");
-    const auto known = mbarriers_.find(offset);
-    if (known != mbarriers_.end() && known->second.issued_bytes != known->second.announced_bytes) {
-        fail("mbarrier at %s is initialised while copies use it",
-             machine->memory.describe(offset).c_str());
-    }
-    machine->memory.set_mbarrier(offset, true);
-    Mbarrier fresh;
-    fresh.expected = fresh.pending = num_arrivals;
-    fresh.init_thread = me.id;
-    fresh.init_epoch = me.epoch;
-    mbarriers_[offset] = std::move(fresh);
-    machine->trace("mbarrier init %s", machine->memory.describe(offset).c_str());
-}
-
-void AsyncEngine::fence_mbarrier_init(Thread& me) {
-    for (auto& entry : mbarriers_) {
-        if (entry.second.init_thread == me.id) entry.second.is_published = true;
-    }
-}
-
-AsyncEngine::Mbarrier& AsyncEngine::find_mbarrier(Thread& me, size_t offset) {
-    const auto found = mbarriers_.find(offset);
-    if (found == mbarriers_.end()) {
-        fail("mbarrier at %s is used by %s but was never initialised",
-             machine->memory.describe(offset).c_str(), machine->actor_name(me.id).c_str());
-    }
-    Mbarrier& mbarrier = found->second;
-    const bool knows_init = mbarrier.init_thread == me.id ||
-                            me.know.seen[static_cast<size_t>(mbarrier.init_thread)] >=
-                                mbarrier.init_epoch;
-    if (!knows_init) {
-        fail("race: mbarrier at %s is used by %s, unordered with its initialisation by %s",
-             machine->memory.describe(offset).c_str(), machine->actor_name(me.id).c_str(),
-             machine->actor_name(mbarrier.init_thread).c_str());
-    }
-    return mbarrier;
-}
-
-void AsyncEngine::flip_if_complete(Mbarrier& mbarrier) {
-    if (mbarrier.pending != 0 || mbarrier.bytes != 0) return;
-    ++mbarrier.phase;
-    mbarrier.pending = mbarrier.expected;
-    mbarrier.completed = std::move(mbarrier.arriving);
-    mbarrier.arriving = {};
-    for (Thread* waiter : mbarrier.waiters) machine->scheduler.make_runnable(waiter);
-    mbarrier.waiters.clear();
-    machine->scheduler.note_progress();
-}
-
-void AsyncEngine::mbarrier_arrive(Thread& me, size_t offset, uint32_t expected_bytes) {
-    Mbarrier& mbarrier = find_mbarrier(me, offset);
-    mbarrier.announced_bytes += expected_bytes;
-    if (mbarrier.announced_bytes > mbarrier.issued_bytes) {
-        fail("mbarrier at %s expects %zd bytes of which only %zd are issued: the device layer issues "
-             "copies before the arrival that expects them",
-             machine->memory.describe(offset).c_str(), static_cast<ssize_t>(mbarrier.announced_bytes),
-             static_cast<ssize_t>(mbarrier.issued_bytes));
-    }
-    mbarrier.bytes += expected_bytes;
-    mbarrier.arriving.join(machine->publish(me));
-    if (mbarrier.pending == 0) fail("mbarrier: more arrivals than it was initialised for");
-    --mbarrier.pending;
-    machine->trace("mbarrier arrive %s (%u bytes)", machine->memory.describe(offset).c_str(),
-                   expected_bytes);
-    flip_if_complete(mbarrier);
-}
-
-bool AsyncEngine::mbarrier_try_wait(Thread& me, size_t offset, uint32_t parity) {
-    Mbarrier& mbarrier = find_mbarrier(me, offset);
-    const bool is_complete = (mbarrier.phase & 1) != (parity & 1);
-    machine->scheduler.note(mbarrier.phase);
-    me.polled_phase = mbarrier.phase;
-    if (is_complete) me.know.join(mbarrier.completed);
-    return is_complete;
-}
-
-bool AsyncEngine::park_on_mbarrier(Thread& me, size_t offset, uint64_t deadline_ns) {
-    Mbarrier& mbarrier = mbarriers_.at(offset);
-    if (mbarrier.phase != me.polled_phase) return false;
-    mbarrier.waiters.push_back(&me);
-    machine->scheduler.park_current("mbarrier", offset, deadline_ns);
-    return true;
-}
-
-void AsyncEngine::drop_mbarriers(size_t offset, size_t num_bytes) {
-    mbarriers_.erase(mbarriers_.lower_bound(offset), mbarriers_.lower_bound(offset + num_bytes));
-}
-
 // ---- bulk copies
 
 void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_bytes,
@@ -277,9 +181,10 @@ void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_byt
         mbarrier.is_published ||
         me.know.proxied[static_cast<size_t>(mbarrier.init_thread)] >= mbarrier.init_epoch;
     if (!is_init_proxied) {
-        fail("race: bulk copy completes on mbarrier %s, whose initialisation no "
-             "fence_mbarrier_init has published",
-             machine->memory.describe(mbarrier_offset).c_str());
+        fail(
+            "race: bulk copy completes on mbarrier %s, whose initialisation no "
+            "fence_mbarrier_init has published",
+            machine->memory.describe(mbarrier_offset).c_str());
     }
     machine->trace("bulk load of %u bytes: %s <- %s", num_bytes,
                    machine->memory.describe(dst).c_str(), machine->memory.describe(src).c_str());
@@ -355,77 +260,6 @@ void AsyncEngine::check_exit(const Thread& me) const {
     if (block.num_live == 1 && block.num_loads_in_flight) {
         fail("r%d.b%d ends while %d bulk copies still write its shared memory", block.rank,
              block.block_idx, block.num_loads_in_flight);
-    }
-}
-
-// ---- rails
-
-AsyncEngine::Lane& AsyncEngine::lane(const Thread& me, RailPeer peer) {
-    return lanes_[{me.rank, {peer.context, peer.rank}}];
-}
-
-void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes) {
-    machine->memory.check_bounds("rail put", src, num_bytes);
-    machine->memory.check_bounds("rail put", dst, num_bytes);
-    Operation operation = make(me, Kind::kRailPut, dst, src, num_bytes);
-    Lane& to = lane(me, peer);
-    operation.lane = &to;
-    operation.num_puts_before = to.num_issued++;
-    to.landed.push_back(false);
-    to.puts.push_back(operation.span);
-    ++to.num_unread;
-    submit(std::move(operation));
-}
-
-void AsyncEngine::rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value) {
-    machine->memory.check_bounds("rail signal", word, 8);
-    Operation operation = make(me, Kind::kRailSignal, word, word, 8);
-    Lane& to = lane(me, peer);
-    operation.lane = &to;
-    operation.signal_value = value;
-    operation.num_puts_before = to.num_issued;
-    if (to.num_landed_in_order >= to.num_issued) {
-        submit(std::move(operation));
-    } else {
-        ++machine->ranks[static_cast<size_t>(operation.rank)].num_copies;
-        held_.push_back(std::move(operation));
-    }
-}
-
-void AsyncEngine::release_signals(Lane& lane) {
-    while (lane.num_landed_in_order < lane.num_issued &&
-           lane.landed[static_cast<size_t>(lane.num_landed_in_order)]) {
-        ++lane.num_landed_in_order;
-    }
-    for (size_t i = 0; i < held_.size();) {
-        Operation& signal = held_[i];
-        if (signal.lane != &lane || signal.num_puts_before > lane.num_landed_in_order) {
-            ++i;
-            continue;
-        }
-        --machine->ranks[static_cast<size_t>(signal.rank)].num_copies;
-        submit(std::move(signal));
-        held_.erase(held_.begin() + static_cast<long>(i));
-    }
-}
-
-void AsyncEngine::rail_flush(Thread& me, int context) {
-    const auto is_clear = [&] {
-        return std::none_of(lanes_.begin(), lanes_.end(), [&](const auto& entry) {
-            return entry.first.first == me.rank && entry.first.second.first == context &&
-                   entry.second.num_unread > 0;
-        });
-    };
-    while (!is_clear()) {
-        flushing_.push_back(&me);
-        machine->scheduler.park_current("rail flush", Memory::kOutside, kNever);
-        machine->scheduler.switch_away();
-    }
-    for (const auto& entry : lanes_) {
-        if (entry.first.first != me.rank || entry.first.second.first != context) continue;
-        for (const AgentSpan& put : entry.second.puts) {
-            me.know.seen.raise(static_cast<size_t>(put.agent), put.read_epoch);
-        }
     }
 }
 

@@ -78,11 +78,11 @@ class AsyncEngine {
         uint32_t num_bytes;
         Knowledge know;  ///< of the issuer when it issued
         AgentSpan span;
-        size_t mbarrier;         ///< bulk load
-        uint32_t group;          ///< bulk store
-        Lane* lane;              ///< rail
-        uint64_t signal_value;   ///< rail signal
-        int num_puts_before;     ///< rail signal: puts that must land first
+        size_t mbarrier;        ///< bulk load
+        uint32_t group;         ///< bulk store
+        Lane* lane;             ///< rail
+        uint64_t signal_value;  ///< rail signal
+        int num_puts_before;    ///< rail signal: puts that must land first
         bool is_read;
         uint64_t ready_ns;
         std::vector<char> bytes;

@@ -29,9 +29,7 @@ void Cluster::host_barrier() {
     for (Rank& rank : machine->ranks) rank.program.push_back({true, {0, 0, 0, nullptr}});
 }
 
-std::string Cluster::run() {
-    return machine->run();
-}
+std::string Cluster::run() { return machine->run(); }
 
 Statistics Cluster::statistics() const {
     const Scheduler& scheduler = machine->scheduler;

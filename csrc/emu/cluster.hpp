@@ -27,9 +27,10 @@ struct Faults {
 
 struct Options {
     Faults faults;
-    bool trace = false;                 ///< print every event to stderr
-    uint64_t max_steps = 50'000'000;    ///< scheduler steps before the run is given up
-    uint64_t max_idle_steps = 400'000;  ///< steps in which nothing but loads happens: a raw spin loop
+    bool trace = false;               ///< print every event to stderr
+    uint64_t max_steps = 50'000'000;  ///< scheduler steps before the run is given up
+    uint64_t max_idle_steps =
+        400'000;  ///< steps in which nothing but loads happens: a raw spin loop
 };
 
 struct Launch {

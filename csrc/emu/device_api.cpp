@@ -55,13 +55,9 @@ uint64_t strong_rmw(void* address, int size, Rmw op, RmwOperands operands, Order
                                scope);
 }
 
-void fence_acq_rel(Scope scope) {
-    machine->strong.fence_acq_rel(take_turn(), scope);
-}
+void fence_acq_rel(Scope scope) { machine->strong.fence_acq_rel(take_turn(), scope); }
 
-void fence_sc(Scope scope) {
-    machine->strong.fence_sc(take_turn(), scope);
-}
+void fence_sc(Scope scope) { machine->strong.fence_sc(take_turn(), scope); }
 
 void fence_proxy_async() {
     Thread& me = take_turn();
@@ -78,6 +74,10 @@ static bool find_plain(const void* address, size_t* offset) {
         *offset = machine->memory.offset_of(address);
         if (*offset == Memory::kOutside) fail("out of bounds: plain access behind all memory");
         return true;
+    }
+    if (machine->stacks.is_foreign(address, machine->current->context.stack)) {
+        fail("%s touches a local variable of another thread",
+             machine->actor_name(machine->current->id).c_str());
     }
     return false;
 }
@@ -99,9 +99,7 @@ void weak_write(const void* address, size_t num_bytes) {
 
 // ---- time and control
 
-uint64_t globaltimer_ns() {
-    return machine->scheduler.now_ns();
-}
+uint64_t globaltimer_ns() { return machine->scheduler.now_ns(); }
 
 void pause_on(const void* address, uint64_t deadline_ns) {
     Thread& me = self();
@@ -128,8 +126,7 @@ void exit_thread() {
 void* shared_memory(size_t num_bytes) {
     const Block& block = *self().block;
     if (num_bytes > block.smem_bytes) {
-        fail("shared storage of %zu bytes is asked, %zu are launched", num_bytes,
-             block.smem_bytes);
+        fail("shared storage of %zu bytes is asked, %zu are launched", num_bytes, block.smem_bytes);
     }
     return machine->memory.at(block.smem_offset);
 }
@@ -139,14 +136,11 @@ void mbarrier_init(void* mbarrier, uint32_t num_arrivals) {
     machine->async.mbarrier_init(me, require_inside("mbarrier_init", mbarrier), num_arrivals);
 }
 
-void fence_mbarrier_init() {
-    machine->async.fence_mbarrier_init(take_turn());
-}
+void fence_mbarrier_init() { machine->async.fence_mbarrier_init(take_turn()); }
 
 void mbarrier_arrive(void* mbarrier, uint32_t expected_bytes) {
     Thread& me = take_turn();
-    machine->async.mbarrier_arrive(me, require_inside("mbarrier_arrive", mbarrier),
-                                   expected_bytes);
+    machine->async.mbarrier_arrive(me, require_inside("mbarrier_arrive", mbarrier), expected_bytes);
 }
 
 bool mbarrier_try_wait(void* mbarrier, uint32_t parity) {
@@ -167,9 +161,7 @@ void bulk_store(void* global_dst, const void* shared_src, uint32_t num_bytes) {
                               require_inside("bulk_store", shared_src), num_bytes);
 }
 
-void bulk_commit() {
-    machine->async.bulk_commit(take_turn());
-}
+void bulk_commit() { machine->async.bulk_commit(take_turn()); }
 
 void bulk_wait(uint32_t max_pending, bool reads_only) {
     machine->async.bulk_wait(take_turn(), max_pending, reads_only);
@@ -188,8 +180,6 @@ void rail_signal_add(RailPeer peer, uint64_t* word, uint64_t value) {
     machine->async.rail_signal_add(me, peer, require("rail_signal", word, 8), value);
 }
 
-void rail_flush(int context) {
-    machine->async.rail_flush(take_turn(), context);
-}
+void rail_flush(int context) { machine->async.rail_flush(take_turn(), context); }
 
 }  // namespace deepcomm::emu

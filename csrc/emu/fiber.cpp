@@ -99,7 +99,8 @@ deepcomm_emu_switch:
 void prepare(Context& context, Stack stack, void (*entry)()) {
     constexpr size_t kSavedRegisters = 6;
     std::memcpy(stack.base, &kCanary, sizeof kCanary);
-    const uintptr_t top = reinterpret_cast<uintptr_t>(stack.base + stack.num_bytes) & ~uintptr_t{63};
+    const uintptr_t top =
+        reinterpret_cast<uintptr_t>(stack.base + stack.num_bytes) & ~uintptr_t{63};
     void** slot = reinterpret_cast<void**>(top) - 2;  // entry starts as if called: sp % 16 == 8
     slot[0] = reinterpret_cast<void*>(entry);
     slot[1] = nullptr;
@@ -151,12 +152,9 @@ void switch_context(Context& from, Context& to, bool from_is_finished) {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 #else
-void on_first_entry() {
-}
+void on_first_entry() {}
 
-void switch_context(Context& from, Context& to, bool /*from_is_finished*/) {
-    jump(from, to);
-}
+void switch_context(Context& from, Context& to, bool /*from_is_finished*/) { jump(from, to); }
 #endif
 
 }  // namespace deepcomm::emu

@@ -8,12 +8,12 @@
 using deepcomm::emu::weak_read;
 using deepcomm::emu::weak_write;
 
-#define DEEPCOMM_HOOKS_OF_SIZE(size)                                           \
-    void __tsan_read##size(void* p) { weak_read(p, size); }                    \
-    void __tsan_write##size(void* p) { weak_write(p, size); }                  \
-    void __tsan_unaligned_read##size(void* p) { weak_read(p, size); }          \
-    void __tsan_unaligned_write##size(void* p) { weak_write(p, size); }        \
-    void __tsan_volatile_read##size(void* p) { weak_read(p, size); }           \
+#define DEEPCOMM_HOOKS_OF_SIZE(size)                                    \
+    void __tsan_read##size(void* p) { weak_read(p, size); }             \
+    void __tsan_write##size(void* p) { weak_write(p, size); }           \
+    void __tsan_unaligned_read##size(void* p) { weak_read(p, size); }   \
+    void __tsan_unaligned_write##size(void* p) { weak_write(p, size); } \
+    void __tsan_volatile_read##size(void* p) { weak_read(p, size); }    \
     void __tsan_volatile_write##size(void* p) { weak_write(p, size); }
 
 extern "C" {

@@ -56,10 +56,10 @@ struct Thread : ThreadIdentity {
 
     // What it knows, and what it will tell or learn at its next fence.
     Knowledge know;
-    uint32_t epoch = 1;  ///< of its current accesses; advances whenever it publishes
-    Knowledge fenced[kNumScopes];     ///< told by its later relaxed stores: snapshots at fences
-    Knowledge unfenced[kNumScopes];   ///< read by relaxed loads; learnt at a fence of that scope
-    RecentRead recent_reads[4];       ///< of strong loads, to know whether a poll saw the newest
+    uint32_t epoch = 1;              ///< of its current accesses; advances whenever it publishes
+    Knowledge fenced[kNumScopes];    ///< told by its later relaxed stores: snapshots at fences
+    Knowledge unfenced[kNumScopes];  ///< read by relaxed loads; learnt at a fence of that scope
+    RecentRead recent_reads[4];      ///< of strong loads, to know whether a poll saw the newest
     uint32_t next_recent_read = 0;
     uint32_t polled_phase = 0;  ///< of the mbarrier that it polled last
 

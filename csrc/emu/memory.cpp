@@ -136,15 +136,15 @@ void Memory::check_against_write(const Actor& actor, const Cell& cell, size_t of
     const int writer = static_cast<int>(cell.writer) - 1;
     if (is_morally_strong(actor, writer, cell.write_access)) return;
     const bool seen = actor.know->seen[static_cast<size_t>(writer)] >= cell.write_epoch;
-    fail("race: %s of %s by %s is unordered with the write by %s%s", what,
-         describe(offset).c_str(), machine->actor_name(actor.id).c_str(),
-         machine->actor_name(writer).c_str(),
+    fail("race: %s of %s by %s is unordered with the write by %s%s", what, describe(offset).c_str(),
+         machine->actor_name(actor.id).c_str(), machine->actor_name(writer).c_str(),
          seen ? " (no proxy fence between them)" : scope_hint(actor.access, cell.write_access));
 }
 
 void Memory::check_against_reads(const Actor& actor, const Cell& cell, size_t offset) const {
     for (int i = 0; i < 2; ++i) {
-        if (cell.reader[i] == 0 || knows(actor, cell.reader[i], cell.read_epoch[i], false)) continue;
+        if (cell.reader[i] == 0 || knows(actor, cell.reader[i], cell.read_epoch[i], false))
+            continue;
         const int reader = static_cast<int>(cell.reader[i]) - 1;
         if (is_morally_strong(actor, reader, cell.read_access[i])) continue;
         fail("race: write of %s by %s is unordered with the earlier read by %s%s",
@@ -222,8 +222,8 @@ void Memory::check_copy_write(const Actor& actor, size_t offset,
     for (size_t byte = 0; byte < defined.size(); byte += kWord) {
         const size_t num_bytes = std::min(kWord, defined.size() - byte);
         const auto* flags = defined.data() + byte;
-        const bool is_mixed = std::any_of(flags, flags + num_bytes,
-                                          [&](uint8_t flag) { return flag != flags[0]; });
+        const bool is_mixed =
+            std::any_of(flags, flags + num_bytes, [&](uint8_t flag) { return flag != flags[0]; });
         if (is_mixed) split(cells_[(begin + byte) / kWord]);
         for_each_cell(begin + byte, num_bytes, mark);
     }
@@ -244,9 +244,9 @@ void Memory::set_mbarrier(size_t offset, bool is_mbarrier) {
 }
 
 const Memory::Region* Memory::find_region(size_t offset) const {
-    const auto after = std::upper_bound(
-        regions_.begin(), regions_.end(), offset,
-        [](size_t value, const Region& region) { return value < region.begin; });
+    const auto after =
+        std::upper_bound(regions_.begin(), regions_.end(), offset,
+                         [](size_t value, const Region& region) { return value < region.begin; });
     return after == regions_.begin() ? nullptr : &*(after - 1);
 }
 

@@ -20,9 +20,7 @@ enum class Access : uint8_t { kWeak, kStrongBlock, kStrongGpu, kStrongSys };
 constexpr Access strong_access(Scope scope) {
     return static_cast<Access>(static_cast<int>(scope) + 1);
 }
-constexpr Scope scope_of(Access access) {
-    return static_cast<Scope>(static_cast<int>(access) - 1);
-}
+constexpr Scope scope_of(Access access) { return static_cast<Scope>(static_cast<int>(access) - 1); }
 
 enum class Proxy : uint8_t { kGeneric, kAsync };
 

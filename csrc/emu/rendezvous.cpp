@@ -94,9 +94,7 @@ static bool arrive_at_barrier(const char* what, int idx, int num_threads, bool f
     return me.barrier_flag;
 }
 
-bool block_barrier(bool flag) {
-    return arrive_at_barrier("block barrier", 0, 0, flag);
-}
+bool block_barrier(bool flag) { return arrive_at_barrier("block barrier", 0, 0, flag); }
 
 bool named_barrier(int barrier_idx, int num_threads, bool flag) {
     if (barrier_idx <= 0 || barrier_idx >= kNumBarriers || num_threads <= 0 || num_threads % 32) {

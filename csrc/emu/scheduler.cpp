@@ -16,7 +16,8 @@ void Scheduler::reset() {
     hash_ = 0xCBF29CE484222325ull;
     const uint32_t policy = random.below(4);
     if (policy == 2) stickiness_ = 8;
-    if (policy == 3) laggard_ = static_cast<int>(random.below(static_cast<uint32_t>(machine->ranks.size())));
+    if (policy == 3)
+        laggard_ = static_cast<int>(random.below(static_cast<uint32_t>(machine->ranks.size())));
     constexpr uint32_t kAsyncPeriods[] = {4, 16, 64};
     async_period_ = kAsyncPeriods[random.below(3)];
 }
@@ -117,7 +118,8 @@ Thread* Scheduler::choose() {
 void Scheduler::check_limits() {
     const Options& options = machine->options;
     if (ticks_ > options.max_steps) fail("gave up after %zu steps", options.max_steps);
-    const uint64_t limit = options.max_idle_steps + 1000 * static_cast<uint64_t>(machine->num_threads);
+    const uint64_t limit =
+        options.max_idle_steps + 1000 * static_cast<uint64_t>(machine->num_threads);
     if (ticks_ - last_progress_ > limit) {
         fail("livelock: %zu steps of loads only; a wait spins without parking", limit);
     }
@@ -177,9 +179,7 @@ void Scheduler::switch_away() {
     switch_to(next);
 }
 
-void Scheduler::switch_to_host() {
-    switch_to(nullptr);
-}
+void Scheduler::switch_to_host() { switch_to(nullptr); }
 
 bool Scheduler::run_from_host() {
     wants_host_ = false;

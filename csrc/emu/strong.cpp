@@ -13,17 +13,11 @@ namespace {
 
 constexpr size_t kWord = 4;
 
-bool acquires(Order order) {
-    return order == Order::kAcquire || order == Order::kAcqRel;
-}
+bool acquires(Order order) { return order == Order::kAcquire || order == Order::kAcqRel; }
 
-bool releases(Order order) {
-    return order == Order::kRelease || order == Order::kAcqRel;
-}
+bool releases(Order order) { return order == Order::kRelease || order == Order::kAcqRel; }
 
-size_t index_of(Scope scope) {
-    return static_cast<size_t>(scope);
-}
+size_t index_of(Scope scope) { return static_cast<size_t>(scope); }
 
 uint64_t apply(Rmw op, uint64_t old_value, RmwOperands operands) {
     switch (op) {
@@ -69,7 +63,8 @@ Location& StrongMemory::locate(size_t offset, int size) {
         locations_.push_back(std::move(fresh));
     }
     Location& location = locations_[static_cast<size_t>(location_of_[first_word]) - 1];
-    const bool overlaps_another = location_of_[first_word + num_words - 1] != location_of_[first_word];
+    const bool overlaps_another =
+        location_of_[first_word + num_words - 1] != location_of_[first_word];
     if (location.offset != offset || location.size != size || overlaps_another) {
         fail("mixed sizes: %s is accessed strongly as %d bytes at %s and as %d bytes",
              machine->memory.describe(offset).c_str(), location.size,
@@ -108,8 +103,7 @@ void StrongMemory::on_weak_write(const Actor& actor, size_t offset, size_t num_b
 /// Coherence: nothing older than the newest message known to have happened, or read before.
 size_t StrongMemory::oldest_readable(const Thread& me, const Location& location) const {
     size_t index = location.messages.size() - 1;
-    const size_t viewed =
-        location.view < 0 ? 0 : me.know.seen[static_cast<size_t>(location.view)];
+    const size_t viewed = location.view < 0 ? 0 : me.know.seen[static_cast<size_t>(location.view)];
     while (index > viewed) {
         const Message& message = location.messages[index];
         const bool is_known = message.writer < 0 || message.writer == me.id ||
@@ -256,8 +250,8 @@ void StrongMemory::append(Thread& me, Location& location, Message message, Order
     push(location, std::move(message));
 }
 
-void StrongMemory::store(Thread& me, size_t offset, int size, const StrongValue& value,
-                         Order order, Scope scope) {
+void StrongMemory::store(Thread& me, size_t offset, int size, const StrongValue& value, Order order,
+                         Scope scope) {
     Location& location = locate(offset, size);
     machine->memory.check_write(machine->actor(me, strong_access(scope)), offset,
                                 static_cast<size_t>(size));

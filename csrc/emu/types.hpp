@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vocabulary of the emulator: scopes and orders, and what a fiber sees as threadIdx and friends.
+// The vocabulary of the emulator: scopes and orders, and what a fiber sees as threadIdx etc.
 #pragma once
 
 #include <cstdint>

@@ -2,13 +2,13 @@
 // What a kernel leaves behind when a wait runs out or a check fails. One record a rank, in memory
 // that host and device share; the host turns it into an exception and clears it.
 //
-//   0       4      8           12     16     20     24     28      32         40         48       64
-//   +-------+------+-----------+------+------+------+------+-------+----------+----------+--------+
-//   | state | kind | operation | role | rank | peer | slot | block | expected | observed | unused |
-//   +-------+------+-----------+------+------+------+------+-------+----------+----------+--------+
+//   0       4      8           12     16     20     24     28      32         40         48     64
+//   +-------+------+-----------+------+------+------+------+-------+----------+----------+------+
+//   | state | kind | operation | role | rank | peer | slot | block | expected | observed | free |
+//   +-------+------+-----------+------+------+------+------+-------+----------+----------+------+
 //
-// state goes kClear -> kWriting by compare-and-swap, so that the first failure wins, and kWriting ->
-// kComplete by a release after the fields: who acquires kComplete may read them.
+// state goes kClear -> kWriting by compare-and-swap, so that the first failure wins, and kWriting
+// -> kComplete by a release after the fields: who acquires kComplete may read them.
 #pragma once
 
 #include "common/int.hpp"
@@ -53,9 +53,14 @@ struct ErrorRecord {
     int32_t block;
     uint64_t expected;
     uint64_t observed;
-    uint64_t unused[2];
+    uint64_t free[2];
 };
 
 static_assert(sizeof(ErrorRecord) == 64, "drawing above");
+#if !defined(__CUDACC_RTC__)  // NVRTC has no offsetof
+static_assert(__builtin_offsetof(ErrorRecord, rank) == 16, "drawing above");
+static_assert(__builtin_offsetof(ErrorRecord, expected) == 32, "drawing above");
+static_assert(__builtin_offsetof(ErrorRecord, observed) == 40, "drawing above");
+#endif
 
 }  // namespace deepcomm::layout

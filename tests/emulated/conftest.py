@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-
 from emulated.build import PLAIN, Program, Variant, build
 
 DEFAULT_SEEDS = 10_000

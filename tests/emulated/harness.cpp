@@ -43,7 +43,7 @@ std::string escape(const std::string& text) {
 [[noreturn]] void usage(const char* problem) {
     std::fprintf(stderr,
                  "%s\nusage: --list | CASE [--seeds A:B] [--until-failure] [--mutant N] [--trace]\n"
-                 "  [--timeout-ns N] [--scale N] [--stop-rank R@NS] [--delay-rank R@NS+NS]\n"
+                 "  [--timeout-ns N] [--stop-rank R@NS] [--delay-rank R@NS+NS]\n"
                  "  [--slow-link SRC-DST+NS]\n",
                  problem);
     std::exit(2);
@@ -68,8 +68,6 @@ void parse_option(const std::string& option, const char* value) {
         scan(value, "%d", 1, &arguments.mutant);
     } else if (option == "--timeout-ns") {
         scan(value, "%lu", 1, &arguments.settings.timeout_ns);
-    } else if (option == "--scale") {
-        scan(value, "%d", 1, &arguments.settings.scale);
     } else if (option == "--stop-rank") {
         scan(value, "%d@%lu", 2, &faults.stop_rank, &faults.stop_at_ns);
     } else if (option == "--delay-rank") {
@@ -127,13 +125,14 @@ void run_seed(const Case& one, uint64_t seed, Tally* tally) {
 }
 
 void print(const Case& one, const Tally& tally, double seconds) {
-    std::printf("{\"case\": \"%s\", \"seeds\": %lu, \"failures\": %lu, \"trace_hash\": \"%016lx\", "
-                "\"us_per_seed\": %.2f, \"steps_per_seed\": %.1f, \"max_now_ns\": %lu, "
-                "\"threads\": %d, \"notes\": {",
-                one.name.c_str(), tally.num_seeds, tally.num_failures, tally.hash,
-                seconds * 1e6 / static_cast<double>(tally.num_seeds),
-                static_cast<double>(tally.num_steps) / static_cast<double>(tally.num_seeds),
-                tally.max_now_ns, tally.num_threads);
+    std::printf(
+        "{\"case\": \"%s\", \"seeds\": %lu, \"failures\": %lu, \"trace_hash\": \"%016lx\", "
+        "\"us_per_seed\": %.2f, \"steps_per_seed\": %.1f, \"max_now_ns\": %lu, "
+        "\"threads\": %d, \"notes\": {",
+        one.name.c_str(), tally.num_seeds, tally.num_failures, tally.hash,
+        seconds * 1e6 / static_cast<double>(tally.num_seeds),
+        static_cast<double>(tally.num_steps) / static_cast<double>(tally.num_seeds),
+        tally.max_now_ns, tally.num_threads);
     const char* separator = "";
     for (const auto& entry : notes) {
         std::printf("%s\"%s\": %lu", separator, entry.first.c_str(), entry.second);
@@ -141,10 +140,12 @@ void print(const Case& one, const Tally& tally, double seconds) {
     }
     std::printf("}");
     if (tally.num_failures) {
-        std::printf(", \"first_seed\": %lu, \"error\": \"%s\", \"replay\": \"%s %s --seeds %lu:%lu%s --trace\"",
-                    tally.first_failure, escape(tally.error).c_str(), arguments.program.c_str(),
-                    one.name.c_str(), tally.first_failure, tally.first_failure + 1,
-                    arguments.replay.c_str());
+        std::printf(
+            ", \"first_seed\": %lu, \"error\": \"%s\", \"replay\": \"%s %s --seeds %lu:%lu%s "
+            "--trace\"",
+            tally.first_failure, escape(tally.error).c_str(), arguments.program.c_str(),
+            one.name.c_str(), tally.first_failure, tally.first_failure + 1,
+            arguments.replay.c_str());
     }
     std::printf("}\n");
 }
@@ -163,17 +164,13 @@ int run_case(const Case& one) {
 
 }  // namespace
 
-const Settings& settings() {
-    return arguments.settings;
-}
+const Settings& settings() { return arguments.settings; }
 
 Register::Register(const char* name, int num_ranks, CaseBody body) {
     cases().push_back({name, num_ranks, std::move(body)});
 }
 
-void note(const char* outcome) {
-    ++notes[outcome];
-}
+void note(const char* outcome) { ++notes[outcome]; }
 
 std::string format(const char* pattern, ...) {
     char text[512];
@@ -200,10 +197,6 @@ static int run_main(int argc, char** argv) {
 
 }  // namespace deepcomm::testing
 
-bool deepcomm_mutant(int mutant) {
-    return mutant == deepcomm::testing::arguments.mutant;
-}
+bool deepcomm_mutant(int mutant) { return mutant == deepcomm::testing::arguments.mutant; }
 
-int main(int argc, char** argv) {
-    return deepcomm::testing::run_main(argc, argv);
-}
+int main(int argc, char** argv) { return deepcomm::testing::run_main(argc, argv); }

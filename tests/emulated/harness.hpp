@@ -15,7 +15,6 @@ namespace deepcomm::testing {
 struct Settings {
     emu::Options options;
     uint64_t timeout_ns = 1'000'000'000;  ///< of each bounded wait, in virtual time
-    int scale = 1;                        ///< multiplies the size of the cases that can grow
 };
 
 const Settings& settings();
@@ -40,15 +39,14 @@ void note(const char* outcome);
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
 
 /// Compares two words, for messages like "sum[3]: expected 7, got 9".
-#define DEEPCOMM_EXPECT(what, index, expected, got)                                            \
-    do {                                                                                       \
-        const uint64_t expected_value = (expected), got_value = (got);                         \
-        if (expected_value != got_value) {                                                     \
-            return ::deepcomm::testing::format("wrong data: %s[%d]: expected %zu, got %zu",    \
-                                               what, static_cast<int>(index),                 \
-                                               static_cast<size_t>(expected_value),            \
-                                               static_cast<size_t>(got_value));                \
-        }                                                                                      \
+#define DEEPCOMM_EXPECT(what, index, expected, got)                                         \
+    do {                                                                                    \
+        const uint64_t expected_value = (expected), got_value = (got);                      \
+        if (expected_value != got_value) {                                                  \
+            return ::deepcomm::testing::format(                                             \
+                "wrong data: %s[%d]: expected %zu, got %zu", what, static_cast<int>(index), \
+                static_cast<size_t>(expected_value), static_cast<size_t>(got_value));       \
+        }                                                                                   \
     } while (false)
 
 }  // namespace deepcomm::testing

@@ -2,16 +2,15 @@
 """Breaks the kernels' ordering on purpose, one line at a time.
 
 Every line marked ``// ORDER:`` gives mutants: the statement deleted, and each ordered call in it
-weakened (release to relaxed, system to device scope, ...). Twins are further faults, written out as
-a replacement. All of them are compiled into one program, as ``deepcomm_mutant(N) ? broken : right``,
-and chosen by ``--mutant N``.
+weakened (release to relaxed, system to device scope, ...). Twins are further faults, written out
+as a replacement. All of them are compiled into one program, as
+``deepcomm_mutant(N) ? broken : right``, and chosen by ``--mutant N``.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from emulated.build import BUILD, CSRC, Variant, digest
 
@@ -127,6 +126,9 @@ def statement_of_marker(text: str, marker: int) -> tuple[int, int]:
     """Range of the statement that a marker belongs to: before it on its line, or after it."""
     line_begin = text.rfind("\n", 0, marker) + 1
     if text[line_begin:marker].strip():
+        before = text[:line_begin].rstrip().rsplit("\n", 1)[-1]
+        if "//" not in before and before[-1] not in ";{}":
+            raise ValueError(f"a marker must trail a whole statement: {text[line_begin:marker]}")
         begin = line_begin + len(text[line_begin:marker]) - len(text[line_begin:marker].lstrip())
         return begin, line_begin + len(text[line_begin:marker].rstrip())
     begin = marker

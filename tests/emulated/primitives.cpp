@@ -27,13 +27,13 @@ std::string epoch_case(Cluster& cluster) {
     auto* seen = cluster.alloc<uint32_t>(0, "seen", kKernels * kBlocks, Fill::kZero);
     for (int i = 0; i < kKernels; ++i) {
         cluster.launch(0, {kBlocks, 32, 0, [=] {
-            const Block block;
-            const uint32_t epoch = current_epoch(state);
-            block.sync();
-            if (!block.is_leader()) return;
-            seen[(epoch - 1) * kBlocks + blockIdx.x] = epoch;
-            finish_epoch(state, block.num_blocks());
-        }});
+                               const Block block;
+                               const uint32_t epoch = current_epoch(state);
+                               block.sync();
+                               if (!block.is_leader()) return;
+                               seen[(epoch - 1) * kBlocks + blockIdx.x] = epoch;
+                               finish_epoch(state, block.num_blocks());
+                           }});
     }
     const std::string error = cluster.run();
     if (!error.empty()) return error;
@@ -50,24 +50,25 @@ std::string record_case(Cluster& cluster) {
     auto* word = cluster.alloc<uint32_t>(0, "word", 1, Fill::kZero);
     auto* copy = cluster.alloc<ErrorRecord>(1, "copy", 1, Fill::kZero);
     cluster.launch(0, {2, 32, 0, [=] {
-        const Block block;
-        const WaitSite site = {Operation::kProbe, Role::kSend, 1, 5};
-        bool is_complete = true;
-        if (block.is_leader()) {
-            is_complete = wait_reached_acquire_sys(context, site, word, 3);
-        }
-        if (block.sync_and(is_complete)) red_add_relaxed_sys(word, 100u);  // never: nobody signals
-    }});
+                           const Block block;
+                           const WaitSite site = {Operation::kProbe, Role::kSend, 1, 5};
+                           bool is_complete = true;
+                           if (block.is_leader()) {
+                               is_complete = wait_reached_acquire_sys(context, site, word, 3);
+                           }
+                           if (block.sync_and(is_complete))
+                               red_add_relaxed_sys(word, 100u);  // never: nobody signals
+                       }});
     cluster.launch(1, {1, 1, 0, [=] {
-        const auto complete = static_cast<uint32_t>(RecordState::kComplete);
-        while (ld_acquire_sys(&context.record->state) != complete) {
-            pause_on(&context.record->state, emu::kNever);
-        }
-        copy->peer = context.record->peer;
-        copy->slot = context.record->slot;
-        copy->expected = context.record->expected;
-        copy->observed = context.record->observed;
-    }});
+                           const auto complete = static_cast<uint32_t>(RecordState::kComplete);
+                           while (ld_acquire_sys(&context.record->state) != complete) {
+                               pause_on(&context.record->state, emu::kNever);
+                           }
+                           copy->peer = context.record->peer;
+                           copy->slot = context.record->slot;
+                           copy->expected = context.record->expected;
+                           copy->observed = context.record->observed;
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     DEEPCOMM_EXPECT("word", 0, 0u, *word);
@@ -86,12 +87,12 @@ std::string check_case(Cluster& cluster) {
     const WaitContext context = make_context(cluster, 0);
     auto* num_left = cluster.alloc<uint32_t>(0, "num_left", 1, Fill::kZero);
     cluster.launch(0, {1, 64, 0, [=] {
-        const Block block;
-        const int32_t idx = block.thread_idx();
-        DEEPCOMM_DEVICE_CHECK(context, kSite, idx != 40, 64, idx);
-        block.sync();
-        red_add_relaxed_gpu(num_left, 1u);
-    }});
+                           const Block block;
+                           const int32_t idx = block.thread_idx();
+                           DEEPCOMM_DEVICE_CHECK(context, kSite, idx != 40, 64, idx);
+                           block.sync();
+                           red_add_relaxed_gpu(num_left, 1u);
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     DEEPCOMM_EXPECT("num_left", 0, 63u, *num_left);
@@ -106,26 +107,27 @@ std::string check_case(Cluster& cluster) {
 std::string warp_case(Cluster& cluster) {
     auto* words = cluster.alloc<uint32_t>(0, "words", 32);
     auto* results = cluster.alloc<uint32_t>(0, "results", 32);
-    cluster.launch(0, {1, 32, 0, [=] {
-        const Warp warp;
-        const int32_t lane = warp.thread_idx();
-        const auto value = static_cast<uint32_t>(lane);
-        uint32_t sum = value;
-        for (int32_t distance = 1; distance < kWarpSize; distance *= 2) {
-            const uint32_t other = warp_shuffle_up(sum, distance);
-            if (lane >= distance) sum += other;
-        }
-        words[lane] = sum;
-        const bool all = warp.sync_and(lane < 40);
-        const bool some = warp.sync_and(lane < 31);
-        const uint32_t odd = warp_ballot(lane % 2 == 1);
-        const uint64_t wide = warp_shuffle((static_cast<uint64_t>(lane) << 40) + 1, 9);
-        const uint32_t down = warp_shuffle_down(value, 4);
-        uint32_t result = words[lane ^ 1];  // of another lane: ordered by sync_and
-        if (!all || some || odd != 0xAAAAAAAAu || wide != (9ull << 40) + 1) result = ~0u;
-        if (down != (lane < 28 ? value + 4 : value)) result = ~0u;
-        results[lane] = result;
-    }});
+    cluster.launch(
+        0, {1, 32, 0, [=] {
+                const Warp warp;
+                const int32_t lane = warp.thread_idx();
+                const auto value = static_cast<uint32_t>(lane);
+                uint32_t sum = value;
+                for (int32_t distance = 1; distance < kWarpSize; distance *= 2) {
+                    const uint32_t other = warp_shuffle_up(sum, distance);
+                    if (lane >= distance) sum += other;
+                }
+                words[lane] = sum;
+                const bool all = warp.sync_and(lane < 40);
+                const bool some = warp.sync_and(lane < 31);
+                const uint32_t odd = warp_ballot(lane % 2 == 1);
+                const uint64_t wide = warp_shuffle((static_cast<uint64_t>(lane) << 40) + 1, 9);
+                const uint32_t down = warp_shuffle_down(value, 4);
+                uint32_t result = words[lane ^ 1];  // of another lane: ordered by sync_and
+                if (!all || some || odd != 0xAAAAAAAAu || wide != (9ull << 40) + 1) result = ~0u;
+                if (down != (lane < 28 ? value + 4 : value)) result = ~0u;
+                results[lane] = result;
+            }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     for (uint32_t i = 0; i < 32; ++i) {
@@ -144,23 +146,24 @@ std::string named_barrier_case(Cluster& cluster) {
     };
     auto* sums = cluster.alloc<uint32_t>(0, "sums", kRounds * 64);
     cluster.launch(0, {1, 128, sizeof(Smem), [=] {
-        auto& smem = shared_storage<Smem>();
-        const WarpRange producers = {0, 2, 3}, consumers = {2, 2, 3};
-        constexpr int32_t kFull = 1, kEmpty = 2, kBoth = 128;
-        for (uint32_t round = 0; round < kRounds; ++round) {
-            if (producers.contains_me()) {
-                const int32_t idx = producers.thread_idx();
-                smem.tile[idx] = round * 100 + static_cast<uint32_t>(idx);
-                named_barrier(kFull, kBoth);
-                named_barrier(kEmpty, kBoth);
-            } else {
-                const int32_t idx = consumers.thread_idx();
-                named_barrier(kFull, kBoth);
-                sums[round * 64 + static_cast<uint32_t>(idx)] = smem.tile[63 - idx];
-                named_barrier(kEmpty, kBoth);
-            }
-        }
-    }});
+                           auto& smem = shared_storage<Smem>();
+                           const WarpRange producers = {0, 2, 3}, consumers = {2, 2, 3};
+                           constexpr int32_t kFull = 1, kEmpty = 2, kBoth = 128;
+                           for (uint32_t round = 0; round < kRounds; ++round) {
+                               if (producers.contains_me()) {
+                                   const int32_t idx = producers.thread_idx();
+                                   smem.tile[idx] = round * 100 + static_cast<uint32_t>(idx);
+                                   named_barrier(kFull, kBoth);
+                                   named_barrier(kEmpty, kBoth);
+                               } else {
+                                   const int32_t idx = consumers.thread_idx();
+                                   named_barrier(kFull, kBoth);
+                                   sums[round * 64 + static_cast<uint32_t>(idx)] =
+                                       smem.tile[63 - idx];
+                                   named_barrier(kEmpty, kBoth);
+                               }
+                           }
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     for (uint32_t i = 0; i < kRounds * 64; ++i) {
@@ -176,16 +179,17 @@ std::string bytes_case(Cluster& cluster) {
     auto* halves = cluster.alloc<uint16_t>(0, "halves", 33);
     auto* sum = cluster.alloc<uint32_t>(0, "sum", 1);
     cluster.launch(0, {1, 64, 0, [=] {
-        const Block block;
-        const int32_t idx = block.thread_idx();
-        bytes[idx] = static_cast<uint8_t>(idx);
-        if (idx < 33) halves[idx] = static_cast<uint16_t>(idx);
-        block.sync();
-        if (!block.is_leader()) return;
-        uint32_t total = 0;
-        for (int i = 0; i < 64; ++i) total += bytes[i] + (i < 33 ? halves[i] : 0u);
-        *sum = total;
-    }});
+                           const Block block;
+                           const int32_t idx = block.thread_idx();
+                           bytes[idx] = static_cast<uint8_t>(idx);
+                           if (idx < 33) halves[idx] = static_cast<uint16_t>(idx);
+                           block.sync();
+                           if (!block.is_leader()) return;
+                           uint32_t total = 0;
+                           for (int i = 0; i < 64; ++i)
+                               total += bytes[i] + (i < 33 ? halves[i] : 0u);
+                           *sum = total;
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     DEEPCOMM_EXPECT("sum", 0, 63u * 64 / 2 + 32u * 33 / 2, *sum);
@@ -202,26 +206,27 @@ std::string kernel_boundary_case(Cluster& cluster) {
     auto* counter = cluster.alloc<uint32_t>(0, "counter", 1, Fill::kZero);
     auto* copy = cluster.alloc<uint32_t>(1, "copy", 32);
     cluster.launch(0, {1, 32, sizeof(Smem), [=] {
-        auto& smem = shared_storage<Smem>();
-        const Block block;
-        smem.tile[block.thread_idx()] = 5;
-        fence_proxy_async();
-        block.sync();
-        red_add_relaxed_gpu(counter, 1u);
-        if (!block.is_leader()) return;
-        bulk_store(row, smem.tile, sizeof smem.tile);
-        bulk_commit_group();
-        bulk_wait_group_read<0>();  // shared memory may go; the kernel's end waits for the writes
-    }});
+                           auto& smem = shared_storage<Smem>();
+                           const Block block;
+                           smem.tile[block.thread_idx()] = 5;
+                           fence_proxy_async();
+                           block.sync();
+                           red_add_relaxed_gpu(counter, 1u);
+                           if (!block.is_leader()) return;
+                           bulk_store(row, smem.tile, sizeof smem.tile);
+                           bulk_commit_group();
+                           bulk_wait_group_read<
+                               0>();  // shared memory may go; the kernel's end waits for the writes
+                       }});
     cluster.launch(0, {1, 32, 0, [=] {
-        row[threadIdx.x] += threadIdx.x;
-        if (threadIdx.x == 0) *counter = 0;  // a plain reset of a word that atomics used
-    }});
+                           row[threadIdx.x] += threadIdx.x;
+                           if (threadIdx.x == 0)
+                               *counter = 0;  // a plain reset of a word that atomics used
+                       }});
     cluster.launch(1, {1, 1, 0, [] {}});
     cluster.host_barrier();
-    cluster.launch(1, {1, 32, 0, [=] {
-        copy[threadIdx.x] = row[threadIdx.x] + ld_relaxed_sys(counter);
-    }});
+    cluster.launch(
+        1, {1, 32, 0, [=] { copy[threadIdx.x] = row[threadIdx.x] + ld_relaxed_sys(counter); }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     for (uint32_t i = 0; i < 32; ++i) DEEPCOMM_EXPECT("copy", i, 5 + i, copy[i]);
@@ -237,14 +242,14 @@ std::string padding_case(Cluster& cluster) {
     auto* row = cluster.alloc<uint32_t>(0, "row", 8);
     auto* first = cluster.alloc<uint32_t>(0, "first", 1);
     cluster.launch(0, {1, 1, sizeof(Smem), [=] {
-        auto& smem = shared_storage<Smem>();
-        smem.tile[0] = 7;
-        fence_proxy_async();
-        bulk_store(row, smem.tile, sizeof smem.tile);
-        bulk_commit_group();
-        bulk_wait_group<0>();
-        *first = row[0];
-    }});
+                           auto& smem = shared_storage<Smem>();
+                           smem.tile[0] = 7;
+                           fence_proxy_async();
+                           bulk_store(row, smem.tile, sizeof smem.tile);
+                           bulk_commit_group();
+                           bulk_wait_group<0>();
+                           *first = row[0];
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     DEEPCOMM_EXPECT("first", 0, 7u, *first);
@@ -260,24 +265,25 @@ std::string rail_case(Cluster& cluster) {
     auto* sum = cluster.alloc<uint32_t>(1, "sum", 1);
     const WaitContext context = make_context(cluster, 1);
     cluster.launch(0, {1, 1, 0, [=] {
-        const emu::RailPeer peer = {0, 1};
-        for (uint32_t i = 0; i < 16; ++i) source[i] = i;
-        emu::rail_put(peer, landing, source, 64);
-        emu::rail_flush(peer.context);
-        for (uint32_t i = 0; i < 16; ++i) source[i] = 100 + i;
-        emu::rail_put(peer, landing + 16, source, 64);
-        emu::rail_signal_add(peer, signal, 1);
-    }});
+                           const emu::RailPeer peer = {0, 1};
+                           for (uint32_t i = 0; i < 16; ++i) source[i] = i;
+                           emu::rail_put(peer, landing, source, 64);
+                           emu::rail_flush(peer.context);
+                           for (uint32_t i = 0; i < 16; ++i) source[i] = 100 + i;
+                           emu::rail_put(peer, landing + 16, source, 64);
+                           emu::rail_signal_add(peer, signal, 1);
+                       }});
     cluster.launch(1, {1, 1, 0, [=] {
-        const bool has_arrived = wait_until(context, kSite, 1, signal, [=]() -> Observed {
-            const uint64_t value = ld_acquire_sys(signal);
-            return {value, value == 1};
-        });
-        if (!has_arrived) return;
-        uint32_t total = 0;
-        for (uint32_t i = 0; i < 32; ++i) total += landing[i];
-        *sum = total;
-    }});
+                           const bool has_arrived =
+                               wait_until(context, kSite, 1, signal, [=]() -> Observed {
+                                   const uint64_t value = ld_acquire_sys(signal);
+                                   return {value, value == 1};
+                               });
+                           if (!has_arrived) return;
+                           uint32_t total = 0;
+                           for (uint32_t i = 0; i < 32; ++i) total += landing[i];
+                           *sum = total;
+                       }});
     const std::string error = cluster.run();
     if (!error.empty()) return error;
     DEEPCOMM_EXPECT("sum", 0, 120u + 120 + 1600, *sum);

@@ -68,7 +68,8 @@ std::string signal_case(Cluster& cluster) {
         const auto dst = static_cast<size_t>(probe.dst_rank);
         auto* sums = cluster.alloc<uint32_t>(probe.rank, "sums", kRounds * kBlocks, Fill::kZero);
         all[rank] = {probe, payloads[dst], signals[dst], payloads[rank], signals[rank], sums};
-        cluster.launch(probe.rank, {kBlocks, 64, 0, [params = all[rank]] { kernels::probe_signal(params); }});
+        cluster.launch(probe.rank,
+                       {kBlocks, 64, 0, [params = all[rank]] { kernels::probe_signal(params); }});
     }
     const std::string error = run_and_describe(cluster, probes);
     if (!error.empty()) return error;
@@ -124,9 +125,9 @@ std::string bulk_put_case(Cluster& cluster) {
     }
     for (size_t rank = 0; rank < probes.size(); ++rank) {
         const auto dst = static_cast<size_t>(probes[rank].dst_rank);
-        const kernels::BulkPutParams params = {probes[rank],   sources[rank], received[dst],
-                                               signals[dst],   received[rank], signals[rank],
-                                               copies[rank],   kTiles};
+        const kernels::BulkPutParams params = {probes[rank], sources[rank],  received[dst],
+                                               signals[dst], received[rank], signals[rank],
+                                               copies[rank], kTiles};
         cluster.launch(static_cast<int>(rank), {2, 32, sizeof(kernels::BulkPutShared),
                                                 [params] { kernels::probe_bulk_put(params); }});
     }
@@ -141,7 +142,7 @@ std::string bulk_put_case(Cluster& cluster) {
     return "";
 }
 
-// ---- probe_ring: a sender block and a receiver block a rank, 6 rounds through 2 slots, over the wrap
+// ---- probe_ring: a sender and a receiver block a rank, 6 rounds through 2 slots, over the wrap
 
 std::string ring_case(Cluster& cluster) {
     const int num_ranks = cluster.num_ranks();
@@ -177,8 +178,7 @@ std::string ring_case(Cluster& cluster) {
     for (const kernels::RingParams& params : all) {
         for (int i = 0; i < kRounds * kWords; ++i) {
             const auto round = static_cast<uint32_t>(i / kWords);
-            const uint32_t word =
-                kernels::probe_payload(params.probe.src_rank, round, i % kWords);
+            const uint32_t word = kernels::probe_payload(params.probe.src_rank, round, i % kWords);
             DEEPCOMM_EXPECT("folds", i, kernels::fold(word, kFirstEpoch + round + 1),
                             params.folds[i]);
         }
@@ -203,25 +203,23 @@ std::string fold_in_turns(Cluster& cluster, int num_rounds, int num_blocks) {
     for (int rank = 0; rank < num_ranks; ++rank) {
         params.probe = probes[static_cast<size_t>(rank)];
         params.grid_state = cluster.alloc<device::GridBarrierState>(rank, "grid", 1, Fill::kZero);
-        cluster.launch(rank, {num_blocks, 32, 0, [params] { kernels::probe_barrier_fold(params); }});
+        cluster.launch(rank,
+                       {num_blocks, 32, 0, [params] { kernels::probe_barrier_fold(params); }});
     }
     const std::string error = run_and_describe(cluster, probes);
     if (!error.empty()) return error;
     uint32_t expected = 0;
     for (int turn = 0; turn < num_rounds * num_ranks * num_blocks; ++turn) {
-        expected = kernels::fold(expected, static_cast<uint32_t>(turn % (num_ranks * num_blocks)) + 1);
+        expected =
+            kernels::fold(expected, static_cast<uint32_t>(turn % (num_ranks * num_blocks)) + 1);
     }
     DEEPCOMM_EXPECT("accumulator", 0, expected, *accumulator);
     return "";
 }
 
-std::string barrier_fold_case(Cluster& cluster) {
-    return fold_in_turns(cluster, 1, 2);
-}
+std::string barrier_fold_case(Cluster& cluster) { return fold_in_turns(cluster, 1, 2); }
 
-std::string barrier_fold_one_block_case(Cluster& cluster) {
-    return fold_in_turns(cluster, 2, 1);
-}
+std::string barrier_fold_one_block_case(Cluster& cluster) { return fold_in_turns(cluster, 2, 1); }
 
 // ---- probe_packet: 48 packets both ways between two ranks, 5 rounds in 2 copies
 

@@ -23,7 +23,7 @@ struct Shape {
     uint32_t* r;  ///< [8]: results, written by one thread each
 };
 
-using Body = std::function<void(const Shape&, int)>;      ///< what thread (rank) i does
+using Body = std::function<void(const Shape&, int)>;     ///< what thread (rank) i does
 using Outcome = std::function<bool(const uint32_t* r)>;  ///< whether the weak outcome occurred
 
 CaseBody shape(bool is_allowed, const Body& body, const Outcome& outcome) {
@@ -48,161 +48,224 @@ constexpr bool kAllowed = true, kForbidden = false;
 
 // ---- message passing
 
-const Register kMpRelease("mp_release_acquire", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_release_sys(s.y, 1u);
-    } else {
-        s.r[0] = ld_acquire_sys(s.y);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
+const Register kMpRelease("mp_release_acquire", 2,
+                          shape(
+                              kForbidden,
+                              [](const Shape& s, int rank) {
+                                  if (rank == 0) {
+                                      st_relaxed_sys(s.x, 1u);
+                                      st_release_sys(s.y, 1u);
+                                  } else {
+                                      s.r[0] = ld_acquire_sys(s.y);
+                                      s.r[1] = ld_relaxed_sys(s.x);
+                                  }
+                              },
+                              [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
 
-const Register kMpFences("mp_fences", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        fence_acq_rel_sys();
-        st_relaxed_sys(s.y, 1u);
-    } else {
-        s.r[0] = ld_relaxed_sys(s.y);
-        fence_acq_rel_sys();
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
+const Register kMpFences("mp_fences", 2,
+                         shape(
+                             kForbidden,
+                             [](const Shape& s, int rank) {
+                                 if (rank == 0) {
+                                     st_relaxed_sys(s.x, 1u);
+                                     fence_acq_rel_sys();
+                                     st_relaxed_sys(s.y, 1u);
+                                 } else {
+                                     s.r[0] = ld_relaxed_sys(s.y);
+                                     fence_acq_rel_sys();
+                                     s.r[1] = ld_relaxed_sys(s.x);
+                                 }
+                             },
+                             [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
 
-const Register kMpRelaxed("mp_relaxed", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_relaxed_sys(s.y, 1u);
-    } else {
-        s.r[0] = ld_relaxed_sys(s.y);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
+const Register kMpRelaxed("mp_relaxed", 2,
+                          shape(
+                              kAllowed,
+                              [](const Shape& s, int rank) {
+                                  if (rank == 0) {
+                                      st_relaxed_sys(s.x, 1u);
+                                      st_relaxed_sys(s.y, 1u);
+                                  } else {
+                                      s.r[0] = ld_relaxed_sys(s.y);
+                                      s.r[1] = ld_relaxed_sys(s.x);
+                                  }
+                              },
+                              [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
 
-const Register kMpNarrowFence("mp_fence_too_narrow", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        fence_acq_rel_gpu();  // does not reach the other rank
-        st_relaxed_sys(s.y, 1u);
-    } else {
-        s.r[0] = ld_acquire_sys(s.y);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
+const Register kMpNarrowFence("mp_fence_too_narrow", 2,
+                              shape(
+                                  kAllowed,
+                                  [](const Shape& s, int rank) {
+                                      if (rank == 0) {
+                                          st_relaxed_sys(s.x, 1u);
+                                          fence_acq_rel_gpu();  // does not reach the other rank
+                                          st_relaxed_sys(s.y, 1u);
+                                      } else {
+                                          s.r[0] = ld_acquire_sys(s.y);
+                                          s.r[1] = ld_relaxed_sys(s.x);
+                                      }
+                                  },
+                                  [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
 
 // ---- release sequences
 
-const Register kRmwChain("release_sequence_rmw", 3, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        red_add_release_sys(s.y, 1u);
-    } else if (rank == 1) {
-        red_add_relaxed_sys(s.y, 2u);
-    } else {
-        s.r[0] = ld_acquire_sys(s.y);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return (r[0] & 1) && r[1] == 0; }));
+const Register kRmwChain("release_sequence_rmw", 3,
+                         shape(
+                             kForbidden,
+                             [](const Shape& s, int rank) {
+                                 if (rank == 0) {
+                                     st_relaxed_sys(s.x, 1u);
+                                     red_add_release_sys(s.y, 1u);
+                                 } else if (rank == 1) {
+                                     red_add_relaxed_sys(s.y, 2u);
+                                 } else {
+                                     s.r[0] = ld_acquire_sys(s.y);
+                                     s.r[1] = ld_relaxed_sys(s.x);
+                                 }
+                             },
+                             [](const uint32_t* r) { return (r[0] & 1) && r[1] == 0; }));
 
-const Register kOwnRmw("release_sequence_own_rmw", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        red_add_release_sys(s.y, 1u);
-    } else {
-        red_add_relaxed_sys(s.y, 2u);
-        s.r[0] = ld_acquire_sys(s.y);  // may read its own addition, which continues the release
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 3 && r[1] == 0; }));
+const Register kOwnRmw(
+    "release_sequence_own_rmw", 2,
+    shape(
+        kForbidden,
+        [](const Shape& s, int rank) {
+            if (rank == 0) {
+                st_relaxed_sys(s.x, 1u);
+                red_add_release_sys(s.y, 1u);
+            } else {
+                red_add_relaxed_sys(s.y, 2u);
+                s.r[0] =
+                    ld_acquire_sys(s.y);  // may read its own addition, which continues the release
+                s.r[1] = ld_relaxed_sys(s.x);
+            }
+        },
+        [](const uint32_t* r) { return r[0] == 3 && r[1] == 0; }));
 
-const Register kBrokenChain("release_sequence_broken_by_store", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_release_sys(s.y, 1u);
-        st_relaxed_sys(s.y, 2u);  // heads no release
-    } else {
-        s.r[0] = ld_acquire_sys(s.y);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 2 && r[1] == 0; }));
+const Register kBrokenChain("release_sequence_broken_by_store", 2,
+                            shape(
+                                kAllowed,
+                                [](const Shape& s, int rank) {
+                                    if (rank == 0) {
+                                        st_relaxed_sys(s.x, 1u);
+                                        st_release_sys(s.y, 1u);
+                                        st_relaxed_sys(s.y, 2u);  // heads no release
+                                    } else {
+                                        s.r[0] = ld_acquire_sys(s.y);
+                                        s.r[1] = ld_relaxed_sys(s.x);
+                                    }
+                                },
+                                [](const uint32_t* r) { return r[0] == 2 && r[1] == 0; }));
 
 // ---- store buffering
 
-const Register kSbRelaxed("sb_relaxed", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
+const Register kSbRelaxed("sb_relaxed", 2,
+                          shape(
+                              kAllowed,
+                              [](const Shape& s, int rank) {
+                                  st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                                  s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
+                              },
+                              [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
 
-const Register kSbAcqRel("sb_fence_acq_rel", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-    fence_acq_rel_sys();
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
+const Register kSbAcqRel("sb_fence_acq_rel", 2,
+                         shape(
+                             kAllowed,
+                             [](const Shape& s, int rank) {
+                                 st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                                 fence_acq_rel_sys();
+                                 s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
+                             },
+                             [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
 
-const Register kSbSc("sb_fence_sc", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-    fence_sc_sys();
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
+const Register kSbSc("sb_fence_sc", 2,
+                     shape(
+                         kForbidden,
+                         [](const Shape& s, int rank) {
+                             st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                             fence_sc_sys();
+                             s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
+                         },
+                         [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
 
-const Register kSbScGpu("sb_fence_sc_gpu_across_ranks", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-    fence_sc_gpu();
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
+const Register kSbScGpu("sb_fence_sc_gpu_across_ranks", 2,
+                        shape(
+                            kAllowed,
+                            [](const Shape& s, int rank) {
+                                st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                                fence_sc_gpu();
+                                s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x) + 1;
+                            },
+                            [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
 
 // ---- causality through a third thread
 
-const Register kWrc("wrc", 3, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-    } else if (rank == 1) {
-        s.r[0] = ld_relaxed_sys(s.x);
-        st_release_sys(s.y, 1u);
-    } else {
-        s.r[1] = ld_acquire_sys(s.y);
-        s.r[2] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1 && r[2] == 0; }));
+const Register kWrc("wrc", 3,
+                    shape(
+                        kForbidden,
+                        [](const Shape& s, int rank) {
+                            if (rank == 0) {
+                                st_relaxed_sys(s.x, 1u);
+                            } else if (rank == 1) {
+                                s.r[0] = ld_relaxed_sys(s.x);
+                                st_release_sys(s.y, 1u);
+                            } else {
+                                s.r[1] = ld_acquire_sys(s.y);
+                                s.r[2] = ld_relaxed_sys(s.x);
+                            }
+                        },
+                        [](const uint32_t* r) { return r[0] == 1 && r[1] == 1 && r[2] == 0; }));
 
-const Register kIsa2("isa2", 3, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_release_sys(s.y, 1u);
-    } else if (rank == 1) {
-        s.r[0] = ld_acquire_sys(s.y);
-        st_release_sys(s.z, 1u);
-    } else {
-        s.r[1] = ld_acquire_sys(s.z);
-        s.r[2] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1 && r[2] == 0; }));
+const Register kIsa2("isa2", 3,
+                     shape(
+                         kForbidden,
+                         [](const Shape& s, int rank) {
+                             if (rank == 0) {
+                                 st_relaxed_sys(s.x, 1u);
+                                 st_release_sys(s.y, 1u);
+                             } else if (rank == 1) {
+                                 s.r[0] = ld_acquire_sys(s.y);
+                                 st_release_sys(s.z, 1u);
+                             } else {
+                                 s.r[1] = ld_acquire_sys(s.z);
+                                 s.r[2] = ld_relaxed_sys(s.x);
+                             }
+                         },
+                         [](const uint32_t* r) { return r[0] == 1 && r[1] == 1 && r[2] == 0; }));
 
-const Register kIsa2Relaxed("isa2_relaxed_middle", 3, shape(kAllowed, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_release_sys(s.y, 1u);
-    } else if (rank == 1) {
-        s.r[0] = ld_relaxed_sys(s.y);
-        st_release_sys(s.z, 1u);
-    } else {
-        s.r[1] = ld_acquire_sys(s.z);
-        s.r[2] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1 && r[2] == 0; }));
+const Register kIsa2Relaxed("isa2_relaxed_middle", 3,
+                            shape(
+                                kAllowed,
+                                [](const Shape& s, int rank) {
+                                    if (rank == 0) {
+                                        st_relaxed_sys(s.x, 1u);
+                                        st_release_sys(s.y, 1u);
+                                    } else if (rank == 1) {
+                                        s.r[0] = ld_relaxed_sys(s.y);
+                                        st_release_sys(s.z, 1u);
+                                    } else {
+                                        s.r[1] = ld_acquire_sys(s.z);
+                                        s.r[2] = ld_relaxed_sys(s.x);
+                                    }
+                                },
+                                [](const uint32_t* r) {
+                                    return r[0] == 1 && r[1] == 1 && r[2] == 0;
+                                }));
 
 CaseBody iriw(bool is_allowed, void (*between)()) {
-    return shape(is_allowed, [between](const Shape& s, int rank) {
-        if (rank < 2) {
-            st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-            return;
-        }
-        uint32_t* results = s.r + 2 * (rank - 2);
-        results[0] = ld_acquire_sys(rank == 2 ? s.x : s.y);
-        if (between) between();
-        results[1] = ld_acquire_sys(rank == 2 ? s.y : s.x);
-    }, [](const uint32_t* r) { return r[0] == 1 && r[1] == 0 && r[2] == 1 && r[3] == 0; });
+    return shape(
+        is_allowed,
+        [between](const Shape& s, int rank) {
+            if (rank < 2) {
+                st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                return;
+            }
+            uint32_t* results = s.r + 2 * (rank - 2);
+            results[0] = ld_acquire_sys(rank == 2 ? s.x : s.y);
+            if (between) between();
+            results[1] = ld_acquire_sys(rank == 2 ? s.y : s.x);
+        },
+        [](const uint32_t* r) { return r[0] == 1 && r[1] == 0 && r[2] == 1 && r[3] == 0; });
 }
 
 const Register kIriw("iriw_acquire", 4, iriw(kAllowed, nullptr));
@@ -211,46 +274,64 @@ const Register kIriwSc("iriw_fence_sc", 4, iriw(kForbidden, fence_sc_sys));
 
 // ---- coherence
 
-const Register kCoRr("coherence_read_read", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        st_relaxed_sys(s.x, 2u);
-    } else {
-        s.r[0] = ld_relaxed_sys(s.x);
-        s.r[1] = ld_relaxed_sys(s.x);
-    }
-}, [](const uint32_t* r) { return r[0] > r[1]; }));
+const Register kCoRr("coherence_read_read", 2,
+                     shape(
+                         kForbidden,
+                         [](const Shape& s, int rank) {
+                             if (rank == 0) {
+                                 st_relaxed_sys(s.x, 1u);
+                                 st_relaxed_sys(s.x, 2u);
+                             } else {
+                                 s.r[0] = ld_relaxed_sys(s.x);
+                                 s.r[1] = ld_relaxed_sys(s.x);
+                             }
+                         },
+                         [](const uint32_t* r) { return r[0] > r[1]; }));
 
-const Register kCoWr("coherence_write_read", 2, shape(kForbidden, [](const Shape& s, int rank) {
-    if (rank == 0) {
-        st_relaxed_sys(s.x, 1u);
-        s.r[0] = ld_relaxed_sys(s.x);
-    } else {
-        st_relaxed_sys(s.x, 2u);
-    }
-}, [](const uint32_t* r) { return r[0] == 0; }));
+const Register kCoWr("coherence_write_read", 2,
+                     shape(
+                         kForbidden,
+                         [](const Shape& s, int rank) {
+                             if (rank == 0) {
+                                 st_relaxed_sys(s.x, 1u);
+                                 s.r[0] = ld_relaxed_sys(s.x);
+                             } else {
+                                 st_relaxed_sys(s.x, 2u);
+                             }
+                         },
+                         [](const uint32_t* r) { return r[0] == 0; }));
 
-const Register kAtomicity("rmw_atomicity", 4, shape(kForbidden, [](const Shape& s, int rank) {
-    s.r[rank] = atom_add_relaxed_sys(s.x, 1u) + 1;
-}, [](const uint32_t* r) { return r[0] + r[1] + r[2] + r[3] != 1 + 2 + 3 + 4; }));
+const Register kAtomicity(
+    "rmw_atomicity", 4,
+    shape(
+        kForbidden, [](const Shape& s, int rank) { s.r[rank] = atom_add_relaxed_sys(s.x, 1u) + 1; },
+        [](const uint32_t* r) { return r[0] + r[1] + r[2] + r[3] != 1 + 2 + 3 + 4; }));
 
 // ---- known to be incomplete: PTX allows these, the emulator never produces them
 
-const Register kLb("lb_relaxed", 2, shape(kAllowed, [](const Shape& s, int rank) {
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.x : s.y);
-    st_relaxed_sys(rank == 0 ? s.y : s.x, 1u);
-}, [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
+const Register kLb("lb_relaxed", 2,
+                   shape(
+                       kAllowed,
+                       [](const Shape& s, int rank) {
+                           s.r[rank] = ld_relaxed_sys(rank == 0 ? s.x : s.y);
+                           st_relaxed_sys(rank == 0 ? s.y : s.x, 1u);
+                       },
+                       [](const uint32_t* r) { return r[0] == 1 && r[1] == 1; }));
 
-const Register kTwoPlusTwoW("2+2w_relaxed", 3, shape(kAllowed, [](const Shape& s, int rank) {
-    if (rank == 2) return;
-    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
-    st_relaxed_sys(rank == 0 ? s.y : s.x, 2u);
-    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x);
-    red_add_release_sys(s.z, 1u);
-    if (rank == 1) return;
-    while (ld_acquire_sys(s.z) != 2) pause_on(s.z, ~uint64_t{0});
-    s.r[2] = ld_relaxed_sys(s.x) + 4 * ld_relaxed_sys(s.y);
-}, [](const uint32_t* r) { return r[2] == 1 + 4 * 1; }));
+const Register kTwoPlusTwoW("2+2w_relaxed", 3,
+                            shape(
+                                kAllowed,
+                                [](const Shape& s, int rank) {
+                                    if (rank == 2) return;
+                                    st_relaxed_sys(rank == 0 ? s.x : s.y, 1u);
+                                    st_relaxed_sys(rank == 0 ? s.y : s.x, 2u);
+                                    s.r[rank] = ld_relaxed_sys(rank == 0 ? s.y : s.x);
+                                    red_add_release_sys(s.z, 1u);
+                                    if (rank == 1) return;
+                                    while (ld_acquire_sys(s.z) != 2) pause_on(s.z, ~uint64_t{0});
+                                    s.r[2] = ld_relaxed_sys(s.x) + 4 * ld_relaxed_sys(s.y);
+                                },
+                                [](const uint32_t* r) { return r[2] == 1 + 4 * 1; }));
 
 }  // namespace
 

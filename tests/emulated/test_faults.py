@@ -52,7 +52,9 @@ def test_rank_stopped_midway_never_hangs(program: Builder, stop: Stop) -> None:
         result = program("probes").run(stop.case, range(50), *options)
         assert result.max_now_ns < LATEST_NS
         if result.failures:
-            assert result.error.startswith(("timeout:", "wrong data:", "copy", "sums")), result.error
+            assert result.error.startswith(("timeout:", "wrong data:", "copy", "sums")), (
+                result.error
+            )
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.case)

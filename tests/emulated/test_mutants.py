@@ -30,6 +30,8 @@ CASES_OF = {
     "kernels/probe/signal.cuh": ("probes", ("signal",)),
 }
 
+PACKET_STORE = "packets_of(params.dst_packets, params, round) + index, packet"
+
 TWINS = [
     Twin(
         "signal: waits for one block too few",
@@ -132,10 +134,9 @@ TWINS = [
         "packet: plain stores",
         case="packet",
         path="kernels/probe/packet.cuh",
-        find="device::st_relaxed_sys(packets_of(params.dst_packets, params, round) + index, packet)",
-        part="device::st_relaxed_sys(packets_of(params.dst_packets, params, round) + index, packet)",
-        replace="device::st_weak_streaming(packets_of(params.dst_packets, params, round) + index, "
-        "packet)",
+        find=f"device::st_relaxed_sys({PACKET_STORE})",
+        part=f"device::st_relaxed_sys({PACKET_STORE})",
+        replace=f"device::st_weak_streaming({PACKET_STORE})",
     ),
 ]
 
@@ -150,7 +151,9 @@ class Mutated:
     mutants: list[Mutant]
     programs: dict[str, Program] = field(default_factory=dict)
 
-    def attack(self, program: str, case: str, mutant: Mutant, seeds: range, *options: str) -> Result:
+    def attack(
+        self, program: str, case: str, mutant: Mutant, seeds: range, *options: str
+    ) -> Result:
         chosen = ("--mutant", str(mutant.number), *options)
         return self.programs[program].run(case, seeds, *chosen)
 
@@ -172,9 +175,10 @@ def find_twin(mutated: Mutated, twin: Twin) -> Mutant:
 
 
 def test_mutated_program_without_a_mutant_is_right(mutated: Mutated) -> None:
-    for case in mutated.programs["probes"].cases():
-        result = mutated.programs["probes"].run(case, range(100))
-        assert result.failures == 0, result.explain()
+    for program in mutated.programs.values():
+        for case in program.cases():
+            result = program.run(case, range(100))
+            assert result.failures == 0, result.explain()
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)

@@ -33,6 +33,7 @@ MISUSES = {
     "shared_memory_too_small": "shared storage of 384 bytes is asked, 256 are launched",
     "undefined_global": "uninitialised: r0:poison+0xc",
     "undefined_shared": "uninitialised: r0:b0.shared+0xc",
+    "another_threads_local": "r0.b0.t1 touches a local variable of another thread",
     "mixed_sizes": "mixed sizes: r0:wide+0x0 is accessed strongly as 8 bytes",
     "misaligned": "misaligned",
     "mask_mismatch": "r0.b0.t3 is in ballot(mask 0000ffff) while lanes",

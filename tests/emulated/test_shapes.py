@@ -40,9 +40,7 @@ def test_shapes_list_is_complete(program: Builder) -> None:
 
 
 @pytest.mark.parametrize("case", FORBIDDEN)
-def test_shape_forbidden_outcome_never_occurs(
-    program: Builder, num_seeds: int, case: str
-) -> None:
+def test_shape_forbidden_outcome_never_occurs(program: Builder, num_seeds: int, case: str) -> None:
     result = program("shapes").run(case, range(num_seeds))
     assert result.failures == 0, result.explain()
     assert not result.notes

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bulk copies between global and shared memory, their mbarriers, groups and proxy fences. Sizes and
-// addresses are multiples of 16. One elected thread calls; it also commits and waits for its groups.
+// Bulk copies between global and shared memory, their mbarriers, groups and proxy fences. Sizes
+// and addresses are multiples of 16. One elected thread calls, commits and waits for its groups.
 //
 // Below sm_90 copies are synchronous and done by the calling thread, and mbarriers count arrivals
 // only. That is why the device layer issues copies before the arrival that expects their bytes.
@@ -41,10 +41,10 @@ DEEPCOMM_DEVICE void mbarrier_arrive(Mbarrier* mbarrier) {
 /// Arrives, and lets the phase also wait for num_bytes of copies issued before.
 DEEPCOMM_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* mbarrier, uint32_t num_bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(
-                     shared_address(mbarrier)),
-                 "r"(num_bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(mbarrier)),
+        "r"(num_bytes)
+        : "memory");
 #else
     mbarrier_arrive(mbarrier);
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads, stores and atomics with order and scope in their names, and fences. gpu and sys scope act on
-// global memory; block scope takes any address. One instruction a function.
+// Loads, stores and atomics with order and scope in their names, and fences. gpu and sys scope act
+// on global memory; block scope takes any address. One instruction a function.
 #pragma once
 
 #include "device/cuda/platform.cuh"
@@ -9,77 +9,77 @@ namespace deepcomm::device {
 
 // ORDER: an acquire load pairs with a release store, red or atomic of a scope that reaches it; the
 // "memory" clobber keeps the compiler from moving plain accesses across.
-#define DEEPCOMM_DEFINE_LOAD(name, order, type, constraint, suffix)                            \
-    DEEPCOMM_DEVICE type name(const type* address) {                                           \
-        type value;                                                                            \
-        asm volatile("ld." order suffix " %0, [%1];"                                           \
-                     : "=" constraint(value)                                                   \
-                     : "l"(address)                                                            \
-                     : "memory");                                                              \
-        return value;                                                                          \
+#define DEEPCOMM_DEFINE_LOAD(name, order, type, constraint, suffix) \
+    DEEPCOMM_DEVICE type name(const type* address) {                \
+        type value;                                                 \
+        asm volatile("ld." order suffix " %0, [%1];"                \
+                     : "=" constraint(value)                        \
+                     : "l"(address)                                 \
+                     : "memory");                                   \
+        return value;                                               \
     }
 
-#define DEEPCOMM_DEFINE_STORE(name, order, type, constraint, suffix)                           \
-    DEEPCOMM_DEVICE void name(type* address, type value) {                                     \
-        asm volatile("st." order suffix " [%0], %1;" ::"l"(address), constraint(value)         \
-                     : "memory");                                                              \
+#define DEEPCOMM_DEFINE_STORE(name, order, type, constraint, suffix)                   \
+    DEEPCOMM_DEVICE void name(type* address, type value) {                             \
+        asm volatile("st." order suffix " [%0], %1;" ::"l"(address), constraint(value) \
+                     : "memory");                                                      \
     }
 
-#define DEEPCOMM_DEFINE_RED(name, order, type, constraint, suffix)                             \
-    DEEPCOMM_DEVICE void name(type* address, type value) {                                     \
-        asm volatile("red." order suffix " [%0], %1;" ::"l"(address), constraint(value)        \
-                     : "memory");                                                              \
+#define DEEPCOMM_DEFINE_RED(name, order, type, constraint, suffix)                      \
+    DEEPCOMM_DEVICE void name(type* address, type value) {                              \
+        asm volatile("red." order suffix " [%0], %1;" ::"l"(address), constraint(value) \
+                     : "memory");                                                       \
     }
 
-#define DEEPCOMM_DEFINE_ATOM(name, order, type, constraint, suffix)                            \
-    DEEPCOMM_DEVICE type name(type* address, type value) {                                     \
-        type before;                                                                           \
-        asm volatile("atom." order suffix " %0, [%1], %2;"                                     \
-                     : "=" constraint(before)                                                  \
-                     : "l"(address), constraint(value)                                         \
-                     : "memory");                                                              \
-        return before;                                                                         \
+#define DEEPCOMM_DEFINE_ATOM(name, order, type, constraint, suffix) \
+    DEEPCOMM_DEVICE type name(type* address, type value) {          \
+        type before;                                                \
+        asm volatile("atom." order suffix " %0, [%1], %2;"          \
+                     : "=" constraint(before)                       \
+                     : "l"(address), constraint(value)              \
+                     : "memory");                                   \
+        return before;                                              \
     }
 
-#define DEEPCOMM_DEFINE_CAS(name, order, type, constraint, suffix)                             \
-    DEEPCOMM_DEVICE type name(type* address, type expected, type desired) {                    \
-        type before;                                                                           \
-        asm volatile("atom." order suffix " %0, [%1], %2, %3;"                                 \
-                     : "=" constraint(before)                                                  \
-                     : "l"(address), constraint(expected), constraint(desired)                 \
-                     : "memory");                                                              \
-        return before;                                                                         \
+#define DEEPCOMM_DEFINE_CAS(name, order, type, constraint, suffix)             \
+    DEEPCOMM_DEVICE type name(type* address, type expected, type desired) {    \
+        type before;                                                           \
+        asm volatile("atom." order suffix " %0, [%1], %2, %3;"                 \
+                     : "=" constraint(before)                                  \
+                     : "l"(address), constraint(expected), constraint(desired) \
+                     : "memory");                                              \
+        return before;                                                         \
     }
 
-#define DEEPCOMM_DEFINE_SCOPE(scope, ptx, type, constraint, bits)                              \
-    DEEPCOMM_DEFINE_LOAD(ld_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)      \
-    DEEPCOMM_DEFINE_LOAD(ld_acquire_##scope, "acquire." ptx, type, constraint, ".u" bits)      \
-    DEEPCOMM_DEFINE_STORE(st_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)     \
-    DEEPCOMM_DEFINE_STORE(st_release_##scope, "release." ptx, type, constraint, ".u" bits)     \
-    DEEPCOMM_DEFINE_RED(red_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,      \
-                        ".u" bits)                                                             \
-    DEEPCOMM_DEFINE_RED(red_add_release_##scope, "release." ptx ".add", type, constraint,      \
-                        ".u" bits)                                                             \
-    DEEPCOMM_DEFINE_ATOM(atom_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,    \
-                         ".u" bits)                                                            \
-    DEEPCOMM_DEFINE_ATOM(atom_add_acquire_##scope, "acquire." ptx ".add", type, constraint,    \
-                         ".u" bits)                                                            \
-    DEEPCOMM_DEFINE_ATOM(atom_add_release_##scope, "release." ptx ".add", type, constraint,    \
-                         ".u" bits)                                                            \
-    DEEPCOMM_DEFINE_ATOM(atom_add_acq_rel_##scope, "acq_rel." ptx ".add", type, constraint,    \
-                         ".u" bits)                                                            \
-    DEEPCOMM_DEFINE_ATOM(atom_or_relaxed_##scope, "relaxed." ptx ".or", type, constraint,      \
-                         ".b" bits)                                                            \
-    DEEPCOMM_DEFINE_ATOM(atom_exchange_acq_rel_##scope, "acq_rel." ptx ".exch", type,          \
-                         constraint, ".b" bits)                                                \
-    DEEPCOMM_DEFINE_CAS(atom_cas_relaxed_##scope, "relaxed." ptx ".cas", type, constraint,     \
-                        ".b" bits)                                                             \
-    DEEPCOMM_DEFINE_CAS(atom_cas_acq_rel_##scope, "acq_rel." ptx ".cas", type, constraint,     \
+#define DEEPCOMM_DEFINE_SCOPE(scope, ptx, type, constraint, bits)                                 \
+    DEEPCOMM_DEFINE_LOAD(ld_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)         \
+    DEEPCOMM_DEFINE_LOAD(ld_acquire_##scope, "acquire." ptx, type, constraint, ".u" bits)         \
+    DEEPCOMM_DEFINE_STORE(st_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)        \
+    DEEPCOMM_DEFINE_STORE(st_release_##scope, "release." ptx, type, constraint, ".u" bits)        \
+    DEEPCOMM_DEFINE_RED(red_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,         \
+                        ".u" bits)                                                                \
+    DEEPCOMM_DEFINE_RED(red_add_release_##scope, "release." ptx ".add", type, constraint,         \
+                        ".u" bits)                                                                \
+    DEEPCOMM_DEFINE_ATOM(atom_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,       \
+                         ".u" bits)                                                               \
+    DEEPCOMM_DEFINE_ATOM(atom_add_acquire_##scope, "acquire." ptx ".add", type, constraint,       \
+                         ".u" bits)                                                               \
+    DEEPCOMM_DEFINE_ATOM(atom_add_release_##scope, "release." ptx ".add", type, constraint,       \
+                         ".u" bits)                                                               \
+    DEEPCOMM_DEFINE_ATOM(atom_add_acq_rel_##scope, "acq_rel." ptx ".add", type, constraint,       \
+                         ".u" bits)                                                               \
+    DEEPCOMM_DEFINE_ATOM(atom_or_relaxed_##scope, "relaxed." ptx ".or", type, constraint,         \
+                         ".b" bits)                                                               \
+    DEEPCOMM_DEFINE_ATOM(atom_exchange_acq_rel_##scope, "acq_rel." ptx ".exch", type, constraint, \
+                         ".b" bits)                                                               \
+    DEEPCOMM_DEFINE_CAS(atom_cas_relaxed_##scope, "relaxed." ptx ".cas", type, constraint,        \
+                        ".b" bits)                                                                \
+    DEEPCOMM_DEFINE_CAS(atom_cas_acq_rel_##scope, "acq_rel." ptx ".cas", type, constraint,        \
                         ".b" bits)
 
-#define DEEPCOMM_DEFINE_TYPE(type, constraint, bits)                                           \
-    DEEPCOMM_DEFINE_SCOPE(block, "cta", type, constraint, bits)                                \
-    DEEPCOMM_DEFINE_SCOPE(gpu, "gpu.global", type, constraint, bits)                           \
+#define DEEPCOMM_DEFINE_TYPE(type, constraint, bits)                 \
+    DEEPCOMM_DEFINE_SCOPE(block, "cta", type, constraint, bits)      \
+    DEEPCOMM_DEFINE_SCOPE(gpu, "gpu.global", type, constraint, bits) \
     DEEPCOMM_DEFINE_SCOPE(sys, "sys.global", type, constraint, bits)
 
 DEEPCOMM_DEFINE_TYPE(uint32_t, "r", "32")
@@ -135,16 +135,15 @@ DEEPCOMM_DEVICE Vec128 ld_weak_streaming(const Vec128* address) {
 
 DEEPCOMM_DEVICE void st_weak_streaming(Vec128* address, const Vec128& value) {
     asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address),
-                 "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]),
-                 "r"(value.words[3])
+                 "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
                  : "memory");
 }
 
 // ---- fences
 
-// ORDER: fence.acq_rel between a plain access and a relaxed strong one makes that a release, and the
-// other way round an acquire. fence.sc also puts all fence.sc of the scope in one order, which is
-// what store-then-load of two locations needs.
+// ORDER: fence.acq_rel between a plain access and a relaxed strong one makes that a release, and
+// the other way round an acquire. fence.sc also puts all fence.sc of the scope in one order, which
+// is what store-then-load of two locations needs.
 DEEPCOMM_DEVICE void fence_acq_rel_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 DEEPCOMM_DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEEPCOMM_DEVICE void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }

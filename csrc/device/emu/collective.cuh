@@ -8,13 +8,9 @@ namespace deepcomm::device {
 
 constexpr uint32_t kFullMask = 0xFFFFFFFFu;
 
-inline void block_barrier() {
-    (void)emu::block_barrier(true);
-}
+inline void block_barrier() { (void)emu::block_barrier(true); }
 
-inline bool block_barrier_and(bool flag) {
-    return emu::block_barrier(flag);
-}
+inline bool block_barrier_and(bool flag) { return emu::block_barrier(flag); }
 
 inline void named_barrier(int32_t barrier_idx, int32_t num_threads) {
     (void)emu::named_barrier(barrier_idx, num_threads, true);
@@ -44,8 +40,7 @@ inline T shuffle(emu::Collective kind, T value, int32_t argument, uint32_t mask)
         T value;
     } carrier = {0};
     carrier.value = value;
-    carrier.bits =
-        emu::warp_collective(kind, mask, carrier.bits, static_cast<uint32_t>(argument));
+    carrier.bits = emu::warp_collective(kind, mask, carrier.bits, static_cast<uint32_t>(argument));
     return carrier.value;
 }
 
@@ -71,12 +66,8 @@ inline T warp_shuffle_down(T value, int32_t distance, uint32_t mask = kFullMask)
     return emulated::shuffle(emu::Collective::kShuffleDown, value, distance, mask);
 }
 
-inline int32_t popcount(uint32_t bits) {
-    return __builtin_popcount(bits);
-}
+inline int32_t popcount(uint32_t bits) { return __builtin_popcount(bits); }
 
-inline int32_t lowest_bit(uint32_t bits) {
-    return __builtin_ctz(bits);
-}
+inline int32_t lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 }  // namespace deepcomm::device

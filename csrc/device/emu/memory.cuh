@@ -31,49 +31,49 @@ inline T rmw(T* address, Rmw op, emu::RmwOperands operands, Order order, Scope s
 
 }  // namespace emulated
 
-#define DEEPCOMM_DEFINE_ATOM(name, op, type, order, scope)                                     \
-    inline type name(type* address, type value) {                                              \
-        return emulated::rmw(address, emu::Rmw::op, {value, 0}, emu::Order::order,             \
-                             emu::Scope::scope);                                               \
+#define DEEPCOMM_DEFINE_ATOM(name, op, type, order, scope)                         \
+    inline type name(type* address, type value) {                                  \
+        return emulated::rmw(address, emu::Rmw::op, {value, 0}, emu::Order::order, \
+                             emu::Scope::scope);                                   \
     }
 
-#define DEEPCOMM_DEFINE_CAS(name, type, order, scope)                                          \
-    inline type name(type* address, type expected, type desired) {                             \
-        return emulated::rmw(address, emu::Rmw::kCompareSwap, {desired, expected},             \
-                             emu::Order::order, emu::Scope::scope);                            \
+#define DEEPCOMM_DEFINE_CAS(name, type, order, scope)                              \
+    inline type name(type* address, type expected, type desired) {                 \
+        return emulated::rmw(address, emu::Rmw::kCompareSwap, {desired, expected}, \
+                             emu::Order::order, emu::Scope::scope);                \
     }
 
-#define DEEPCOMM_DEFINE_SCOPE(suffix, scope, type)                                             \
-    inline type ld_relaxed_##suffix(const type* address) {                                     \
-        return emulated::load(address, emu::Order::kRelaxed, emu::Scope::scope);               \
-    }                                                                                          \
-    inline type ld_acquire_##suffix(const type* address) {                                     \
-        return emulated::load(address, emu::Order::kAcquire, emu::Scope::scope);               \
-    }                                                                                          \
-    inline void st_relaxed_##suffix(type* address, type value) {                               \
-        emulated::store(address, value, emu::Order::kRelaxed, emu::Scope::scope);              \
-    }                                                                                          \
-    inline void st_release_##suffix(type* address, type value) {                               \
-        emulated::store(address, value, emu::Order::kRelease, emu::Scope::scope);              \
-    }                                                                                          \
-    DEEPCOMM_DEFINE_ATOM(atom_add_relaxed_##suffix, kAdd, type, kRelaxed, scope)               \
-    DEEPCOMM_DEFINE_ATOM(atom_add_acquire_##suffix, kAdd, type, kAcquire, scope)               \
-    DEEPCOMM_DEFINE_ATOM(atom_add_release_##suffix, kAdd, type, kRelease, scope)               \
-    DEEPCOMM_DEFINE_ATOM(atom_add_acq_rel_##suffix, kAdd, type, kAcqRel, scope)                \
-    DEEPCOMM_DEFINE_ATOM(atom_or_relaxed_##suffix, kOr, type, kRelaxed, scope)                 \
-    DEEPCOMM_DEFINE_ATOM(atom_exchange_acq_rel_##suffix, kExchange, type, kAcqRel, scope)      \
-    DEEPCOMM_DEFINE_CAS(atom_cas_relaxed_##suffix, type, kRelaxed, scope)                      \
-    DEEPCOMM_DEFINE_CAS(atom_cas_acq_rel_##suffix, type, kAcqRel, scope)                       \
-    inline void red_add_relaxed_##suffix(type* address, type value) {                          \
-        (void)atom_add_relaxed_##suffix(address, value);                                       \
-    }                                                                                          \
-    inline void red_add_release_##suffix(type* address, type value) {                          \
-        (void)atom_add_release_##suffix(address, value);                                       \
+#define DEEPCOMM_DEFINE_SCOPE(suffix, scope, type)                                        \
+    inline type ld_relaxed_##suffix(const type* address) {                                \
+        return emulated::load(address, emu::Order::kRelaxed, emu::Scope::scope);          \
+    }                                                                                     \
+    inline type ld_acquire_##suffix(const type* address) {                                \
+        return emulated::load(address, emu::Order::kAcquire, emu::Scope::scope);          \
+    }                                                                                     \
+    inline void st_relaxed_##suffix(type* address, type value) {                          \
+        emulated::store(address, value, emu::Order::kRelaxed, emu::Scope::scope);         \
+    }                                                                                     \
+    inline void st_release_##suffix(type* address, type value) {                          \
+        emulated::store(address, value, emu::Order::kRelease, emu::Scope::scope);         \
+    }                                                                                     \
+    DEEPCOMM_DEFINE_ATOM(atom_add_relaxed_##suffix, kAdd, type, kRelaxed, scope)          \
+    DEEPCOMM_DEFINE_ATOM(atom_add_acquire_##suffix, kAdd, type, kAcquire, scope)          \
+    DEEPCOMM_DEFINE_ATOM(atom_add_release_##suffix, kAdd, type, kRelease, scope)          \
+    DEEPCOMM_DEFINE_ATOM(atom_add_acq_rel_##suffix, kAdd, type, kAcqRel, scope)           \
+    DEEPCOMM_DEFINE_ATOM(atom_or_relaxed_##suffix, kOr, type, kRelaxed, scope)            \
+    DEEPCOMM_DEFINE_ATOM(atom_exchange_acq_rel_##suffix, kExchange, type, kAcqRel, scope) \
+    DEEPCOMM_DEFINE_CAS(atom_cas_relaxed_##suffix, type, kRelaxed, scope)                 \
+    DEEPCOMM_DEFINE_CAS(atom_cas_acq_rel_##suffix, type, kAcqRel, scope)                  \
+    inline void red_add_relaxed_##suffix(type* address, type value) {                     \
+        (void)atom_add_relaxed_##suffix(address, value);                                  \
+    }                                                                                     \
+    inline void red_add_release_##suffix(type* address, type value) {                     \
+        (void)atom_add_release_##suffix(address, value);                                  \
     }
 
-#define DEEPCOMM_DEFINE_TYPE(type)                                                             \
-    DEEPCOMM_DEFINE_SCOPE(block, kBlock, type)                                                 \
-    DEEPCOMM_DEFINE_SCOPE(gpu, kGpu, type)                                                     \
+#define DEEPCOMM_DEFINE_TYPE(type)             \
+    DEEPCOMM_DEFINE_SCOPE(block, kBlock, type) \
+    DEEPCOMM_DEFINE_SCOPE(gpu, kGpu, type)     \
     DEEPCOMM_DEFINE_SCOPE(sys, kSys, type)
 
 DEEPCOMM_DEFINE_TYPE(uint32_t)
@@ -92,28 +92,14 @@ inline void st_relaxed_sys(Vec128* address, const Vec128& value) {
     emulated::store(address, value, emu::Order::kRelaxed, emu::Scope::kSys);
 }
 
-inline Vec128 ld_weak_streaming(const Vec128* address) {
-    return *address;
-}
+inline Vec128 ld_weak_streaming(const Vec128* address) { return *address; }
 
-inline void st_weak_streaming(Vec128* address, const Vec128& value) {
-    *address = value;
-}
+inline void st_weak_streaming(Vec128* address, const Vec128& value) { *address = value; }
 
-inline void fence_acq_rel_block() {
-    emu::fence_acq_rel(emu::Scope::kBlock);
-}
-inline void fence_acq_rel_gpu() {
-    emu::fence_acq_rel(emu::Scope::kGpu);
-}
-inline void fence_acq_rel_sys() {
-    emu::fence_acq_rel(emu::Scope::kSys);
-}
-inline void fence_sc_gpu() {
-    emu::fence_sc(emu::Scope::kGpu);
-}
-inline void fence_sc_sys() {
-    emu::fence_sc(emu::Scope::kSys);
-}
+inline void fence_acq_rel_block() { emu::fence_acq_rel(emu::Scope::kBlock); }
+inline void fence_acq_rel_gpu() { emu::fence_acq_rel(emu::Scope::kGpu); }
+inline void fence_acq_rel_sys() { emu::fence_acq_rel(emu::Scope::kSys); }
+inline void fence_sc_gpu() { emu::fence_sc(emu::Scope::kGpu); }
+inline void fence_sc_sys() { emu::fence_sc(emu::Scope::kSys); }
 
 }  // namespace deepcomm::device

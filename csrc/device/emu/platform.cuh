@@ -35,20 +35,14 @@ inline Smem& shared_storage() {
     return *static_cast<Smem*>(emu::shared_memory(sizeof(Smem)));
 }
 
-inline uint64_t globaltimer_ns() {
-    return emu::globaltimer_ns();
-}
+inline uint64_t globaltimer_ns() { return emu::globaltimer_ns(); }
 
 inline void pause_on(const void* address, uint64_t deadline_ns) {
     emu::pause_on(address, deadline_ns);
 }
 
-inline void sleep_ns(uint32_t duration_ns) {
-    emu::sleep_ns(duration_ns);
-}
+inline void sleep_ns(uint32_t duration_ns) { emu::sleep_ns(duration_ns); }
 
-[[noreturn]] inline void exit_thread() {
-    emu::exit_thread();
-}
+[[noreturn]] inline void exit_thread() { emu::exit_thread(); }
 
 }  // namespace deepcomm::device

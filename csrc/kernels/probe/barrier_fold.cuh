@@ -15,10 +15,11 @@ DEEPCOMM_DEVICE bool meet_everyone(const BarrierFoldParams& params, const device
     const auto site = wait_for_peer(device::Role::kMeet, layout::kNoPeer, layout::kNoSlot);
     if (block.num_blocks() == 1) return device::rank_barrier(context, site, block, ranks, epoch);
     auto* grid = static_cast<device::GridBarrierState*>(params.grid_state);
-    if (!device::grid_barrier(context, site, block, grid)) return false;  // ORDER: blocks, then ranks
+    // ORDER: this rank's blocks before the other ranks
+    if (!device::grid_barrier(context, site, block, grid)) return false;
     bool is_complete = true;
     if (block.block_idx() == 0) {
-        // ORDER: this rank's blocks, known to block 0, before the other ranks
+        // ORDER: what block 0 knows before the other ranks' turns, and theirs before ours
         is_complete = device::rank_barrier(context, site, block, ranks, epoch);
     }
     if (!is_complete) return false;

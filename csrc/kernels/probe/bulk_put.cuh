@@ -56,13 +56,13 @@ DEEPCOMM_DEVICE bool send_tiles(const BulkPutParams& params, BulkPutShared& smem
         const bool is_full = device::wait_mbarrier(context, site, &smem.full[stage], parity);
         if (!is_full) return false;
         change_tile(smem.tiles[stage], block);
-        device::fence_proxy_async();  // ORDER: this thread's writes before the store that reads them
+        device::fence_proxy_async();  // ORDER: this thread's writes before the store reads them
         block.sync();                 // ORDER: all threads' writes before the leader's store
         if (!block.is_leader()) continue;
         device::bulk_store(params.dst + tiles[index] * kTileWords, smem.tiles[stage], kTileBytes);
         device::bulk_commit_group();
         if (index + 1 == tiles.count) continue;
-        // ORDER: the store from the next stage, one older, has read it before the load overwrites it
+        // ORDER: the store from the next stage, one older, before the load that overwrites it
         device::bulk_wait_group_read<1>();
         load_tile(params, smem, tiles, index + 1);
     }
@@ -84,8 +84,9 @@ DEEPCOMM_DEVICE bool receive_tiles(const BulkPutParams& params, const device::Bl
     bool has_arrived = true;
     if (block.is_leader()) {
         // ORDER: pairs with the releases in publish_tiles, of all blocks of the peer
-        has_arrived = device::wait_reached_acquire_sys(
-            wait_context(params.probe), site, params.signal, static_cast<uint32_t>(params.num_tiles));
+        has_arrived =
+            device::wait_reached_acquire_sys(wait_context(params.probe), site, params.signal,
+                                             static_cast<uint32_t>(params.num_tiles));
     }
     if (!block.sync_and(has_arrived)) return false;  // ORDER: the leader's acquire before the reads
     for (int32_t index = 0; index < tiles.count; ++index) {

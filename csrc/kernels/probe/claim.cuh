@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const int32_t first = block.block_idx() * block.size() + block.thread_idx();
     for (int32_t round = first; round < params.probe.num_rounds; round += stride) {
         device::st_relaxed_sys(&params.my_claims[round], 1u);
-        device::fence_sc_sys();  // ORDER: the claim before the look; pairs with the same fence of the peer
+        device::fence_sc_sys();  // ORDER: the claim before the look; pairs with the peer's
         const uint32_t peer_claim = device::ld_relaxed_sys(&params.peer_claims[round]);
         if (peer_claim == 0) params.owners[round] = static_cast<uint32_t>(params.probe.rank) + 1;
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Flag with data: each strong 16-byte store carries 12 bytes of payload and its round, so nothing
-// else has to be ordered. Two copies of the region alternate: a rank sends round n + 2 only after it
-// has heard round n + 1, which the peer sent after reading round n. PROTOCOLS.md: probe_packet.
+// else has to be ordered. Two copies of the region alternate: a rank sends round n + 2 only after
+// it has heard round n + 1, which the peer sent after reading round n. PROTOCOLS.md: probe_packet.
 #pragma once
 
 #include "kernels/probe/common.cuh"

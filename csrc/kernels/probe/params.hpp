@@ -34,9 +34,9 @@ struct SignalParams {
 /// probe_claim: at most one of two ranks may enter (store buffering).
 struct ClaimParams {
     ProbeParams probe;
-    uint32_t* my_claims;           ///< [num_rounds], zeroed
-    const uint32_t* peer_claims;   ///< [num_rounds]
-    uint32_t* owners;              ///< [num_rounds], plain, shared by both ranks
+    uint32_t* my_claims;          ///< [num_rounds], zeroed
+    const uint32_t* peer_claims;  ///< [num_rounds]
+    uint32_t* owners;             ///< [num_rounds], plain, shared by both ranks
 };
 
 /// probe_bulk_put: tiles go global -> shared -> peer, changed on the way.
@@ -54,14 +54,14 @@ struct BulkPutParams {
 /// probe_ring: rounds through fewer slots than rounds; the receiver's credits free them.
 struct RingParams {
     ProbeParams probe;
-    uint32_t first_epoch;      ///< counter value before the first round (may be close to the wrap)
-    uint32_t* dst_slots;       ///< [num_slots, num_words] in dst_rank's memory
-    uint32_t* dst_tail;        ///< rounds sent, in dst_rank's memory
-    const uint32_t* head;      ///< rounds that dst_rank has freed, in this rank's memory
-    const uint32_t* slots;     ///< what src_rank writes here
-    const uint32_t* tail;      ///< rounds that src_rank has sent
-    uint32_t* src_head;        ///< rounds freed, in src_rank's memory
-    uint32_t* folds;           ///< [num_rounds]: non-commutative fold of each round's words
+    uint32_t first_epoch;   ///< counter value before the first round (may be close to the wrap)
+    uint32_t* dst_slots;    ///< [num_slots, num_words] in dst_rank's memory
+    uint32_t* dst_tail;     ///< rounds sent, in dst_rank's memory
+    const uint32_t* head;   ///< rounds that dst_rank has freed, in this rank's memory
+    const uint32_t* slots;  ///< what src_rank writes here
+    const uint32_t* tail;   ///< rounds that src_rank has sent
+    uint32_t* src_head;     ///< rounds freed, in src_rank's memory
+    uint32_t* folds;        ///< [num_rounds]: non-commutative fold of each round's words
     int32_t num_slots;
 };
 

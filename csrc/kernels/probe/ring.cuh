@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Epoch reuse: rounds travel through a ring with fewer slots. A slot is written again only after its
-// reader's credit, and counters may wrap. Block 0 sends, block 1 receives. PROTOCOLS.md: probe_ring.
+// Epoch reuse: rounds travel through a ring with fewer slots. A slot is written again only after
+// its reader's credit, and counters may wrap. Block 0 sends, block 1 receives. PROTOCOLS.md:
+// probe_ring.
 #pragma once
 
 #include "kernels/probe/common.cuh"
@@ -39,7 +40,8 @@ DEEPCOMM_DEVICE bool receive_round(const RingParams& params, const device::Block
     if (block.is_leader()) {
         const auto site = wait_for_peer(device::Role::kReceive, probe.src_rank, slot);
         // ORDER: pairs with the release in send_round
-        has_arrived = device::wait_reached_acquire_sys(wait_context(probe), site, params.tail, epoch);
+        has_arrived =
+            device::wait_reached_acquire_sys(wait_context(probe), site, params.tail, epoch);
     }
     if (!block.sync_and(has_arrived)) return false;  // ORDER: the leader's acquire before the reads
     const uint32_t* words = params.slots + slot * probe.num_words;
@@ -57,8 +59,8 @@ extern "C" __global__ void __launch_bounds__(256)
     const device::Block block;
     const bool is_sender = block.block_idx() == 0;
     for (int32_t round = 0; round < params.probe.num_rounds; ++round) {
-        const bool goes_on = is_sender ? send_round(params, block, round)
-                                       : receive_round(params, block, round);
+        const bool goes_on =
+            is_sender ? send_round(params, block, round) : receive_round(params, block, round);
         if (!goes_on) return;
     }
 }

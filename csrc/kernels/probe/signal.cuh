@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Message passing: every block of a rank writes its part of the payload to the peer by plain stores
-// and adds to the peer's signal; the peer's blocks wait for all of them. PROTOCOLS.md: probe_signal.
+// Message passing: every block of a rank writes its part of the payload to the peer by plain
+// stores and adds to the peer's signal; the peer's blocks wait for all of them. PROTOCOLS.md:
+// probe_signal.
 #pragma once
 
 #include "kernels/probe/common.cuh"
@@ -18,7 +19,8 @@ DEEPCOMM_DEVICE void send_payload(const SignalParams& params, const device::Bloc
     }
     block.sync();  // ORDER: the payload of all threads before the leader's release
     if (!block.is_leader()) return;
-    device::red_add_release_sys(params.dst_signal, 1u);  // ORDER: pairs with the wait in receive_payload
+    // ORDER: pairs with the wait in receive_payload
+    device::red_add_release_sys(params.dst_signal, 1u);
 }
 
 DEEPCOMM_DEVICE bool receive_payload(const SignalParams& params, const device::Block& block,

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rails of AsyncEngine: puts in any order, signals behind the puts of their lane.
+#include <algorithm>
+
+#include "emu/machine.hpp"
+
+namespace deepcomm::emu {
+
+AsyncEngine::Lane& AsyncEngine::lane(const Thread& me, RailPeer peer) {
+    return lanes_[{me.rank, {peer.context, peer.rank}}];
+}
+
+void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes) {
+    machine->memory.check_bounds("rail put", src, num_bytes);
+    machine->memory.check_bounds("rail put", dst, num_bytes);
+    Operation operation = make(me, Kind::kRailPut, dst, src, num_bytes);
+    Lane& to = lane(me, peer);
+    operation.lane = &to;
+    operation.num_puts_before = to.num_issued++;
+    to.landed.push_back(false);
+    to.puts.push_back(operation.span);
+    ++to.num_unread;
+    submit(std::move(operation));
+}
+
+void AsyncEngine::rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value) {
+    machine->memory.check_bounds("rail signal", word, 8);
+    Operation operation = make(me, Kind::kRailSignal, word, word, 8);
+    Lane& to = lane(me, peer);
+    operation.lane = &to;
+    operation.signal_value = value;
+    operation.num_puts_before = to.num_issued;
+    if (to.num_landed_in_order >= to.num_issued) {
+        submit(std::move(operation));
+    } else {
+        ++machine->ranks[static_cast<size_t>(operation.rank)].num_copies;
+        held_.push_back(std::move(operation));
+    }
+}
+
+void AsyncEngine::release_signals(Lane& lane) {
+    while (lane.num_landed_in_order < lane.num_issued &&
+           lane.landed[static_cast<size_t>(lane.num_landed_in_order)]) {
+        ++lane.num_landed_in_order;
+    }
+    for (size_t i = 0; i < held_.size();) {
+        Operation& signal = held_[i];
+        if (signal.lane != &lane || signal.num_puts_before > lane.num_landed_in_order) {
+            ++i;
+            continue;
+        }
+        --machine->ranks[static_cast<size_t>(signal.rank)].num_copies;
+        submit(std::move(signal));
+        held_.erase(held_.begin() + static_cast<long>(i));
+    }
+}
+
+void AsyncEngine::rail_flush(Thread& me, int context) {
+    const auto is_clear = [&] {
+        return std::none_of(lanes_.begin(), lanes_.end(), [&](const auto& entry) {
+            return entry.first.first == me.rank && entry.first.second.first == context &&
+                   entry.second.num_unread > 0;
+        });
+    };
+    while (!is_clear()) {
+        flushing_.push_back(&me);
+        machine->scheduler.park_current("rail flush", Memory::kOutside, kNever);
+        machine->scheduler.switch_away();
+    }
+    for (const auto& entry : lanes_) {
+        if (entry.first.first != me.rank || entry.first.second.first != context) continue;
+        for (const AgentSpan& put : entry.second.puts) {
+            me.know.seen.raise(static_cast<size_t>(put.agent), put.read_epoch);
+        }
+    }
+}
+
+}  // namespace deepcomm::emu
