@@ -39,11 +39,9 @@ DEEPCOMM_DEVICE bool grid_barrier(const WaitContext& context, const WaitSite& si
     return block.sync_and(is_complete);  // ORDER: the leader's acquire before the block goes on
 }
 
-constexpr int32_t kMaxPeers = 64;
-
 /// One word a pair of ranks: words[dst][src] is written by src only, in dst's symmetric memory.
 struct RankBarrier {
-    uint32_t* words[kMaxPeers];  ///< of each rank, num_ranks words each
+    uint32_t* const* words;  ///< [num_ranks], each [num_ranks]; the table is in kernel arguments
     int32_t num_ranks;
 };
 

@@ -29,9 +29,7 @@ DEEPCOMM_DEVICE bool meet_everyone(const BarrierFoldParams& params, const device
 extern "C" __global__ void __launch_bounds__(256)
     probe_barrier_fold(const __grid_constant__ BarrierFoldParams params) {
     const device::Block block;
-    device::RankBarrier ranks;
-    ranks.num_ranks = params.num_ranks;
-    for (int32_t i = 0; i < params.num_ranks; ++i) ranks.words[i] = params.barrier_words[i];
+    const device::RankBarrier ranks = {params.barrier_words, params.num_ranks};
     const int32_t num_turns = params.num_ranks * block.num_blocks();
     const int32_t my_turn = block.block_idx() * params.num_ranks + params.probe.rank;
     uint32_t epoch = 0;
