@@ -29,8 +29,8 @@ __all__ = ["Buffer"]
 class Buffer:
     """Symmetric memory of one rank in a group, and the operations that exchange tokens through it.
 
-    Constructing, closing and growing a buffer is collective, and all ranks call the operations of one
-    buffer in the same order. Two buffers, of the same or of different groups, are independent.
+    Constructing and growing a buffer is collective, and all ranks call the operations of one buffer
+    in the same order. Two buffers, of the same or of different groups, are independent.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Buffer:
             device: Where tensors live; None is CUDA if available, else CPU.
             ranks_per_node: Ranks that share memory, instead of finding out; one host can so play
                 several nodes.
-            growable: Re-allocate, collectively, when a rank brings more than ``max_tokens_per_rank``
-                tokens to a high-throughput dispatch, instead of raising.
+            growable: Re-allocate, collectively, when a rank brings more tokens than
+                ``max_tokens_per_rank`` to a high-throughput dispatch, instead of raising.
             num_sms: Streaming multiprocessors an operation may use (CUDA); None chooses.
             num_threads: Threads a rank may use for copies, casts and sums (CPU); None chooses.
-            num_generations: Landing areas of the ring, 2 or more: all but one can be leased to views.
+            num_generations: Landing areas of the ring, 2 or more; views can lease all but one.
             num_low_latency_slots: Low-latency operations in flight, 3 or more, or 0 for none.
             timeout_s: Seconds any wait for a peer may take before ``CommTimeout``. The default is
                 above the skew that compiling or autotuning causes between ranks.
@@ -166,9 +166,9 @@ class Buffer:
             expert_alignment: Multiple at which the groups of ``EXPERT`` start; None is 1.
             quantize: Cast the rows to FP8 E4M3 with one scale per 128 channels on the way.
             scale_format: "fp32", or "ue8m0" (powers of two, packed four to an int32).
-            num_recv_tokens: Capacity in rows of the receive tensor: ``x`` then has exactly that many
-                rows, nothing is learnt by the host, and rows that do not fit are dropped and flagged
-                in ``overflow``. None: exact counts.
+            num_recv_tokens: Capacity in rows of the receive tensor: ``x`` then has exactly that
+                many rows, nothing is learnt by the host, and rows that do not fit are dropped and
+                flagged in ``overflow``. None: exact counts.
             zero_padding: Fill the rows that hold no token with zeros (else unspecified).
             out: Receive into this tensor instead (at least as many rows as arrive).
             owned: Return an owned tensor, never a view of symmetric memory.
@@ -219,9 +219,9 @@ class Buffer:
                 ``EXPERT_PADDED``); bfloat16 (on CPU also float16, float32). The tensor that
                 ``dispatch`` returned, changed in place, is not copied on its way.
             handle: The routing, from ``dispatch``.
-            topk_weights: float32, carried back to the tokens' ranks (the gradient path): [N, K] for
-                ``TOKEN``, one a row for the expert layouts. Not together with ``apply_weights``.
-            apply_weights: Multiply each row by the weight recorded at dispatch (expert layouts only).
+            topk_weights: float32, carried back to the tokens' ranks (the gradient path): [N, K]
+                for ``TOKEN``, one a row for the expert layouts. Not beside ``apply_weights``.
+            apply_weights: Multiply each row by its weight of the dispatch (expert layouts only).
             bias: [T, H] in ``y``'s dtype, added last.
             out: [T, H] to receive into.
             async_op: Return an event. On CPUs the work is complete when the call returns.
@@ -272,13 +272,13 @@ class Buffer:
             topk_weights: float32 [T, K]; recorded for the combine, optional.
             quantize: As for ``dispatch``.
             scale_format: As for ``dispatch``.
-            recv_layout: ``EXPERT_PADDED``, or ``TOKEN``: then ``x`` has R * max_tokens_per_rank rows,
-                of which the first ``num_recv_tokens`` are valid.
+            recv_layout: ``EXPERT_PADDED``, or ``TOKEN``: then ``x`` has R * max_tokens_per_rank
+                rows, of which the first ``num_recv_tokens`` are valid.
             zero_padding: Fill the rows that hold no token with zeros (else unspecified).
             out: Receive into this tensor, of exactly the output's shape.
-            return_hook: Return after the send phase; ``output.hook()`` receives. Hooks of one buffer
-                are called in the order of their operations; at most ``num_low_latency_slots``
-                operations are in flight.
+            return_hook: Return after the send phase; ``output.hook()`` receives. Hooks of one
+                buffer are called in the order of their operations, of which at most
+                ``num_low_latency_slots`` are in flight.
             async_op: Return an event. On CPUs the work is complete when the call returns.
             previous_event: Wait for it first.
             on_timeout: "mask" marks a late peer dead in the rank mask instead of raising.
@@ -331,11 +331,11 @@ class Buffer:
             y: Expert outputs, [L, M, H] for ``EXPERT_PADDED`` or [R * max_tokens_per_rank, H] for
                 ``TOKEN``.
             handle: The routing, from ``low_latency_dispatch``.
-            topk_weights: With ``apply_weights``: float32 [T, K] at the tokens' rank, instead of those
-                recorded at dispatch; sent to the expert ranks first. Otherwise carried back as in
-                ``combine``.
-            apply_weights: Multiply each expert's row by its weight (``EXPERT_PADDED`` only; with
-                ``TOKEN`` rows are summed plainly).
+            topk_weights: ``EXPERT_PADDED`` with ``apply_weights``: float32 [T, K] at the tokens'
+                rank, instead of those recorded at dispatch; sent to the expert ranks first.
+                Otherwise carried back as in ``combine``.
+            apply_weights: Multiply each expert's row by its weight, given here or at dispatch
+                (``EXPERT_PADDED``; rows of ``TOKEN`` are always summed plainly).
             bias: [T, H] in ``y``'s dtype, added last.
             out: [T, H] to receive into.
             return_hook: As for ``low_latency_dispatch``.
@@ -370,8 +370,8 @@ class Buffer:
         """Mark a peer dead (or alive again) for this rank's low-latency operations.
 
         Both phases skip a masked peer: nothing is sent to it or awaited from it, and its tokens and
-        expert outputs count as absent. With several nodes the pairs of ranks whose tokens it forwards
-        are cut with it.
+        expert outputs count as absent. With several nodes the pairs of ranks whose tokens it
+        forwards are cut with it.
         """
         self._backend.set_rank_mask(rank, masked)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks of the operations, in one place for all backends.
 
-They are in Python because they are about tensors; what is inside ``topk_idx`` (range, repetition) is
-checked where the ids are read. Every message states the argument, what was expected and what came.
+They are in Python because they are about tensors; what is inside ``topk_idx`` (range, repetition)
+is checked where the ids are read. Every message states the argument, what was expected and what
+came.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def check_dispatch(
         id_dtype=id_dtype,
     )
     check_out(request.out, config, device)
-    check_statistics(request, config, device)
+    check_statistics(request, device)
     return checked
 
 
@@ -176,7 +177,7 @@ def check_scaled_rows(
     request: DispatchRequest, config: BufferConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """Check a ``ScaledTensor``."""
-    assert isinstance(request.x, ScaledTensor)  # noqa: S101
+    assert isinstance(request.x, ScaledTensor)
     if request.quantize is not None:
         raise InvalidArgument("quantize: expected None for a ScaledTensor, which is FP8 already")
     check_fp8_hidden(config)
@@ -309,12 +310,10 @@ def check_out_shape(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise InvalidArgument(f"out: expected {name} {list(shape)}, got {describe(out)}")
 
 
-def check_statistics(request: DispatchRequest, config: BufferConfig, device: torch.device) -> None:
+def check_statistics(request: DispatchRequest, device: torch.device) -> None:
     """Check the optional statistics tensors' dtypes; sizes are the backend's to compare."""
     if request.on_timeout not in ("raise", "mask"):
-        raise InvalidArgument(
-            f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}"
-        )
+        raise InvalidArgument(f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}")
     for name, value, dtypes in (
         ("expert_token_stats", request.expert_token_stats, ID_DTYPES),
         ("wait_us_stats", request.wait_us_stats, (torch.int64,)),
@@ -362,9 +361,7 @@ def check_combine(
     for name, value in (("bias", request.bias), ("out", request.out)):
         check_like_output(name, value, rows.dtype, bias_shape, device)
     if request.on_timeout not in ("raise", "mask"):
-        raise InvalidArgument(
-            f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}"
-        )
+        raise InvalidArgument(f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}")
     check_statistic("wait_us_stats", request.wait_us_stats, (torch.int64,), device)
     return check_combine_weights(request, rows, num_local_experts, device)
 
@@ -426,9 +423,7 @@ def check_combine_weights(
     if not applied:
         shape = carried_shape(handle, num_topk, num_local_experts)
         carried = check_weights(request.topk_weights, shape, device)
-        return CheckedCombine(
-            rows=rows, carried=carried, source_weights=None, apply_weights=False
-        )
+        return CheckedCombine(rows=rows, carried=carried, source_weights=None, apply_weights=False)
     source: torch.Tensor | None = None
     if request.topk_weights is not None:
         if not request.low_latency:

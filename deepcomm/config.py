@@ -44,7 +44,7 @@ class BufferConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL_FIELDS}
 
     def check(self, num_ranks: int) -> None:
-        """Raise InvalidArgument for the first field that is out of range for ``num_ranks`` ranks."""
+        """Raise InvalidArgument for the first field that does not suit ``num_ranks`` ranks."""
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:

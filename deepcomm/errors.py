@@ -29,7 +29,7 @@ class InvalidArgument(Error, ValueError):
 
 
 class ConfigMismatch(Error):
-    """Ranks disagree on something that must be equal; the message names the field and the values."""
+    """Ranks disagree on something that must be equal; the message names field and values."""
 
 
 class CommError(Error):

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
 
@@ -33,7 +34,7 @@ class Group(Protocol):
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value, by rank."""
 
-    def store(self, timeout: timedelta) -> dist.Store:
+    def store(self, timeout: timedelta) -> Store:
         """Return a store that all ranks share."""
 
 
@@ -54,8 +55,9 @@ class TorchGroup:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def store(self, timeout: timedelta) -> dist.Store:
-        """Return the group's own store."""
+    def store(self, timeout: timedelta) -> Store:
+        """Return the group's own store, whatever its timeout."""
+        del timeout
         return self._group.get_group_store()
 
 
@@ -72,22 +74,20 @@ class MpiGroup:
         """Return every rank's picklable value, by rank."""
         return list(self._communicator.allgather(value))
 
-    def store(self, timeout: timedelta) -> dist.Store:
+    def store(self, timeout: timedelta) -> Store:
         """Return a store served by rank 0 of the communicator."""
         return serve_store(self, timeout)
 
 
-def serve_store(group: Group, timeout: timedelta) -> dist.Store:
+def serve_store(group: Group, timeout: timedelta) -> Store:
     """Start a TCP store on rank 0 and connect all ranks to it."""
     if group.rank == 0:
         host = own_address()
-        store = dist.TCPStore(
-            host, 0, None, is_master=True, timeout=timeout, wait_for_workers=False
-        )
+        store = TCPStore(host, 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
         group.all_gather((host, store.port))
         return store
     host, port = group.all_gather(None)[0]
-    return dist.TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+    return TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def own_address() -> str:

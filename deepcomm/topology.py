@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Topology"]
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ def discover(group: Group, ranks_per_node: int | None) -> Topology:
         ranks_per_node: The user's choice: then every block of that many ranks must share memory.
 
     Raises:
-        InvalidArgument: Ranks are not node-major, nodes are uneven, or the ranks of a chosen node do
-            not share memory. Raised alike on every rank.
+        InvalidArgument: Ranks are not node-major, nodes are uneven, or the ranks of a chosen node
+            do not share memory. Raised alike on every rank.
         CommError: A rank cannot create a file in shared memory.
     """
     with probe_file(group) as names:

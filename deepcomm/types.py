@@ -37,8 +37,8 @@ class RecvLayout(enum.Enum):
     ``TOKEN``: one row per (token, this rank), sorted by (source rank, token).
     ``EXPERT``: one row per (token, local expert), grouped by expert, rows of a group sorted by
     (source rank, token), each group starting at a multiple of ``expert_alignment``.
-    ``EXPERT_PADDED``: one block of ``R * max_tokens_per_rank`` rows per local expert, the valid rows
-    first, sorted like those of ``EXPERT``.
+    ``EXPERT_PADDED``: one block of ``R * max_tokens_per_rank`` rows per local expert, the valid
+    rows first, sorted like those of ``EXPERT``.
     """
 
     TOKEN = "token"
@@ -61,7 +61,7 @@ class ScaledTensor:
 
 
 class Event(Protocol):
-    """Completion of an operation; errors found after the call returned surface in ``synchronize``."""
+    """Completion of an operation; errors found after the call surface in ``synchronize``."""
 
     def synchronize(self) -> None:
         """Block the host until the operation is complete."""
@@ -82,8 +82,8 @@ class Handle:
         expert_alignment: Multiple at which the groups of ``EXPERT`` start.
         capacity: Rows of the receive tensor where a capacity was given, else None.
         num_tokens: T, tokens of this rank.
-        num_rows: Rows of ``x`` as delivered, and of ``y`` as ``combine`` wants it: [num_rows, H], or
-            for ``EXPERT_PADDED`` [L, num_rows / L, H].
+        num_rows: Rows of ``x`` as delivered, and of ``y`` as ``combine`` wants it: [num_rows, H],
+            or for ``EXPERT_PADDED`` [L, num_rows / L, H].
         topk_idx: int32 [T, K], the routing of this rank's tokens, -1 = none.
         topk_weights: float32 [T, K] given at dispatch, or None.
         low_latency: Whether it comes from ``low_latency_dispatch``.
@@ -112,15 +112,15 @@ class DispatchOutput:
             of symmetric memory, which stays valid as long as any tensor shares its storage.
         scales: None unless ``x`` is FP8. ``TOKEN``: [N, S] float32 row-major, or [N, ceil(S / 4)]
             int32 of packed UE8M0. ``EXPERT``: the same shape, column-major: strides
-            (1, round_up(N, 4)). ``EXPERT_PADDED``: [L, M, S] with strides (S * M4, 1, M4), M the rows
-            of a block and M4 = round_up(M, 4); likewise int32.
+            (1, round_up(N, 4)). ``EXPERT_PADDED``: [L, M, S] with strides (S * M4, 1, M4), M the
+            rows of a block and M4 = round_up(M, 4); likewise int32.
         topk_idx: ``TOKEN``: [N, K] local expert ids in the input's dtype, -1 for experts of other
             ranks. None for the expert layouts.
         topk_weights: float32. ``TOKEN``: [N, K], 0 where ``topk_idx`` is -1; ``EXPERT``: [N], one a
             row; ``EXPERT_PADDED``: [L, M]. None where no weights were given. Padding rows hold 0.
         num_tokens_per_expert: int32 [L], rows delivered per local expert, without padding.
-        expert_offsets: int32 [L + 1] for ``EXPERT``: first row of each group and the end of the last,
-            padding included. None otherwise.
+        expert_offsets: int32 [L + 1] for ``EXPERT``: first row of each group and the end of the
+            last, padding included. None otherwise.
         num_recv_tokens: int32 scalar tensor: rows delivered: N for ``TOKEN``, the end of the last
             group (padding included) for ``EXPERT``, the sum of the counts for ``EXPERT_PADDED``.
         overflow: bool scalar tensor: rows that concern this rank, as receiver or as source, did not
@@ -150,8 +150,8 @@ class CombineOutput:
 
     Attributes:
         x: [T, H] in ``y``'s dtype.
-        topk_weights: float32 [T, K], the values carried back from the expert ranks (0 where there is
-            no expert, NaN where the row overflowed a capacity), or None.
+        topk_weights: float32 [T, K], the values carried back from the expert ranks (0 where there
+            is no expert, NaN where the row overflowed a capacity), or None.
         event: Completion where ``async_op`` was asked for, else None.
         hook: Where ``return_hook`` was asked for: call it once to finish, else None.
     """

@@ -187,8 +187,11 @@ void bind_round(py::module_& module) {
             },
             py::arg("endpoint"), py::arg("kind"), py::arg("message"), py::keep_alive<0, 1>())
         .def_property_readonly("epoch", &Round::epoch)
-        .def("bytes", [](const Round& self) { return py::bytes(self.bytes()); })
-        .def("relay", &Round::relay, py::arg("node"), py::arg("data"))
+        .def("serialized", [](const Round& self) { return py::bytes(self.serialized()); })
+        .def(
+            "relay",
+            [](Round& self, int32_t node, const py::bytes& data) { self.relay(node, data); },
+            py::arg("node"), py::arg("data"))
         .def("wait_all", guarded(&Round::wait_all), py::arg("endpoint"))
         .def("max_tokens", &Round::max_tokens);
 }

@@ -63,7 +63,7 @@ void Round::abort(const std::string& message) {
     publish(slot);
 }
 
-std::string Round::bytes() const {
+std::string Round::serialized() const {
     Announcement& slot = endpoint_.own_announcement(endpoint_.config().node(), epoch_);
     const int64_t size = endpoint_.map().announcement_stride;
     std::string bytes(reinterpret_cast<const char*>(&slot), static_cast<size_t>(size));

@@ -32,7 +32,7 @@ class Round {
     void abort(const std::string& message);
 
     /// This rank's announcement as bytes for the rail, and the way in for those of other nodes.
-    std::string bytes() const;
+    std::string serialized() const;
     void relay(int32_t node, const std::string& bytes);
 
     /// Waits for the announcements of all ranks. Throws CommError where one refused, ConfigMismatch

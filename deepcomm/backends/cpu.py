@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU backend: construction, growth, and the high-throughput operations.
 
-Steps of an operation are native (``csrc/cpu``); what crosses nodes goes through ``relay``. An argument
-error is announced like any other opening, so that the peers learn of it and nobody is left waiting.
+Steps of an operation are native (``csrc/cpu``); what crosses nodes goes through ``relay``. An
+argument error is announced like any other opening, so that the peers learn of it and nobody is left
+waiting.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from deepcomm.config import BufferConfig
 
 __all__ = ["CpuBackend"]
+
+T = TypeVar("T")
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
@@ -95,7 +99,7 @@ class CpuBackend:
                     native, self.config.timeout_s, self.config.late_warning_s, may_spin, LOG.warning
                 )
             )
-            return created[0].segment_name, os.readlink("/proc/self/ns/pid"), os.getpid()
+            return created[0].segment_name, str(Path("/proc/self/ns/pid").readlink()), os.getpid()
 
         entries = agree(self._group, "Buffer", create)
         endpoint = created[0]
@@ -135,7 +139,9 @@ class CpuBackend:
     def _grow(self, num_tokens: int) -> None:
         """Re-allocate for a rank that brings more tokens; collective. Views keep the old memory."""
         wanted = max(num_tokens, int(self.config.max_tokens_per_rank * GROWTH))
-        LOG.info("growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted)
+        LOG.info(
+            "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
+        )
         self.config = replace(self.config, max_tokens_per_rank=wanted)
         old = self._endpoint
         self._endpoint = self._open_endpoint()
@@ -149,7 +155,7 @@ class CpuBackend:
 
     # ---- operations ------------------------------------------------------------------------------
 
-    def _prepare(self, kind: cpu.OpKind, prepare: Callable[[], Any]) -> Any:
+    def _prepare(self, kind: cpu.OpKind, prepare: Callable[[], T]) -> T:
         """Check and open an operation on this rank; an error is announced to the peers first."""
         self._endpoint.check_usable(kind)
         try:
@@ -206,7 +212,9 @@ class CpuBackend:
             event=CompletedEvent() if request.async_op else None,
         )
 
-    def _announce_dispatch(self, request: DispatchRequest) -> tuple[CheckedDispatch, cpu.DispatchOp]:
+    def _announce_dispatch(
+        self, request: DispatchRequest
+    ) -> tuple[CheckedDispatch, cpu.DispatchOp]:
         checked = check_dispatch(request, self.config, self.device)
         args = dispatch_args(checked, self.config.hidden)
         args.growable = self.config.growable
@@ -371,7 +379,8 @@ class CpuBackend:
             f"slots      {config.num_low_latency_slots} low-latency operations in flight",
             f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
             f"{config.max_tokens_per_rank} tokens a rank{' (growable)' if config.growable else ''}",
-            f"timeout    {config.timeout_s:g} s, late peers logged after {config.late_warning_s:g} s",
+            f"timeout    {config.timeout_s:g} s; late peers are logged after "
+            f"{config.late_warning_s:g} s",
         ]
         return "\n".join(lines)
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The low-latency operations of the CPU backend: send phase, and the hook's receive phase.
 
-With several nodes the hook also takes what came over the rail and passes it on inside the node, so it
-is collective over the node and called in the same order on its ranks.
+With several nodes the hook also takes what came over the rail and passes it on inside the node, so
+it is collective over the node and called in the same order on its ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ from deepcomm.event import CompletedEvent
 from deepcomm.types import CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.rail import Transfer
@@ -145,7 +145,7 @@ class RailOperation:
     def _mask_or_raise(self, node: int) -> None:
         """Inside an except clause: mask the rail peer on ``node``, or let the error out."""
         if not self._mask_late:
-            raise  # noqa: PLE0704
+            raise
         self._ring.set_masked(self.relay.peer(node), True)
 
     def problem(self, node: int, header: Header) -> Error | None:
@@ -209,9 +209,13 @@ class LowLatency:
                 rail.receive(node, phase)
         rail.finish()
 
-    def _wait_stats(self, before: list[int], stats: torch.Tensor | None) -> None:
+    @contextlib.contextmanager
+    def _waits_added_to(self, stats: torch.Tensor | None) -> Iterator[None]:
+        """Add the microseconds that a phase waits for each rank to ``stats``, if it succeeds."""
+        before = torch.tensor(self._endpoint.counters.wait_us)
+        yield
         if stats is not None:
-            stats += torch.tensor(self._endpoint.counters.wait_us) - torch.tensor(before)
+            stats.add_(torch.tensor(self._endpoint.counters.wait_us) - before)
 
     # ---- dispatch --------------------------------------------------------------------------------
 
@@ -232,7 +236,8 @@ class LowLatency:
         except Error as error:
             self._refuse_if_open(DISPATCH, error)
             raise
-        op.send(self._endpoint)
+        with self._waits_added_to(request.wait_us_stats):
+            op.send(self._endpoint)
         rail = RailOperation(
             self._relay,
             self.ring,
@@ -247,14 +252,18 @@ class LowLatency:
             op.pack(node, data.data_ptr())
             rail.send(node, LL_ROWS, data, num_rows)
         output = self._dispatch_output(request, checked, tensors, op)
-        finish = partial(self._receive_dispatch, request, checked, tensors, op, rail, output)
+
+        def finish() -> None:
+            with self._waits_added_to(request.wait_us_stats):
+                self._receive_dispatch(request, checked, tensors, op, rail, output)
+
         if request.return_hook:
             return replace(output, hook=once(finish, NAMES[DISPATCH]))
         finish()
         return output
 
     def _refuse_if_open(self, kind: cpu.OpKind, error: Error) -> None:
-        """Refuse an operation on all ranks, unless too many are in flight here: then wait for none."""
+        """Refuse an operation on all ranks, unless there is no free slot here to do so."""
         if self._endpoint.failed:
             return
         try:
@@ -298,7 +307,6 @@ class LowLatency:
         rail: RailOperation,
         output: DispatchOutput,
     ) -> None:
-        before = list(self._endpoint.counters.wait_us)
         problem: Error | None = None
         for node in rail.nodes:
             source = self._relay.peer(node)
@@ -318,8 +326,7 @@ class LowLatency:
         op.deliver_to(self._endpoint, tensors.target())
         output.num_recv_tokens.fill_(op.received.num_recv)
         if request.expert_token_stats is not None:
-            request.expert_token_stats += tensors.counts
-        self._wait_stats(before, request.wait_us_stats)
+            request.expert_token_stats.add_(tensors.counts)
         del checked  # kept its tensors alive for the native code
 
     # ---- combine ---------------------------------------------------------------------------------
@@ -348,14 +355,13 @@ class LowLatency:
             signature=combine_signature(request, checked),
             mask_late=mask_late,
         )
-        try:
-            problem = self._exchange_weights(op, rail, request, checked)
-            op.wait_weights(self._endpoint)
-        except ConfigMismatch as error:
-            self.ring.abort(op.epoch, COMBINE, str(error))
-            raise
-        op.send(self._endpoint)
-        finish = partial(self._receive_combine, request, checked, output, op, rail, problem)
+        with self._waits_added_to(request.wait_us_stats):
+            problem = self._send_combine(request, checked, op, rail)
+
+        def finish() -> None:
+            with self._waits_added_to(request.wait_us_stats):
+                self._receive_combine(checked, op, rail, problem)
+
         if request.return_hook:
             return replace(output, hook=once(finish, NAMES[COMBINE]))
         finish()
@@ -375,14 +381,14 @@ class LowLatency:
         args.mask_late = mask_late
         return cpu.LowLatencyCombineOp(self._endpoint, self.ring, args)
 
-    def _exchange_weights(
+    def _send_combine(
         self,
-        op: cpu.LowLatencyCombineOp,
-        rail: RailOperation,
         request: CombineRequest,
         checked: CheckedCombine,
+        op: cpu.LowLatencyCombineOp,
+        rail: RailOperation,
     ) -> Error | None:
-        """Swap the weights given here with the rail peers, and pass theirs on; returns a refusal."""
+        """Send weights given here, then rows; return what a rail peer did wrong."""
         num_topk = int(request.handle.topk_idx.shape[1])
         given = checked.source_weights is not None
         for node in rail.nodes:
@@ -391,25 +397,40 @@ class LowLatency:
             if num_rows:
                 op.pack_weights(node, data.data_ptr())
             rail.send(node, LL_WEIGHTS, data, num_rows)
+        try:
+            problem = self._take_weights(op, rail, given) if given else None
+            op.wait_weights(self._endpoint)
+        except ConfigMismatch as error:
+            self.ring.abort(op.epoch, COMBINE, str(error))
+            raise
+        op.send(self._endpoint)
+        return problem
+
+    def _take_weights(
+        self, op: cpu.LowLatencyCombineOp, rail: RailOperation, given: bool
+    ) -> Error | None:
+        """Receive the rail peers' weights and pass them on; return what a peer did wrong.
+
+        Where none are given, the peers' word that they have none either, and the hook takes it.
+        """
         problem: Error | None = None
         for node in rail.nodes:
-            header, data_in = rail.receive(node, LL_WEIGHTS)
+            header, data = rail.receive(node, LL_WEIGHTS)
             problem = problem or rail.problem(node, header)
             if given:
-                address = 0 if data_in is None else data_in.data_ptr()
+                address = 0 if data is None else data.data_ptr()
                 op.forward_weights(self._endpoint, self._relay.peer(node), address)
         return problem
 
     def _receive_combine(
         self,
-        request: CombineRequest,
         checked: CheckedCombine,
-        output: CombineOutput,
         op: cpu.LowLatencyCombineOp,
         rail: RailOperation,
         problem: Error | None,
     ) -> None:
-        before = list(self._endpoint.counters.wait_us)
+        if checked.source_weights is None:
+            problem = self._take_weights(op, rail, False)
         for node in rail.nodes:
             source = self._relay.peer(node)
             num_rows = op.num_rows_to(source)
@@ -435,5 +456,4 @@ class LowLatency:
         op.finish(self._endpoint, partials)
         if problem is not None:
             raise problem
-        self._wait_stats(before, request.wait_us_stats)
-        del checked, output  # kept their tensors alive for the native code
+        del checked  # kept its tensors alive for the native code

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from deepcomm._C import cpu
 from deepcomm.checks import check_out_shape
@@ -105,7 +106,7 @@ def make_handle(
         topk_idx = cached.topk_idx
         record = CpuRecord(record.native, cached.records.id_dtype)
     else:
-        assert checked.topk_idx is not None  # noqa: S101
+        assert checked.topk_idx is not None
         topk_idx = checked.topk_idx.to(torch.int32, copy=True)
     return Handle(
         recv_layout=checked.recv_layout,
@@ -177,7 +178,9 @@ class DispatchTensors:
     ) -> DispatchTensors:
         """Allocate for a high-throughput dispatch, or view its landing area."""
         received = op.received
-        shape = output_shape(checked, received.out_rows, len(received.counts), int(request_hidden(checked)))
+        shape = output_shape(
+            checked, received.out_rows, len(received.counts), int(request_hidden(checked))
+        )
         dtype = row_dtype(checked)
         num_bytes = received.out_rows * shape.hidden * dtype.itemsize
         may_view = (
@@ -189,7 +192,7 @@ class DispatchTensors:
         )
         if may_view:
             capsule = endpoint.lease(op.generation, op.rows_offset, num_bytes)
-            x = torch.from_dlpack(capsule).view(dtype).view(shape.x)
+            x = from_dlpack(capsule).view(dtype).view(shape.x)
         else:
             x = allocate_rows(request.out, shape, dtype)
         id_dtype = checked.id_dtype
@@ -231,7 +234,7 @@ class DispatchTensors:
         return target
 
     def check_out(self) -> None:
-        """Raise InvalidArgument if the user's ``out`` did not fit; the operation is then complete."""
+        """Raise InvalidArgument if the user's ``out`` did not fit; all ranks are done by then."""
         if self.out is not None and self.x.data_ptr() != self.out.data_ptr():
             check_out_shape(self.out, tuple(self.x.shape), self.x.dtype)
 
@@ -262,9 +265,7 @@ def output_shape(
     )
 
 
-def allocate_rows(
-    out: torch.Tensor | None, shape: OutputShape, dtype: torch.dtype
-) -> torch.Tensor:
+def allocate_rows(out: torch.Tensor | None, shape: OutputShape, dtype: torch.dtype) -> torch.Tensor:
     """Return ``out``, cut to the rows, if it fits, else a fresh tensor."""
     if out is None or out.dtype != dtype or len(out.shape) != len(shape.x):
         return torch.empty(shape.x, dtype=dtype)
@@ -289,8 +290,10 @@ def allocate(
     topk_weights: torch.Tensor | None = None
     if token:
         size = (shape.rows, shape.num_topk)
-        topk_idx = torch.full(size, -1, dtype=id_dtype) if shape.partly_filled else torch.empty(
-            size, dtype=id_dtype
+        topk_idx = (
+            torch.full(size, -1, dtype=id_dtype)
+            if shape.partly_filled
+            else torch.empty(size, dtype=id_dtype)
         )
     if checked.topk_weights is not None:
         topk_weights = torch.zeros(size if token else shape.x[:-1])
@@ -326,9 +329,7 @@ def allocate_scales(shape: OutputShape, zero: bool) -> torch.Tensor | None:
     return storage.as_strided((shape.num_blocks, block, words), (words * stride, 1, stride))
 
 
-def combine_output(
-    request: CombineRequest, checked: CheckedCombine, hidden: int
-) -> CombineOutput:
+def combine_output(request: CombineRequest, checked: CheckedCombine, hidden: int) -> CombineOutput:
     """Allocate the outputs of a high-throughput combine."""
     from deepcomm.event import CompletedEvent
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gloo rail: point-to-point between the ranks with one local index on all nodes.
 
-A private process group, so that what breaks here (a timed-out receive closes its pair) never touches
-the user's group. Messages between two ranks are matched by tag; every wait is bounded.
+A private process group, so that what breaks here (a timed-out receive closes its pair) never
+touches the user's group. Messages between two ranks are matched by tag; every wait is bounded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from deepcomm.errors import CommError, CommTimeout
 from deepcomm.group import address_towards, socket_interface
@@ -106,11 +107,12 @@ class GlooRail:
         self._policy = policy
         self._watch = LateWatch(topology.rank, policy)
         self.address = rail_address(store)
-        options = dist.ProcessGroupGloo._Options()  # noqa: SLF001  # the only way to pick a device
-        options._devices = [rail_device(self.address)]  # noqa: SLF001
-        options._threads = NUM_THREADS  # noqa: SLF001
-        options._timeout = timeout  # noqa: SLF001
-        prefix = dist.PrefixStore(f"{name}/rail{topology.local}", store)
+        # The only way to pick a device.
+        options: Any = getattr(dist.ProcessGroupGloo, "_Options")()  # noqa: B009  # not in its stub
+        options._devices = [rail_device(self.address)]
+        options._threads = NUM_THREADS
+        options._timeout = timeout
+        prefix = PrefixStore(f"{name}/rail{topology.local}", store)
         try:
             self._group: Any = dist.ProcessGroupGloo(
                 prefix, topology.node, topology.num_nodes, options
@@ -173,14 +175,14 @@ class GlooRail:
         self._group = None
 
 
-def rail_address(store: dist.Store) -> str:
+def rail_address(store: Store) -> str:
     """Return the interface or address that the rail binds to."""
     chosen = socket_interface()
     if chosen is not None:
         return chosen
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return address_towards(store.host) if isinstance(store, dist.TCPStore) else "127.0.0.1"
+    return address_towards(store.host) if isinstance(store, TCPStore) else "127.0.0.1"
 
 
 def rail_device(address: str) -> Any:

@@ -104,17 +104,17 @@ class Relay:
 
     def send(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
         """Start sending."""
-        assert self._rail is not None  # noqa: S101
+        assert self._rail is not None
         return self._rail.send(node, data, tag_of(epoch, phase), what)
 
     def recv(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
         """Start receiving."""
-        assert self._rail is not None  # noqa: S101
+        assert self._rail is not None
         return self._rail.recv(node, data, tag_of(epoch, phase), what)
 
     def wait(self, transfer: Transfer) -> torch.Tensor:
         """Wait for a transfer, count the time, and return its tensor."""
-        assert self._rail is not None  # noqa: S101
+        assert self._rail is not None
         self._counters.add_wait(transfer.peer, self._rail.wait(transfer))
         return transfer.tensor
 
@@ -122,7 +122,7 @@ class Relay:
         """Pass this rank's announcement to its rail peers, and theirs on to this node."""
         if self._rail is None:
             return
-        data = torch.frombuffer(bytearray(round_.bytes()), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(round_.serialized()), dtype=torch.uint8)
         receives = [
             (node, self.recv(node, torch.empty_like(data), round_.epoch, ANNOUNCE, what))
             for node in self.other_nodes
@@ -138,8 +138,8 @@ class Relay:
     ) -> None:
         """Stream records both ways in chunks, a bounded number of them in flight.
 
-        All ranks step through chunk numbers together: the rank with the smallest number always finds
-        its peers' chunks posted, so the exchange cannot lock up whatever the numbers of rows.
+        All ranks step through chunk numbers together: the rank with the smallest number always
+        finds its peers' chunks posted, so the exchange cannot lock up whatever the row counts.
         """
         rows = max(1, CHUNK_BYTES // record_bytes)
         num_steps = max((-(-leg.num_rows // rows) for leg in (*outgoing, *incoming)), default=0)

@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from deepcomm.errors import CommError, CommTimeout, InvalidArgument
 
@@ -28,7 +28,7 @@ class _Meeting:
         self.barrier = threading.Barrier(size)
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
-        self.server: dist.Store | None = None
+        self.server: TCPStore | None = None
 
     def wait(self, rank: int) -> None:
         try:
@@ -65,15 +65,15 @@ class LocalGroup:
         """Wait for all ranks."""
         self._meeting.wait(self.rank)
 
-    def store(self, timeout: timedelta) -> dist.Store:
+    def store(self, timeout: timedelta) -> Store:
         """Return a client of one store on the loopback interface."""
         with self._meeting.lock:
             if self._meeting.server is None:
-                self._meeting.server = dist.TCPStore(
+                self._meeting.server = TCPStore(
                     "127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False
                 )
             port = self._meeting.server.port
-        return dist.TCPStore(
+        return TCPStore(
             "127.0.0.1", port, None, is_master=False, timeout=timeout, wait_for_workers=False
         )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from deepcomm.errors import CommError, Error, InvalidArgument
 
@@ -90,7 +91,7 @@ def run_processes(
         raise InvalidArgument(
             f"num_ranks: expected at least 1 and as many as env has entries, got {num_ranks}"
         )
-    store = dist.TCPStore(
+    store = TCPStore(
         LOOPBACK,
         0,
         None,
@@ -219,7 +220,7 @@ def _child(launch: Launch, pipe: connection.Connection) -> None:
 def _work(launch: Launch) -> Any:
     function, args = pickle.loads(launch.work)
     timeout = timedelta(seconds=launch.timeout_s)
-    store = dist.TCPStore(
+    store = TCPStore(
         LOOPBACK, launch.port, None, is_master=False, timeout=timeout, wait_for_workers=False
     )
     dist.init_process_group(

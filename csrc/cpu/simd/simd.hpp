@@ -16,8 +16,8 @@ enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 /// One row of a reduction: dst = round(sum over groups of (sum over rows of a group) + bias).
 /// Every sum is FP32 and starts at +0; multiplication and addition are separate (never fused).
 struct ReduceArgs {
-    void* dst;                   ///< num_elements of dtype
-    DType dtype;                 ///< bf16, f16 or f32: of dst, rows and bias
+    void* dst;    ///< num_elements of dtype
+    DType dtype;  ///< bf16, f16 or f32: of dst, rows and bias
     int64_t num_elements;
     const void* const* rows;     ///< all rows, group after group
     const float* weights;        ///< one a row, multiplied first; or null
@@ -33,7 +33,8 @@ struct RowOps {
     /// Copies with non-temporal stores; order them with stream_fence before publishing.
     void (*copy_stream)(void* dst, const void* src, int64_t num_bytes);
     /// Casts one row to FP8 E4M3 with one FP32 scale per 128 elements (the last tile may be short).
-    void (*cast_fp8)(uint8_t* dst, float* scales, const void* src, DType dtype, int64_t num_elements);
+    void (*cast_fp8)(uint8_t* dst, float* scales, const void* src, DType dtype,
+                     int64_t num_elements);
     /// The same with UE8M0 scales, one exponent byte a tile.
     void (*cast_fp8_ue8m0)(uint8_t* dst, uint8_t* scales, const void* src, DType dtype,
                            int64_t num_elements);
