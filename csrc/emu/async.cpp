@@ -119,7 +119,7 @@ Actor AsyncEngine::actor_of(const Operation& operation, uint32_t epoch) {
 
 void AsyncEngine::read_source(Operation& operation) {
     const Memory& memory = machine->memory;
-    machine->trace("copy reads %s", memory.describe(operation.src).c_str());
+    DEEPCOMM_EMU_TRACE("copy reads %s", memory.describe(operation.src).c_str());
     machine->memory.check_copy_read(actor_of(operation, operation.span.read_epoch), operation.src,
                                     operation.num_bytes, &operation.defined);
     const char* source = memory.at(operation.src);
@@ -134,7 +134,7 @@ void AsyncEngine::read_source(Operation& operation) {
 
 void AsyncEngine::land(Operation& operation) {
     if (operation.kind == Kind::kRailSignal) return;
-    machine->trace("copy writes %s", machine->memory.describe(operation.dst).c_str());
+    DEEPCOMM_EMU_TRACE("copy writes %s", machine->memory.describe(operation.dst).c_str());
     const Actor actor = actor_of(operation, operation.span.write_epoch);
     machine->memory.check_copy_write(actor, operation.dst, operation.defined);
     machine->strong.on_weak_write(actor, operation.dst, operation.num_bytes);
@@ -186,8 +186,9 @@ void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_byt
             "fence_mbarrier_init has published",
             machine->memory.describe(mbarrier_offset).c_str());
     }
-    machine->trace("bulk load of %u bytes: %s <- %s", num_bytes,
-                   machine->memory.describe(dst).c_str(), machine->memory.describe(src).c_str());
+    DEEPCOMM_EMU_TRACE("bulk load of %u bytes: %s <- %s", num_bytes,
+                       machine->memory.describe(dst).c_str(),
+                       machine->memory.describe(src).c_str());
     mbarrier.issued_bytes += num_bytes;
     ++me.block->num_loads_in_flight;
     Operation operation = make(me, Kind::kBulkLoad, dst, src, num_bytes);
@@ -197,8 +198,9 @@ void AsyncEngine::bulk_load(Thread& me, size_t dst, size_t src, uint32_t num_byt
 
 void AsyncEngine::bulk_store(Thread& me, size_t dst, size_t src, uint32_t num_bytes) {
     check_bulk(me, dst, src, num_bytes);
-    machine->trace("bulk store of %u bytes: %s <- %s", num_bytes,
-                   machine->memory.describe(dst).c_str(), machine->memory.describe(src).c_str());
+    DEEPCOMM_EMU_TRACE("bulk store of %u bytes: %s <- %s", num_bytes,
+                       machine->memory.describe(dst).c_str(),
+                       machine->memory.describe(src).c_str());
     Operation operation = make(me, Kind::kBulkStore, dst, src, num_bytes);
     operation.group = me.next_group;
     me.open_group.copies.push_back(operation.span);
@@ -209,7 +211,7 @@ void AsyncEngine::bulk_store(Thread& me, size_t dst, size_t src, uint32_t num_by
 
 void AsyncEngine::bulk_commit(Thread& me) {
     me.open_group.sequence = me.next_group++;
-    machine->trace("bulk group %u committed", me.open_group.sequence);
+    DEEPCOMM_EMU_TRACE("bulk group %u committed", me.open_group.sequence);
     me.groups.push_back(std::move(me.open_group));
     me.open_group = {};
 }
@@ -238,7 +240,7 @@ void AsyncEngine::bulk_wait(Thread& me, uint32_t max_pending, bool reads_only) {
         machine->scheduler.switch_away();
     }
     me.is_bulk_waiting = false;
-    machine->trace("bulk groups but %u %s", max_pending, reads_only ? "read" : "written");
+    DEEPCOMM_EMU_TRACE("bulk groups but %u %s", max_pending, reads_only ? "read" : "written");
     for (size_t i = 0; i + max_pending < me.groups.size(); ++i) {
         for (const AgentSpan& copy : me.groups[i].copies) {
             me.know.seen.raise(static_cast<size_t>(copy.agent),

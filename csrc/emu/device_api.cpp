@@ -61,8 +61,8 @@ void fence_sc(Scope scope) { machine->strong.fence_sc(take_turn(), scope); }
 
 void fence_proxy_async() {
     Thread& me = take_turn();
-    me.know.proxied.join(machine->publish(me).seen);
-    machine->trace("fence.proxy.async");
+    me.know.proxied = machine->publish(me).seen;  // a superset of what was proxied before
+    DEEPCOMM_EMU_TRACE("fence.proxy.async");
 }
 
 // ---- plain accesses

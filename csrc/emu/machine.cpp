@@ -37,7 +37,7 @@ void fail(const char* pattern, ...) {
     va_start(args, pattern);
     machine->error = format_args(pattern, args);
     va_end(args);
-    machine->trace("FAILED: %s", machine->error.c_str());
+    DEEPCOMM_EMU_TRACE("FAILED: %s", machine->error.c_str());
     if (!machine->current) throw HostFailure(machine->error);
     machine->scheduler.switch_to_host();
     std::abort();  // a failed run never resumes its threads
@@ -48,8 +48,7 @@ Thread& self() {
     return *machine->current;
 }
 
-void Machine::trace(const char* pattern, ...) {
-    if (!options.trace) return;
+void Machine::print_event(const char* pattern, ...) {
     std::va_list args;
     va_start(args, pattern);
     const std::string text = format_args(pattern, args);

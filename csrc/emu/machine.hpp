@@ -162,7 +162,7 @@ struct Machine {
     /// What the thread knows including its own accesses so far; later ones get a new epoch.
     Knowledge publish(Thread& thread);
 
-    void trace(const char* pattern, ...) __attribute__((format(printf, 2, 3)));
+    void print_event(const char* pattern, ...) __attribute__((format(printf, 2, 3)));
 
     // ---- rendezvous and life of threads (rendezvous.cpp, launch.cpp)
     void check_block_barriers(Block& block);
@@ -185,6 +185,12 @@ struct Machine {
 };
 
 extern Machine* machine;
+
+/// Prints an event if asked to; the arguments are evaluated only then.
+#define DEEPCOMM_EMU_TRACE(...)                                        \
+    do {                                                               \
+        if (machine->options.trace) machine->print_event(__VA_ARGS__); \
+    } while (false)
 
 /// The running thread; fails when a device function is called from the host.
 Thread& self();

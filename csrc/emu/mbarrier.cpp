@@ -17,7 +17,7 @@ void AsyncEngine::mbarrier_init(Thread& me, size_t offset, uint32_t num_arrivals
     fresh.init_thread = me.id;
     fresh.init_epoch = me.epoch;
     mbarriers_[offset] = std::move(fresh);
-    machine->trace("mbarrier init %s", machine->memory.describe(offset).c_str());
+    DEEPCOMM_EMU_TRACE("mbarrier init %s", machine->memory.describe(offset).c_str());
 }
 
 void AsyncEngine::fence_mbarrier_init(Thread& me) {
@@ -71,8 +71,8 @@ void AsyncEngine::mbarrier_arrive(Thread& me, size_t offset, uint32_t expected_b
     mbarrier.arriving.join(machine->publish(me));
     if (mbarrier.pending == 0) fail("mbarrier: more arrivals than it was initialised for");
     --mbarrier.pending;
-    machine->trace("mbarrier arrive %s (%u bytes)", machine->memory.describe(offset).c_str(),
-                   expected_bytes);
+    DEEPCOMM_EMU_TRACE("mbarrier arrive %s (%u bytes)", machine->memory.describe(offset).c_str(),
+                       expected_bytes);
     flip_if_complete(mbarrier);
 }
 

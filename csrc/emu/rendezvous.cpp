@@ -34,7 +34,8 @@ void meet(Thread* const* threads, size_t count) {
         machine->scheduler.make_runnable(threads[i]);
     }
     machine->scheduler.note_progress();
-    machine->trace("%zu threads met, with %s", count, machine->actor_name(threads[0]->id).c_str());
+    DEEPCOMM_EMU_TRACE("%zu threads met, with %s", count,
+                       machine->actor_name(threads[0]->id).c_str());
 }
 
 uint64_t result_for(const WarpRendezvous& meeting, int lane) {

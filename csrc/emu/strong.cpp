@@ -202,9 +202,9 @@ void StrongMemory::load(Thread& me, void* out, size_t offset, int size, Order or
     learn(me, message, order, scope);
     std::memcpy(out, &message.value, static_cast<size_t>(size));
     machine->scheduler.note(index + 1);
-    machine->trace("load %s -> 0x%zx (message %zu of %zu)",
-                   machine->memory.describe(offset).c_str(), message.value.words[0], index,
-                   location.messages.size() - 1);
+    DEEPCOMM_EMU_TRACE("load %s -> 0x%zx (message %zu of %zu)",
+                       machine->memory.describe(offset).c_str(), message.value.words[0], index,
+                       location.messages.size() - 1);
 }
 
 // ---- stores and read-modify-writes
@@ -226,9 +226,9 @@ void StrongMemory::push(Location& location, Message message) {
     }
     std::memcpy(machine->memory.at(location.offset), &message.value,
                 static_cast<size_t>(location.size));
-    machine->trace("write %s <- 0x%zx (message %zu)",
-                   machine->memory.describe(location.offset).c_str(), message.value.words[0],
-                   location.messages.size());
+    DEEPCOMM_EMU_TRACE("write %s <- 0x%zx (message %zu)",
+                       machine->memory.describe(location.offset).c_str(), message.value.words[0],
+                       location.messages.size());
     location.messages.push_back(std::move(message));
     for (Thread* waiter : location.waiters) {
         if (waiter->wait.offset == location.offset) machine->scheduler.make_runnable(waiter);
@@ -307,7 +307,7 @@ void StrongMemory::fence_acq_rel(Thread& me, Scope scope) {
         me.unfenced[needed] = {};
     }
     me.fenced[index_of(scope)] = machine->publish(me);
-    machine->trace("fence.acq_rel");
+    DEEPCOMM_EMU_TRACE("fence.acq_rel");
 }
 
 /// Fences of one order also tell each other, in the order in which they run.
