@@ -22,7 +22,8 @@ from deepcomm.backends.cpu_tensors import (
     fill_combine_args,
     make_handle,
 )
-from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS, Header
+from deepcomm.backends.rail_operation import RailOperation
+from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS
 from deepcomm.checks import check_combine, check_dispatch, check_length
 from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
 from deepcomm.event import CompletedEvent
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
-    from deepcomm.backends.rail import Transfer
     from deepcomm.backends.relay import Relay
     from deepcomm.checks import CheckedCombine, CheckedDispatch
     from deepcomm.config import BufferConfig
@@ -78,101 +78,6 @@ def once(finish: Callable[[], None], name: str) -> Callable[[], None]:
     return hook
 
 
-class RailOperation:
-    """The messages of one low-latency operation between this rank and its rail peers."""
-
-    def __init__(
-        self,
-        relay: Relay,
-        ring: cpu.SlotRing,
-        kind: cpu.OpKind,
-        epoch: int,
-        *,
-        signature: str = "",
-        mask_late: bool = False,
-    ) -> None:
-        """Prepare; nothing is sent yet."""
-        self.relay = relay
-        self._ring = ring
-        self._name = NAMES[kind]
-        self._epoch = epoch
-        self._signature = signature
-        self._mask_late = mask_late
-        self._sends: list[Transfer] = []
-        self.nodes = [node for node in relay.other_nodes if self._alive(node)]
-
-    def _alive(self, node: int) -> bool:
-        return not self._ring.is_masked(self.relay.peer(node))
-
-    def send(self, node: int, phase: int, data: torch.Tensor, num_rows: int) -> None:
-        """Start sending a header and ``data``, ``num_rows`` rows, if there are any."""
-        row_bytes = data.numel() // num_rows if num_rows else 0
-        header = Header(num_rows, row_bytes, self._signature)
-        self._start(node, phase, header.pack())
-        if num_rows:
-            self._start(node, phase + 1, data)
-
-    def refuse(self, node: int, phase: int, message: str) -> None:
-        """Send a refusal instead."""
-        self._start(node, phase, Header(refusal=message).pack())
-
-    def _start(self, node: int, phase: int, data: torch.Tensor) -> None:
-        try:
-            self._sends.append(self.relay.send(node, data, self._epoch, phase, self._name))
-        except CommError:
-            self._mask_or_raise(node)
-
-    def receive(self, node: int, phase: int) -> tuple[Header, torch.Tensor | None]:
-        """Wait for a header and the rows that follow it, as bytes.
-
-        A late or lost peer is masked where that is asked for, and counts as sending nothing.
-        """
-        if not self._alive(node):
-            return Header(), None
-        try:
-            header = Header.unpack(self._take(node, phase, Header.empty()))
-            if header.num_rows == 0:
-                return header, None
-            size = header.num_rows * header.row_bytes
-            return header, self._take(node, phase + 1, torch.empty(size, dtype=torch.uint8))
-        except CommError:
-            self._mask_or_raise(node)
-            return Header(), None
-
-    def _take(self, node: int, phase: int, data: torch.Tensor) -> torch.Tensor:
-        return self.relay.wait(self.relay.recv(node, data, self._epoch, phase, self._name))
-
-    def _mask_or_raise(self, node: int) -> None:
-        """Inside an except clause: mask the rail peer on ``node``, or let the error out."""
-        if not self._mask_late:
-            raise
-        self._ring.set_masked(self.relay.peer(node), True)
-
-    def problem(self, node: int, header: Header) -> Error | None:
-        """Return the error that a header means, if any."""
-        peer = self.relay.peer(node)
-        if header.refusal:
-            return CommError(
-                f"{self._name}: rank {peer} refused the operation: {header.refusal}", peer
-            )
-        if header.signature not in ("", self._signature):
-            return ConfigMismatch(
-                f"{self._name}: arguments differ between ranks: rank {peer} has "
-                f"{header.signature}, this rank {self._signature}"
-            )
-        return None
-
-    def finish(self) -> None:
-        """Wait until everything sent has left."""
-        for transfer in self._sends:
-            try:
-                self.relay.wait(transfer)
-            except CommError:
-                if not self._mask_late:
-                    raise
-                self._ring.set_masked(transfer.peer, True)
-
-
 class LowLatency:
     """Low-latency operations of one endpoint."""
 
@@ -200,7 +105,7 @@ class LowLatency:
         """Tell every rank that this one refuses the operation, and drop what they send."""
         epoch = self.ring.open()
         self.ring.abort(epoch, kind, message)
-        rail = RailOperation(self._relay, self.ring, kind, epoch)
+        rail = RailOperation(self._relay, self.ring, NAMES[kind], epoch)
         for node in rail.nodes:
             for phase in PHASES[kind]:
                 rail.refuse(node, phase, message)
@@ -241,7 +146,7 @@ class LowLatency:
         rail = RailOperation(
             self._relay,
             self.ring,
-            DISPATCH,
+            NAMES[DISPATCH],
             op.epoch,
             signature=dispatch_signature(checked),
             mask_late=mask_late,
@@ -350,7 +255,7 @@ class LowLatency:
         rail = RailOperation(
             self._relay,
             self.ring,
-            COMBINE,
+            NAMES[COMBINE],
             op.epoch,
             signature=combine_signature(request, checked),
             mask_late=mask_late,

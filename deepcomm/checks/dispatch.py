@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks of the operations, in one place for all backends.
-
-They are in Python because they are about tensors; what is inside ``topk_idx`` (range, repetition)
-is checked where the ids are read. Every message states the argument, what was expected and what
-came.
-"""
+"""Checks of the arguments of a dispatch."""
 
 from __future__ import annotations
 
@@ -13,18 +8,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepcomm.checks.common import (
+    ID_DTYPES,
+    ROW_DTYPES,
+    check_on_timeout,
+    check_statistic,
+    check_tensor,
+    check_weights,
+    contiguous_rows,
+    describe,
+)
 from deepcomm.errors import InvalidArgument
 from deepcomm.types import SCALE_TILE, Handle, RecvLayout, ScaledTensor
 
 if TYPE_CHECKING:
-    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.base import DispatchRequest
     from deepcomm.config import BufferConfig
 
-__all__ = ["CheckedCombine", "CheckedDispatch", "check_combine", "check_dispatch"]
-
 FP8_ALIGN = 16
-ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -60,41 +61,6 @@ class CheckedDispatch:
     def num_tokens(self) -> int:
         """T."""
         return int(self.rows.shape[0])
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class CheckedCombine:
-    """Arguments of a combine in the one form that backends take.
-
-    Attributes:
-        rows: [num_rows, H], last dimension contiguous.
-        carried: Contiguous float32 weights to bring back, or None.
-        source_weights: Contiguous float32 [T, K] that replace the recorded ones, or None.
-        apply_weights: Whether rows are multiplied.
-    """
-
-    rows: torch.Tensor
-    carried: torch.Tensor | None
-    source_weights: torch.Tensor | None
-    apply_weights: bool
-
-
-def describe(value: object) -> str:
-    """Return dtype and shape of a tensor, or the type of anything else."""
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return type(value).__name__
-
-
-def check_tensor(name: str, value: object, expected: str, device: torch.device) -> torch.Tensor:
-    """Return ``value`` if it is a tensor on the buffer's device."""
-    if not isinstance(value, torch.Tensor):
-        raise InvalidArgument(f"{name}: expected {expected}, got {describe(value)}")
-    if value.device.type != device.type or (device.index is not None and value.device != device):
-        raise InvalidArgument(f"{name}: expected a tensor on {device}, got one on {value.device}")
-    if value.layout != torch.strided:
-        raise InvalidArgument(f"{name}: expected a strided tensor, got {value.layout}")
-    return value
 
 
 def check_dispatch(
@@ -208,13 +174,6 @@ def check_fp8_hidden(config: BufferConfig) -> None:
         )
 
 
-def contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Return ``rows``, copied only if the last dimension is not contiguous or rows overlap."""
-    if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
-        return rows
-    return rows if rows.is_contiguous() else rows.contiguous()
-
-
 def check_topk_idx(
     request: DispatchRequest, config: BufferConfig, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor | None, int, torch.dtype]:
@@ -233,19 +192,6 @@ def check_topk_idx(
     if topk_idx.dtype not in ID_DTYPES or not good:
         raise InvalidArgument(f"topk_idx: expected {expected}, got {describe(topk_idx)}")
     return topk_idx.contiguous(), int(shape[1]), topk_idx.dtype
-
-
-def check_weights(
-    weights: object, shape: tuple[int, ...], device: torch.device
-) -> torch.Tensor | None:
-    """Check optional float32 weights of one shape."""
-    if weights is None:
-        return None
-    expected = f"float32 {list(shape)}"
-    weights = check_tensor("topk_weights", weights, expected, device)
-    if weights.dtype != torch.float32 or tuple(weights.shape) != shape:
-        raise InvalidArgument(f"topk_weights: expected {expected}, got {describe(weights)}")
-    return weights.detach().contiguous()
 
 
 def resolve_layout(request: DispatchRequest) -> RecvLayout:
@@ -312,136 +258,9 @@ def check_out_shape(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
 def check_statistics(request: DispatchRequest, device: torch.device) -> None:
     """Check the optional statistics tensors' dtypes; sizes are the backend's to compare."""
-    if request.on_timeout not in ("raise", "mask"):
-        raise InvalidArgument(f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}")
+    check_on_timeout(request.on_timeout)
     for name, value, dtypes in (
         ("expert_token_stats", request.expert_token_stats, ID_DTYPES),
         ("wait_us_stats", request.wait_us_stats, (torch.int64,)),
     ):
         check_statistic(name, value, dtypes, device)
-
-
-def check_statistic(
-    name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    """Check one statistics tensor."""
-    if value is None:
-        return
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    tensor = check_tensor(name, value, f"{names} [n]", device)
-    if tensor.dtype not in dtypes or tensor.ndim != 1:
-        raise InvalidArgument(f"{name}: expected {names} [n], got {describe(tensor)}")
-
-
-def check_length(name: str, value: torch.Tensor | None, length: int) -> None:
-    """Check the length of one statistics tensor."""
-    if value is not None and value.shape[0] != length:
-        raise InvalidArgument(f"{name}: expected {length} elements, got {value.shape[0]}")
-
-
-def check_combine(
-    request: CombineRequest, config: BufferConfig, num_local_experts: int, device: torch.device
-) -> CheckedCombine:
-    """Check the arguments of a combine of either mode.
-
-    Raises:
-        InvalidArgument: The first argument that is wrong.
-    """
-    handle = request.handle
-    if not isinstance(handle, Handle):
-        raise InvalidArgument(f"handle: expected a deepcomm.Handle, got {describe(handle)}")
-    if handle.low_latency != request.low_latency:
-        names = ("dispatch", "low_latency_dispatch")
-        raise InvalidArgument(
-            f"handle: expected one of {names[request.low_latency]}, "
-            f"got one of {names[handle.low_latency]}"
-        )
-    rows = check_outputs(request, config, num_local_experts, device)
-    bias_shape = (handle.num_tokens, config.hidden)
-    for name, value in (("bias", request.bias), ("out", request.out)):
-        check_like_output(name, value, rows.dtype, bias_shape, device)
-    if request.on_timeout not in ("raise", "mask"):
-        raise InvalidArgument(f"on_timeout: expected 'raise' or 'mask', got {request.on_timeout!r}")
-    check_statistic("wait_us_stats", request.wait_us_stats, (torch.int64,), device)
-    return check_combine_weights(request, rows, num_local_experts, device)
-
-
-def outputs_shape(handle: Handle, hidden: int, num_local_experts: int) -> tuple[int, ...]:
-    """Return the shape of ``y`` for a handle."""
-    if handle.recv_layout is RecvLayout.EXPERT_PADDED:
-        return (num_local_experts, handle.num_rows // num_local_experts, hidden)
-    return (handle.num_rows, hidden)
-
-
-def check_outputs(
-    request: CombineRequest, config: BufferConfig, num_local_experts: int, device: torch.device
-) -> torch.Tensor:
-    """Check ``y`` and return it as [num_rows, H]."""
-    dtypes = ROW_DTYPES if device.type == "cpu" else ROW_DTYPES[:1]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    shape = outputs_shape(request.handle, config.hidden, num_local_experts)
-    expected = f"{names} {list(shape)}"
-    y = check_tensor("y", request.y, expected, device)
-    if y.dtype not in dtypes or tuple(y.shape) != shape:
-        raise InvalidArgument(f"y: expected {expected}, got {describe(y)}")
-    rows = y.detach()
-    if rows.ndim == 3:
-        rows = rows.contiguous().view(-1, config.hidden)
-    return contiguous_rows(rows)
-
-
-def check_like_output(
-    name: str,
-    value: object,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    device: torch.device,
-) -> None:
-    """Check ``bias`` or ``out``: [T, H] in ``y``'s dtype."""
-    if value is None:
-        return
-    expected = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-    tensor = check_tensor(name, value, expected, device)
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise InvalidArgument(f"{name}: expected {expected}, got {describe(tensor)}")
-    if name == "out" and not tensor.is_contiguous():
-        raise InvalidArgument(f"out: expected it contiguous, got strides {list(tensor.stride())}")
-
-
-def check_combine_weights(
-    request: CombineRequest, rows: torch.Tensor, num_local_experts: int, device: torch.device
-) -> CheckedCombine:
-    """Tell apart the three uses of ``topk_weights``: carried back, replaced, not given."""
-    handle = request.handle
-    token = handle.recv_layout is RecvLayout.TOKEN
-    num_topk = int(handle.topk_idx.shape[1])
-    if request.apply_weights and token and not request.low_latency:
-        raise InvalidArgument(
-            "apply_weights: expected False for TOKEN rows, which belong to several experts"
-        )
-    applied = request.apply_weights and not token
-    if not applied:
-        shape = carried_shape(handle, num_topk, num_local_experts)
-        carried = check_weights(request.topk_weights, shape, device)
-        return CheckedCombine(rows=rows, carried=carried, source_weights=None, apply_weights=False)
-    source: torch.Tensor | None = None
-    if request.topk_weights is not None:
-        if not request.low_latency:
-            raise InvalidArgument(
-                "topk_weights: expected None with apply_weights: those given to dispatch apply"
-            )
-        source = check_weights(request.topk_weights, (handle.num_tokens, num_topk), device)
-    elif handle.topk_weights is None:
-        raise InvalidArgument(
-            "apply_weights: expected weights given to the dispatch of handle, got none"
-        )
-    return CheckedCombine(rows=rows, carried=None, source_weights=source, apply_weights=True)
-
-
-def carried_shape(handle: Handle, num_topk: int, num_local_experts: int) -> tuple[int, ...]:
-    """Return the shape of weights to carry back."""
-    if handle.recv_layout is RecvLayout.TOKEN:
-        return (handle.num_rows, num_topk)
-    if handle.recv_layout is RecvLayout.EXPERT:
-        return (handle.num_rows,)
-    return (num_local_experts, handle.num_rows // num_local_experts)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages of one low-latency operation between a rank and its rail peers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm.backends.relay import Header
+from deepcomm.errors import CommError, ConfigMismatch, Error
+
+if TYPE_CHECKING:
+    from deepcomm._C import cpu
+    from deepcomm.backends.rail import Transfer
+    from deepcomm.backends.relay import Relay
+
+__all__ = ["RailOperation"]
+
+
+class RailOperation:
+    """The messages of one low-latency operation between this rank and its rail peers."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        ring: cpu.SlotRing,
+        name: str,
+        epoch: int,
+        *,
+        signature: str = "",
+        mask_late: bool = False,
+    ) -> None:
+        """Prepare; nothing is sent yet."""
+        self.relay = relay
+        self._ring = ring
+        self._name = name
+        self._epoch = epoch
+        self._signature = signature
+        self._mask_late = mask_late
+        self._sends: list[Transfer] = []
+        self.nodes = [node for node in relay.other_nodes if self._alive(node)]
+
+    def _alive(self, node: int) -> bool:
+        return not self._ring.is_masked(self.relay.peer(node))
+
+    def send(self, node: int, phase: int, data: torch.Tensor, num_rows: int) -> None:
+        """Start sending a header and ``data``, ``num_rows`` rows, if there are any."""
+        row_bytes = data.numel() // num_rows if num_rows else 0
+        header = Header(num_rows, row_bytes, self._signature)
+        self._start(node, phase, header.pack())
+        if num_rows:
+            self._start(node, phase + 1, data)
+
+    def refuse(self, node: int, phase: int, message: str) -> None:
+        """Send a refusal instead."""
+        self._start(node, phase, Header(refusal=message).pack())
+
+    def _start(self, node: int, phase: int, data: torch.Tensor) -> None:
+        try:
+            self._sends.append(self.relay.send(node, data, self._epoch, phase, self._name))
+        except CommError:
+            self._mask_or_raise(node)
+
+    def receive(self, node: int, phase: int) -> tuple[Header, torch.Tensor | None]:
+        """Wait for a header and the rows that follow it, as bytes.
+
+        A late or lost peer is masked where that is asked for, and counts as sending nothing.
+        """
+        if not self._alive(node):
+            return Header(), None
+        try:
+            header = Header.unpack(self._take(node, phase, Header.empty()))
+            if header.num_rows == 0:
+                return header, None
+            size = header.num_rows * header.row_bytes
+            return header, self._take(node, phase + 1, torch.empty(size, dtype=torch.uint8))
+        except CommError:
+            self._mask_or_raise(node)
+            return Header(), None
+
+    def _take(self, node: int, phase: int, data: torch.Tensor) -> torch.Tensor:
+        return self.relay.wait(self.relay.recv(node, data, self._epoch, phase, self._name))
+
+    def _mask_or_raise(self, node: int) -> None:
+        """Inside an except clause: mask the rail peer on ``node``, or let the error out."""
+        if not self._mask_late:
+            raise
+        self._ring.set_masked(self.relay.peer(node), True)
+
+    def problem(self, node: int, header: Header) -> Error | None:
+        """Return the error that a header means, if any."""
+        peer = self.relay.peer(node)
+        if header.refusal:
+            return CommError(
+                f"{self._name}: rank {peer} refused the operation: {header.refusal}", peer
+            )
+        if header.signature not in ("", self._signature):
+            return ConfigMismatch(
+                f"{self._name}: arguments differ between ranks: rank {peer} has "
+                f"{header.signature}, this rank {self._signature}"
+            )
+        return None
+
+    def finish(self) -> None:
+        """Wait until everything sent has left."""
+        for transfer in self._sends:
+            try:
+                self.relay.wait(transfer)
+            except CommError:
+                if not self._mask_late:
+                    raise
+                self._ring.set_masked(transfer.peer, True)
