@@ -137,8 +137,8 @@ class Endpoint {
     template <typename Ready>
     void wait_on(int32_t via_local, int32_t blamed_rank, OpKind kind, const char* what,
                  Ready&& ready) {
-        const int64_t waited = waiter_->wait_until(via_local, op_name(kind), what, ready);
-        counters_.wait_us[static_cast<size_t>(blamed_rank)] += waited;
+        waiter_->wait_until(via_local, op_name(kind), what,
+                            counters_.wait_us[static_cast<size_t>(blamed_rank)], ready);
     }
     void ring_all();
     /// A masked peer's end is nobody's concern.

@@ -42,15 +42,18 @@ class Waiter {
         : rank_(rank), own_(own), peers_(peers), policy_(std::move(policy)) {}
 
     /// Returns once ready() holds. Throws CommTimeout, or PeerLost where awaited (an index into
-    /// peers) or whoever awaited depends on is gone. Returns the microseconds spent.
+    /// peers) or whoever awaited depends on is gone. Adds the microseconds spent to spent_us,
+    /// however it ends.
     template <typename Ready>
-    int64_t wait_until(int32_t awaited, const char* operation, const char* what, Ready&& ready) {
+    void wait_until(int32_t awaited, const char* operation, const char* what, int64_t& spent_us,
+                    Ready&& ready) {
         if (ready()) {
-            return 0;
+            return;
         }
         const auto start = Clock::now();
+        const Stopwatch stopwatch{start, spent_us};
         if (policy_.may_spin && spin(ready, start)) {
-            return elapsed_us(start);
+            return;
         }
         Progress progress{start, start, false};
         while (!ready_or_asleep(ready)) {
@@ -63,11 +66,16 @@ class Waiter {
                 break;
             }
         }
-        return elapsed_us(start);
     }
 
   private:
     using Clock = std::chrono::steady_clock;
+
+    struct Stopwatch {
+        Clock::time_point start;
+        int64_t& total_us;
+        ~Stopwatch() { total_us += elapsed_us(start); }
+    };
 
     struct Progress {
         Clock::time_point start;
