@@ -263,6 +263,7 @@ class Session:
         self, group: Any, case: Case, oracle: Oracle | None = None, **options: Any
     ) -> None:
         self.case = case
+        self.group = group
         self.buffer = case.open(group, **options)
         self.rank = self.buffer.rank
         self._oracle = oracle or Oracle()

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low latency beyond the matrix: hooks, flights, weights, masks, statistics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from collective.scenario import Case, Oracle, Session, case_params
+
+from deepcomm import InvalidArgument, RecvLayout
+from deepcomm.testing import LocalCluster
+
+TOKEN, _, PADDED = RecvLayout
+BOTH = [
+    Case(layout=layout, wire=wire, ranks_per_node=per_node, num_topk=3)
+    for layout in (TOKEN, PADDED)
+    for wire in ("bf16", "fp8")
+    for per_node in (None, 2)
+]
+PLAIN = [Case(layout=PADDED, ranks_per_node=per_node) for per_node in (None, 2, 1)]
+SHORT_S = 1.0
+
+
+def run(case: Case, body: Any, **options: Any) -> list[Any]:
+    oracle = Oracle()
+
+    def on_rank(group: Any) -> Any:
+        with Session(group, case, oracle, **options) as session:
+            return body(session)
+
+    return LocalCluster(case.num_ranks).run(on_rank)
+
+
+# ---- flights ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [3, 4, 6])
+@pytest.mark.parametrize(**case_params(BOTH))
+def test_operations_in_flight_equal_reference(case: Case, num_slots: int) -> None:
+    def body(session: Session) -> None:
+        session.spoil(num_slots)
+        for start in (0, num_slots):
+            flying = [
+                session.low_latency_dispatch(start + i, return_hook=True) for i in range(num_slots)
+            ]
+            for one in flying:
+                one.finish()
+            back = [
+                session.low_latency_combine(one, has_bias=True, return_hook=True) for one in flying
+            ]
+            for one in back:
+                one.finish()
+
+    run(case, body, num_low_latency_slots=num_slots)
+
+
+@pytest.mark.parametrize(
+    **case_params([Case(layout=PADDED, delay_ms=3, ranks_per_node=node) for node in (None, 2)])
+)
+def test_flights_overlap_whatever_the_delays(case: Case) -> None:
+    def body(session: Session) -> None:
+        flying = [session.low_latency_dispatch(0, return_hook=True)]
+        for round_idx in range(1, 25):
+            flying.append(session.low_latency_dispatch(round_idx, return_hook=True))
+            one = flying.pop(0)
+            one.finish()
+            session.dispatch(round_idx)  # the other mode has epochs of its own
+            back = session.low_latency_combine(one, override=True, return_hook=True)
+            flying[0].finish()
+            back.finish()
+            flying[0].finish = lambda: None
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params(PLAIN))
+def test_too_many_in_flight_is_refused_and_harmless(case: Case) -> None:
+    def body(session: Session) -> None:
+        flying = [session.low_latency_dispatch(i, return_hook=True) for i in range(4)]
+        inputs = session.inputs(9)
+        with pytest.raises(InvalidArgument, match="num_low_latency_slots = 4"):
+            session.buffer.low_latency_dispatch(
+                inputs.xs[session.rank], inputs.ids[session.rank], return_hook=True
+            )
+        for one in flying:
+            one.finish()
+        session.low_latency_combine(session.low_latency_dispatch(5))
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params(PLAIN[:2]))
+def test_hook_runs_once(case: Case) -> None:
+    def body(session: Session) -> None:
+        one = session.low_latency_dispatch(0, return_hook=True)
+        one.finish()
+        with pytest.raises(InvalidArgument, match="one call of its hook"):
+            one.actual.hook()
+        back = session.low_latency_combine(one, return_hook=True)
+        back.finish()
+        with pytest.raises(InvalidArgument, match="one call of its hook"):
+            back.actual.hook()
+        session.low_latency_combine(one)
+
+    run(case, body)
+
+
+def test_buffer_without_slots_refuses_low_latency() -> None:
+    def body(session: Session) -> None:
+        inputs = session.inputs(0)
+        with pytest.raises(InvalidArgument, match="num_low_latency_slots = 0"):
+            session.buffer.low_latency_dispatch(inputs.xs[session.rank], inputs.ids[session.rank])
+        session.combine(session.dispatch(0))
+
+    run(Case(), body, num_low_latency_slots=0)
+
+
+# ---- weights, out, events --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(**case_params([case for case in BOTH if case.layout is PADDED]))
+def test_weights_given_to_combine_replace_the_recorded(case: Case) -> None:
+    def body(session: Session) -> None:
+        bare = session.low_latency_dispatch(0, has_weights=False)
+        session.low_latency_combine(bare, override=True, has_bias=True)
+        full = session.low_latency_dispatch(1)
+        session.low_latency_combine(full, override=True)
+        session.low_latency_combine(full, has_out=True)
+        session.low_latency_combine(full, apply_weights=False, carried=True)
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params([case for case in BOTH if case.layout is TOKEN]))
+def test_token_rows_are_summed_plainly(case: Case) -> None:
+    def body(session: Session) -> None:
+        one = session.low_latency_dispatch(0)
+        session.low_latency_combine(one)
+        session.low_latency_combine(one, carried=True)
+        session.low_latency_combine(one, carried=True, apply_weights=False)
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params(BOTH))
+def test_out_and_event(case: Case) -> None:
+    def body(session: Session) -> None:
+        first = session.low_latency_dispatch(0)
+        out = torch.empty_like(first.actual.x)
+        again = session.low_latency_dispatch(
+            1, out=out, zero_padding=True, async_op=True, previous_event=first.actual.event
+        )
+        assert again.actual.x.data_ptr() == out.data_ptr()
+        assert again.actual.event is not None
+        again.actual.event.synchronize()
+        assert again.actual.event.query()
+        session.low_latency_combine(again, has_out=True, previous_event=again.actual.event)
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params([Case(layout=PADDED, ranks_per_node=2)]))
+def test_handles_stay_valid(case: Case) -> None:
+    def body(session: Session) -> None:
+        all_dispatches = [session.low_latency_dispatch(i) for i in range(9)]
+        for one in reversed(all_dispatches):
+            session.low_latency_combine(one)
+
+    run(case, body)
+
+
+# ---- statistics ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(**case_params(PLAIN))
+def test_expert_token_stats_add_up(case: Case, dtype: torch.dtype) -> None:
+    def body(session: Session) -> None:
+        stats = torch.full((case.experts_per_rank,), 100, dtype=dtype)
+        expected = stats.clone()
+        for round_idx in range(3):
+            one = session.low_latency_dispatch(
+                round_idx, expert_token_stats=stats, return_hook=round_idx == 1
+            )
+            if round_idx == 1:
+                assert torch.equal(stats, expected)
+                one.finish()
+            expected += one.expected[session.rank].num_tokens_per_expert
+        assert torch.equal(stats, expected)
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params(PLAIN))
+def test_wait_us_stats_name_the_late_source(case: Case) -> None:
+    late = 2
+
+    def body(session: Session) -> tuple[list[int], list[int]]:
+        waits = [torch.zeros(case.num_ranks, dtype=torch.int64) for _ in range(2)]
+        session.low_latency_dispatch(0)
+        if session.rank == late:
+            time.sleep(0.4)
+        one = session.low_latency_dispatch(1, wait_us_stats=waits[0])
+        if session.rank == late:
+            time.sleep(0.4)
+        session.low_latency_combine(one, wait_us_stats=waits[1])
+        return waits[0].tolist(), waits[1].tolist()
+
+    results = run(case, body)
+    for phase in (0, 1):
+        waits = results[0][phase]
+        assert waits[late] > 200_000, waits
+        assert waits[0] < 100_000, waits
+        assert results[late][phase][late] < 100_000
+
+
+# ---- masks -----------------------------------------------------------------------------------
+
+MASKED = [
+    Case(layout=layout, ranks_per_node=per_node, wire=wire, num_topk=4, routing="uniform")
+    for layout in (TOKEN, PADDED)
+    for per_node in (None, 2)
+    for wire in ("bf16", "fp8")
+]
+
+
+@pytest.mark.parametrize(**case_params(MASKED))
+def test_masked_rank_counts_as_absent(case: Case) -> None:
+    absent = 2
+
+    def body(session: Session) -> None:
+        if session.rank == absent:
+            return
+        session.buffer.set_rank_mask(absent, True)
+        assert session.buffer.rank_mask().tolist() == [rank == absent for rank in range(4)]
+        for round_idx in range(6):
+            one = session.low_latency_dispatch(round_idx, masked={absent}, zero_padding=True)
+            session.low_latency_combine(one, masked={absent}, carried=True, apply_weights=False)
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params(MASKED))
+def test_mask_set_between_dispatch_and_combine(case: Case) -> None:
+    absent = 3
+
+    def body(session: Session) -> None:
+        one = session.low_latency_dispatch(0)
+        if session.rank != absent:
+            session.buffer.set_rank_mask(absent, True)
+            session.low_latency_combine(one, masked={absent})
+
+    run(case, body)
+
+
+@pytest.mark.parametrize(**case_params([Case(layout=PADDED, num_topk=4, routing="uniform")]))
+def test_rank_can_be_taken_back(case: Case) -> None:
+    cut = 1
+
+    def body(session: Session) -> None:
+        session.low_latency_combine(session.low_latency_dispatch(0))
+        others = [rank for rank in range(4) if (rank == cut) != (session.rank == cut)]
+        for rank in others:
+            session.buffer.set_rank_mask(rank, True)
+        for round_idx in range(1, 4):  # both sides go on by themselves
+            inputs = session.inputs(round_idx)
+            got = session.buffer.low_latency_dispatch(
+                inputs.xs[session.rank], inputs.ids[session.rank]
+            )
+            session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
+        for rank in others:
+            session.buffer.set_rank_mask(rank, False)
+        session.group.barrier()
+        for round_idx in range(4, 10):
+            session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+    run(case, body)
+
+
+@pytest.mark.parametrize("use_hook", [False, True])
+@pytest.mark.parametrize(
+    **case_params(
+        [Case(layout=layout, routing="uniform", num_topk=4) for layout in (TOKEN, PADDED)]
+    )
+)
+def test_rank_that_never_comes_is_masked(case: Case, use_hook: bool) -> None:
+    absent = 3
+    options = {"on_timeout": "mask", "return_hook": use_hook}
+
+    def body(session: Session) -> None:
+        session.low_latency_combine(session.low_latency_dispatch(0, on_timeout="mask"))
+        if session.rank == absent:
+            session.group.barrier()
+            return
+        waits = torch.zeros(case.num_ranks, dtype=torch.int64)
+        one = session.low_latency_dispatch(
+            1, masked={absent}, wait_us_stats=waits, zero_padding=True, **options
+        )
+        if use_hook:
+            one.finish()
+        assert waits[absent] > SHORT_S * 0.8e6
+        assert session.buffer.rank_mask().tolist() == [False, False, False, True]
+        start = time.monotonic()
+        for _ in range(5):
+            back = session.low_latency_combine(one, masked={absent}, **options)
+            if use_hook:
+                back.finish()
+        assert time.monotonic() - start < SHORT_S
+        session.group.barrier()
+
+    run(case, body, timeout_s=SHORT_S)
+
+
+@pytest.mark.parametrize("rank", [-1, 4, "own"])
+def test_mask_of_no_peer_is_refused(rank: Any) -> None:
+    def body(session: Session) -> None:
+        with pytest.raises(InvalidArgument, match="rank: expected a peer"):
+            session.buffer.set_rank_mask(session.rank if rank == "own" else rank, True)
+
+    run(Case(), body)
