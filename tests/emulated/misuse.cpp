@@ -54,6 +54,22 @@ const Register kRaceByte("race_byte", 1, misuse(2, [](const Words& w) {
                              bytes[0] = 1;          // both threads
                              bytes[1 + idx()] = 2;  // no race: neighbours
                          }));
+struct Wide {
+    uint32_t words[6];
+};
+const Register kRaceStruct("race_struct", 1, misuse(2, [](const Words& w) {
+                               auto* rows = reinterpret_cast<Wide*>(w.zeros);
+                               if (idx() == 0) rows[1] = rows[0];  // larger than any register
+                               if (idx() == 1) w.zeros[11] = 3;
+                           }));
+const Register kRaceScopeBlock("race_block_scope_across_blocks", 1, [](Cluster& cluster) {
+    auto* flag = cluster.alloc<uint32_t>(0, "flag", 1, Fill::kZero);
+    cluster.launch(0, {2, 1, 0, [=] {
+                           if (blockIdx.x == 0) st_release_block(flag, 1u);
+                           if (blockIdx.x == 1) (void)ld_acquire_block(flag);
+                       }});
+    return cluster.run();
+});
 const Register kRaceWarp("race_ballot_orders_nothing", 1, misuse(32, [](const Words& w) {
                              if (idx() == 0) w.zeros[0] = 1;
                              (void)warp_ballot(true);

@@ -46,6 +46,25 @@ CaseBody shape(bool is_allowed, const Body& body, const Outcome& outcome) {
 
 constexpr bool kAllowed = true, kForbidden = false;
 
+/// The same with the threads as blocks of one rank, for narrower scopes.
+CaseBody shape_of_blocks(int num_blocks, bool is_allowed, const Body& body,
+                         const Outcome& outcome) {
+    return [=](Cluster& cluster) -> std::string {
+        Shape words{};
+        words.x = cluster.alloc<uint32_t>(0, "x", 1, Fill::kZero);
+        words.y = cluster.alloc<uint32_t>(0, "y", 1, Fill::kZero);
+        words.z = cluster.alloc<uint32_t>(0, "z", 1, Fill::kZero);
+        words.r = cluster.alloc<uint32_t>(0, "results", 8, Fill::kZero);
+        const auto kernel = [&] { body(words, static_cast<int>(blockIdx.x)); };
+        cluster.launch(0, {num_blocks, 1, 0, kernel});
+        const std::string error = cluster.run();
+        if (!error.empty()) return error;
+        if (!outcome(words.r)) return "";
+        note("weak outcome");
+        return is_allowed ? "" : "forbidden outcome";
+    };
+}
+
 // ---- message passing
 
 const Register kMpRelease("mp_release_acquire", 2,
@@ -106,6 +125,77 @@ const Register kMpNarrowFence("mp_fence_too_narrow", 2,
                                       }
                                   },
                                   [](const uint32_t* r) { return r[0] == 1 && r[1] == 0; }));
+
+void send_by_gpu_fence(const Shape& s, bool is_wide_enough) {
+    st_relaxed_gpu(s.x, 1u);
+    if (is_wide_enough) fence_acq_rel_gpu();
+    if (!is_wide_enough) fence_acq_rel_block();
+    st_relaxed_gpu(s.y, 1u);
+}
+
+void receive_by_gpu_fence(const Shape& s) {
+    s.r[0] = ld_relaxed_gpu(s.y);
+    fence_acq_rel_gpu();
+    s.r[1] = ld_relaxed_gpu(s.x);
+}
+
+bool is_stale(const uint32_t* r) { return r[0] == 1 && r[1] == 0; }
+
+const Register kMpGpu("mp_gpu_release_acquire", 1,
+                      shape_of_blocks(
+                          2, kForbidden,
+                          [](const Shape& s, int block) {
+                              if (block == 0) {
+                                  st_relaxed_gpu(s.x, 1u);
+                                  st_release_gpu(s.y, 1u);
+                              } else {
+                                  s.r[0] = ld_acquire_gpu(s.y);
+                                  s.r[1] = ld_relaxed_gpu(s.x);
+                              }
+                          },
+                          is_stale));
+
+const Register kMpGpuFence("mp_gpu_fences", 1,
+                           shape_of_blocks(
+                               2, kForbidden,
+                               [](const Shape& s, int block) {
+                                   if (block == 0) send_by_gpu_fence(s, true);
+                                   if (block == 1) receive_by_gpu_fence(s);
+                               },
+                               is_stale));
+
+const Register kMpBlockFence("mp_block_fence_across_blocks", 1,
+                             shape_of_blocks(
+                                 2, kAllowed,
+                                 [](const Shape& s, int block) {
+                                     if (block == 0) send_by_gpu_fence(s, false);
+                                     if (block == 1) receive_by_gpu_fence(s);
+                                 },
+                                 is_stale));
+
+// A gpu-scope release reaches another rank through a third thread's sys-scope one.
+const Register kCumulative("isa2_gpu_then_sys", 2, [](Cluster& cluster) -> std::string {
+    auto* x = cluster.alloc<uint32_t>(1, "x", 1, Fill::kZero);
+    auto* y = cluster.alloc<uint32_t>(0, "y", 1, Fill::kZero);
+    auto* z = cluster.alloc<uint32_t>(1, "z", 1, Fill::kZero);
+    auto* r = cluster.alloc<uint32_t>(1, "r", 3, Fill::kZero);
+    cluster.launch(0, {2, 1, 0, [=] {
+                           if (blockIdx.x == 0) {
+                               st_relaxed_sys(x, 1u);
+                               st_release_gpu(y, 1u);
+                           } else {
+                               const uint32_t seen = ld_acquire_gpu(y);
+                               st_release_sys(z, seen + 1);
+                           }
+                       }});
+    cluster.launch(1, {1, 1, 0, [=] {
+                           r[0] = ld_acquire_sys(z);
+                           r[1] = ld_relaxed_sys(x);
+                       }});
+    const std::string error = cluster.run();
+    if (!error.empty()) return error;
+    return r[0] == 2 && r[1] == 0 ? "forbidden outcome" : "";
+});
 
 // ---- release sequences
 

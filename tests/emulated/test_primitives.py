@@ -25,6 +25,8 @@ MISUSES = {
     "race_write": "race: write of r0:zeros+0x0",
     "race_read": "race:",
     "race_byte": "race: write of r0:zeros+0x0",
+    "race_struct": "r0:zeros+0x2c",
+    "race_block_scope_across_blocks": "a scope is too narrow",
     "race_ballot_orders_nothing": "race: read of r0:zeros+0x0 by r0.b0.t1",
     "race_plain_poll": "race:",
     "race_narrow_scope": "a scope is too narrow",

@@ -9,6 +9,9 @@ from emulated.conftest import Builder
 FORBIDDEN = (
     "mp_release_acquire",
     "mp_fences",
+    "mp_gpu_release_acquire",
+    "mp_gpu_fences",
+    "isa2_gpu_then_sys",
     "release_sequence_rmw",
     "release_sequence_own_rmw",
     "sb_fence_sc",
@@ -22,6 +25,7 @@ FORBIDDEN = (
 ALLOWED = (
     "mp_relaxed",
     "mp_fence_too_narrow",
+    "mp_block_fence_across_blocks",
     "release_sequence_broken_by_store",
     "sb_relaxed",
     "sb_fence_acq_rel",
