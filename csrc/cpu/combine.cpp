@@ -103,12 +103,13 @@ void CombineOp::stage_rows(int32_t generation) {
         return;
     }
     const bool stream = received.num_rows * row_bytes >= kStreamBytes;
+    const ReturnedRows returned{args_.format, args_.record->recv_layout, received, args_.outputs,
+                                endpoint_.ops()};
     endpoint_.pool().parallel_for(received.num_rows, kGrainRows, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
             const ReturnedRow target{copies_rows ? rows + row * row_bytes : nullptr,
                                      carries ? weights + row * received.num_topk : nullptr};
-            return_row(args_.format, args_.record->recv_layout, received, row, args_.outputs,
-                       target, endpoint_.ops(), stream);
+            returned.write(row, target, stream);
         }
         if (stream) {
             stream_fence();
@@ -135,7 +136,7 @@ int64_t CombineOp::num_rows_from(int32_t node) const {
 void CombineOp::pack(int32_t source, int64_t begin, int64_t end, std::byte* records) {
     const StagedRows rows(endpoint_, *round_, args_.format.row_bytes,
                           args_.record->routing.num_topk);
-    sum_node(endpoint_, forwarded(source), args_.format, rows, begin, end, records);
+    sum_node(endpoint_, forwarded(source), args_.format, rows, {begin, end}, records);
     const int64_t weights_bytes =
         args_.outputs.topk_weights != nullptr ? args_.record->routing.num_topk * 4 : 0;
     endpoint_.counters().bytes_network += (end - begin) * (args_.format.row_bytes + weights_bytes);
@@ -150,7 +151,7 @@ void CombineOp::finish(const std::vector<const std::byte*>& partials) {
         const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, routing.num_topk);
         const NodePartials from_nodes{
             layout::TokenRecord::make(args_.format.row_bytes, 0, routing.num_topk), partials};
-        sum_tokens(endpoint_, *args_.record, args_.format, rows, from_nodes, args_.target,
+        sum_tokens(endpoint_, {*args_.record, args_.format, rows, from_nodes}, args_.target,
                    {0, routing.num_tokens});
     }
     endpoint_.finish_epoch(round_->epoch());

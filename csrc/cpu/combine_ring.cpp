@@ -99,11 +99,12 @@ void CombineRing::stage_for(int32_t source, int64_t block) {
     const TokenRange rows = rows_of(source, block);
     std::byte* const target =
         slot(endpoint_.config().local(), block, endpoint_.config().local_of(source));
+    const ReturnedRows returned{args_.format, args_.record->recv_layout, args_.record->received,
+                                args_.outputs, endpoint_.ops()};
     endpoint_.pool().parallel_for(rows.end - rows.begin, kGrainRows, [&](int64_t from, int64_t to) {
         for (int64_t index = from; index < to; ++index) {
-            return_row(args_.format, args_.record->recv_layout, args_.record->received,
-                       rows.begin + index, args_.outputs,
-                       {target + index * args_.format.row_bytes, nullptr}, endpoint_.ops(), false);
+            returned.write(rows.begin + index, {target + index * args_.format.row_bytes, nullptr},
+                           false);
         }
     });
 }
@@ -150,7 +151,8 @@ void CombineRing::consume(int64_t block) {
     const StagedRows lent(endpoint_, round_, args_.format.row_bytes,
                           args_.record->routing.num_topk);
     const BlockRows rows(*this, lent, tokens, block);
-    sum_tokens(endpoint_, *args_.record, args_.format, rows, NodePartials{}, args_.target, tokens);
+    sum_tokens(endpoint_, {*args_.record, args_.format, rows, NodePartials{}}, args_.target,
+               tokens);
     endpoint_.own_control().consumed.store(ring_step(round_.epoch(), block + 1),
                                            std::memory_order_release);
     endpoint_.ring_all();

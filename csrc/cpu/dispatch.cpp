@@ -10,42 +10,6 @@ namespace deepcomm::cpu {
 
 namespace {
 
-/// Rows of this rank's own tensor.
-struct OwnRows {
-    const DispatchArgs& args;
-    const RowOps& ops;
-
-    auto reader() const {
-        return [this, rows = RowReader(args.input, args.format, ops)](int64_t token) mutable {
-            return rows.read(token);
-        };
-    }
-    const float* weights(int64_t token) const {
-        return args.topk_weights == nullptr ? nullptr : args.topk_weights + token * args.num_topk;
-    }
-};
-
-/// Rows of a rail peer, as records; index 0 is token first.
-struct RecordRows {
-    const layout::TokenRecord& format;
-    const std::byte* records;
-    int64_t first;
-    bool has_weights;
-
-    auto reader() const {
-        return [this](int64_t token) {
-            const std::byte* const record = records + (token - first) * format.stride;
-            return RowView{record, record + format.scales_offset};
-        };
-    }
-    const float* weights(int64_t token) const {
-        return has_weights
-                   ? reinterpret_cast<const float*>(records + (token - first) * format.stride +
-                                                    format.topk_weights_offset)
-                   : nullptr;
-    }
-};
-
 OpSignature signature_of(const DispatchArgs& args) {
     OpSignature signature{};
     signature.kind = OpKind::kDispatch;
@@ -65,8 +29,10 @@ OpSignature signature_of(const DispatchArgs& args) {
 DispatchOp::DispatchOp(Endpoint& endpoint, const DispatchArgs& args)
     : endpoint_(endpoint),
       args_(args),
-      record_format_(layout::TokenRecord::make(args.format.row_bytes, args.format.scale_bytes,
-                                               args.num_topk)) {
+      record_format_(
+          layout::TokenRecord::make(args.format.row_bytes, args.format.scale_bytes, args.num_topk)),
+      store_(endpoint, {args.format, args.num_topk, args.recv_layout, args.capacity,
+                        args.topk_weights != nullptr}) {
     endpoint.check_usable(OpKind::kDispatch);
     DEEPCOMM_CHECK_ARG(args.growable || args.num_tokens <= endpoint.config().max_tokens,
                        "x: expected at most max_tokens_per_rank = %d tokens, got %d",
@@ -129,28 +95,33 @@ void DispatchOp::plan() {
     rail_assigners_.resize(static_cast<size_t>(config.num_ranks));
     num_forwarded_.assign(static_cast<size_t>(config.num_ranks), 0);
     for (int32_t local = 0; local < config.ranks_per_node; ++local) {
-        targets_.push_back(target_of(local));
+        store_.add_area(area_of(local));
     }
     const int64_t rows = static_cast<int64_t>(record_->routing.destinations.size());
-    stream_ = rows * args_.format.row_bytes >= kStreamBytes;
+    store_.set_stream(rows * args_.format.row_bytes >= kStreamBytes);
     find_overflow();
 }
 
-DispatchOp::LocalTarget DispatchOp::target_of(int32_t local) const {
+LandingArea DispatchOp::area_of(int32_t local) const {
     const int32_t rank = endpoint_.config().node() * endpoint_.config().ranks_per_node + local;
-    const Announcement& announced = round_->of(rank);
     const layout::SegmentLayout& map = endpoint_.map();
-    std::byte* const begin = endpoint_.base(local) + map.generation_begin(announced.generation);
-    LocalTarget target{};
-    target.rows = begin + map.generation.rows;
-    target.scales = begin + map.generation.scales;
-    target.topk_idx = reinterpret_cast<int32_t*>(begin + map.generation.topk_idx);
-    target.topk_weights = reinterpret_cast<float*>(begin + map.generation.topk_weights);
-    target.source_token = reinterpret_cast<int32_t*>(begin + map.generation.source_token);
-    target.direct = direct(local);
+    std::byte* const begin =
+        endpoint_.base(local) + map.generation_begin(round_->of(rank).generation);
+    LandingArea area{};
+    area.rows = begin + map.generation.rows;
+    area.scales = begin + map.generation.scales;
+    area.topk_idx = reinterpret_cast<int32_t*>(begin + map.generation.topk_idx);
+    area.topk_weights = reinterpret_cast<float*>(begin + map.generation.topk_weights);
+    area.source_token = reinterpret_cast<int32_t*>(begin + map.generation.source_token);
+    area.direct = direct(local);
     const bool clipped = args_.recv_layout == RecvLayout::kToken && args_.capacity >= 0;
-    target.num_slots = clipped ? args_.capacity : INT64_MAX;
-    return target;
+    area.num_slots = clipped ? args_.capacity : INT64_MAX;
+    return area;
+}
+
+TokenRows DispatchOp::own_rows() const {
+    return {args_.input, reinterpret_cast<const std::byte*>(args_.topk_weights),
+            args_.num_topk * static_cast<int64_t>(sizeof(float)), 0};
 }
 
 bool DispatchOp::direct(int32_t local) const {
@@ -177,100 +148,8 @@ void DispatchOp::find_overflow() {
     }
 }
 
-// ---- storing rows on the ranks of this node -----------------------------------------------------
-
-void DispatchOp::store_metadata(const LocalTarget& target, const Destination& to,
-                                const int32_t* ids, const float* weights) const {
-    const int32_t num_local = endpoint_.config().num_local_experts();
-    const int32_t first = to.rank * num_local;
-    const int64_t at = static_cast<int64_t>(to.slot) * args_.num_topk;
-    for (int32_t column = 0; column < args_.num_topk; ++column) {
-        const int32_t local_id = ids[column] - first;
-        const bool here = ids[column] >= 0 && local_id >= 0 && local_id < num_local;
-        target.topk_idx[at + column] = here ? local_id : -1;
-        if (weights != nullptr) {
-            target.topk_weights[at + column] = here ? weights[column] : 0.0F;
-        }
-    }
-}
-
-void DispatchOp::store_token(const Routing& routing, int64_t token, const RowView& view,
-                             const float* weights) {
-    const EndpointConfig& config = endpoint_.config();
-    const RowOps& ops = endpoint_.ops();
-    const auto copy = stream_ ? ops.copy_stream : ops.copy;
-    const int64_t row_bytes = args_.format.row_bytes;
-    const int32_t* const ids = routing.topk_idx.data() + token * args_.num_topk;
-    const int32_t* const expert_slots = routing.expert_slots.data() + token * args_.num_topk;
-    const auto first = static_cast<size_t>(routing.first_destination[static_cast<size_t>(token)]);
-    const auto last =
-        static_cast<size_t>(routing.first_destination[static_cast<size_t>(token) + 1]);
-    for (size_t index = first; index < last; ++index) {
-        const Destination& to = routing.destinations[index];
-        if (!config.is_local(to.rank)) {
-            continue;
-        }
-        const LocalTarget& target = targets_[static_cast<size_t>(config.local_of(to.rank))];
-        if (to.slot >= target.num_slots) {
-            continue;
-        }
-        target.source_token[to.slot] = static_cast<int32_t>(token);
-        store_metadata(target, to, ids, weights);
-        if (view.scales != nullptr && args_.format.scale_bytes > 0) {
-            std::memcpy(target.scales + to.slot * args_.format.scale_bytes, view.scales,
-                        static_cast<size_t>(args_.format.scale_bytes));
-        }
-        if (args_.recv_layout != RecvLayout::kExpert || !target.direct) {
-            copy(target.rows + to.slot * row_bytes, view.row, row_bytes);
-            continue;
-        }
-        for (int32_t column = 0; column < args_.num_topk; ++column) {
-            const bool here =
-                ids[column] >= 0 && ids[column] / config.num_local_experts() == to.rank;
-            if (here && (args_.capacity < 0 || expert_slots[column] < args_.capacity)) {
-                copy(target.rows + expert_slots[column] * row_bytes, view.row, row_bytes);
-            }
-        }
-    }
-}
-
-int64_t DispatchOp::metadata_bytes() const {
-    return args_.format.scale_bytes + args_.num_topk * (args_.topk_weights != nullptr ? 8 : 4);
-}
-
-void DispatchOp::count_written(int32_t rank, int64_t num_bytes) {
-    Counters& counters = endpoint_.counters();
-    (rank == endpoint_.config().rank ? counters.bytes_local : counters.bytes_node) += num_bytes;
-}
-
-template <typename Source>
-void DispatchOp::store_rows(const Routing& routing, int64_t begin, int64_t end,
-                            const Source& source) {
-    endpoint_.pool().parallel_for(end - begin, kGrainRows, [&](int64_t from, int64_t to) {
-        auto read = source.reader();
-        for (int64_t token = begin + from; token < begin + to; ++token) {
-            if (routing.first_destination[static_cast<size_t>(token)] !=
-                routing.first_destination[static_cast<size_t>(token) + 1]) {
-                store_token(routing, token, read(token), source.weights(token));
-            }
-        }
-        if (stream_) {
-            stream_fence();
-        }
-    });
-    const auto first = static_cast<size_t>(routing.first_destination[static_cast<size_t>(begin)]);
-    const auto last = static_cast<size_t>(routing.first_destination[static_cast<size_t>(end)]);
-    const int64_t row_bytes = args_.format.row_bytes + metadata_bytes();
-    for (size_t index = first; index < last; ++index) {
-        const Destination& to = routing.destinations[index];
-        if (endpoint_.config().is_local(to.rank)) {
-            count_written(to.rank, row_bytes);
-        }
-    }
-}
-
 void DispatchOp::push() {
-    store_rows(record_->routing, 0, args_.num_tokens, OwnRows{args_, endpoint_.ops()});
+    store_.store(record_->routing, 0, args_.num_tokens, own_rows());
     publish(endpoint_.config().rank);
 }
 
@@ -301,30 +180,18 @@ Routing& DispatchOp::forwarded(int32_t source) const {
 
 void DispatchOp::pack(int32_t node, int64_t begin, int64_t end, std::byte* records) {
     const std::vector<int32_t>& tokens = record_->routing.node_tokens[static_cast<size_t>(node)];
-    const OwnRows source{args_, endpoint_.ops()};
-    const auto ids_bytes = static_cast<size_t>(args_.num_topk) * sizeof(int32_t);
+    const TokenRows source = own_rows();
     endpoint_.pool().parallel_for(end - begin, kGrainRows, [&](int64_t from, int64_t to) {
-        auto read = source.reader();
+        RowReader reader(source.input, args_.format, endpoint_.ops());
         for (int64_t index = from; index < to; ++index) {
             const int32_t token = tokens[static_cast<size_t>(begin + index)];
-            std::byte* const record = records + index * record_format_.stride;
-            const RowView view = read(token);
-            std::memcpy(record, view.row, static_cast<size_t>(args_.format.row_bytes));
-            if (args_.format.scale_bytes > 0) {
-                std::memcpy(record + record_format_.scales_offset, view.scales,
-                            static_cast<size_t>(args_.format.scale_bytes));
-            }
-            std::memcpy(
-                record + record_format_.topk_idx_offset,
-                record_->routing.topk_idx.data() + static_cast<int64_t>(token) * args_.num_topk,
-                ids_bytes);
-            if (const float* const weights = source.weights(token)) {
-                std::memcpy(record + record_format_.topk_weights_offset, weights, ids_bytes);
-            }
+            pack_record(record_format_,
+                        {reader.read(token), record_->routing.ids(token), source.weights(token),
+                         args_.num_topk},
+                        records + index * record_format_.stride);
         }
     });
-    endpoint_.counters().bytes_network +=
-        (end - begin) * (args_.format.row_bytes + metadata_bytes());
+    endpoint_.counters().bytes_network += (end - begin) * store_.format().bytes();
 }
 
 void DispatchOp::forward(int32_t source, int64_t num, const std::byte* records) {
@@ -346,8 +213,8 @@ void DispatchOp::forward(int32_t source, int64_t num, const std::byte* records) 
         }
         rail_assigners_[at]->assign(routing, endpoint_.config().node());
     }
-    store_rows(routing, begin, begin + num,
-               RecordRows{record_format_, records, begin, args_.topk_weights != nullptr});
+    store_.store(routing, begin, begin + num,
+                 TokenRows::of_records(record_format_, store_.format(), records, begin));
 }
 
 // ---- receiving -----------------------------------------------------------------------------------
@@ -366,7 +233,7 @@ void DispatchOp::receive() {
 void DispatchOp::record_received() {
     const EndpointConfig& config = endpoint_.config();
     Received& received = record_->received;
-    const LocalTarget& own = targets_[static_cast<size_t>(config.local())];
+    const LandingArea& own = own_area();
     if (args_.cached == nullptr) {
         received.num_topk = args_.num_topk;
         received.first_row.push_back(0);
@@ -390,7 +257,7 @@ void DispatchOp::record_received() {
 }
 
 std::vector<RowView> DispatchOp::received_views() const {
-    const LocalTarget& own = targets_[static_cast<size_t>(endpoint_.config().local())];
+    const LandingArea& own = own_area();
     std::vector<RowView> views(static_cast<size_t>(record_->received.num_rows));
     for (size_t row = 0; row < views.size(); ++row) {
         const auto index = static_cast<int64_t>(row);
@@ -400,32 +267,33 @@ std::vector<RowView> DispatchOp::received_views() const {
     return views;
 }
 
+void DispatchOp::copy_in_place_rows(const DeliverTarget& target) const {
+    const int64_t row_bytes = args_.format.row_bytes;
+    const std::byte* const rows = own_area().rows;
+    const auto copy = target.stream ? endpoint_.ops().copy_stream : endpoint_.ops().copy;
+    const int64_t num_rows = std::min(record_->received.out_rows, record_->received.num_recv);
+    endpoint_.pool().parallel_for(num_rows, kGrainRows, [&](int64_t begin, int64_t end) {
+        copy(target.x + begin * row_bytes, rows + begin * row_bytes, (end - begin) * row_bytes);
+        if (target.stream) {
+            stream_fence();
+        }
+    });
+}
+
 void DispatchOp::deliver_to(const DeliverTarget& target) {
-    const Received& received = record_->received;
     DeliverTarget rest = target;
-    const bool flat = target.x != nullptr && rows_in_place();
-    if (flat) {  // the landing area already has the layout's order
-        const std::byte* const rows =
-            targets_[static_cast<size_t>(endpoint_.config().local())].rows;
-        const int64_t row_bytes = args_.format.row_bytes;
-        const int64_t num_rows = std::min(received.out_rows, received.num_recv);
-        const auto copy = target.stream ? endpoint_.ops().copy_stream : endpoint_.ops().copy;
-        endpoint_.pool().parallel_for(num_rows, kGrainRows, [&](int64_t begin, int64_t end) {
-            copy(target.x + begin * row_bytes, rows + begin * row_bytes, (end - begin) * row_bytes);
-            if (target.stream) {
-                stream_fence();
-            }
-        });
+    if (rows_in_place()) {  // the landing area already has the layout's order
+        if (target.x != nullptr) {
+            copy_in_place_rows(target);
+        }
         if (target.zero_padding) {
-            zero_padding_rows(args_.format, args_.recv_layout, received, target.x);
+            zero_padding_rows(args_.format, args_.recv_layout, record_->received,
+                              target.x != nullptr ? target.x : own_area().rows);
         }
         rest.x = nullptr;
-    } else if (target.x == nullptr && target.zero_padding) {
-        zero_padding_rows(args_.format, args_.recv_layout, received,
-                          targets_[static_cast<size_t>(endpoint_.config().local())].rows);
     }
-    deliver(args_.format, args_.recv_layout, received, received_views(), rest, endpoint_.ops(),
-            endpoint_.pool());
+    deliver({args_.format, args_.recv_layout, record_->received, received_views()}, rest,
+            endpoint_.ops(), endpoint_.pool());
 }
 
 std::shared_ptr<const DispatchRecord> DispatchOp::finish() {

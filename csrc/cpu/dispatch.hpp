@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/round.hpp"
+#include "cpu/row_store.hpp"
 #include "cpu/rows.hpp"
 #include "layout/token_record.hpp"
 
@@ -77,31 +78,15 @@ class DispatchOp {
     std::shared_ptr<const DispatchRecord> finish();
 
   private:
-    struct LocalTarget {
-        std::byte* rows;
-        std::byte* scales;
-        int32_t* topk_idx;
-        int32_t* source_token;
-        float* topk_weights;
-        bool direct;
-        int64_t num_slots;  ///< TOKEN rows that fit
-    };
-
-    template <typename Source>
-    void store_rows(const Routing& routing, int64_t begin, int64_t end, const Source& source);
-    void store_token(const Routing& routing, int64_t token, const RowView& view,
-                     const float* weights);
-    void store_metadata(const LocalTarget& target, const Destination& to, const int32_t* ids,
-                        const float* weights) const;
-    LocalTarget target_of(int32_t local) const;
+    LandingArea area_of(int32_t local) const;
+    const LandingArea& own_area() const { return store_.area(endpoint_.config().local()); }
     bool direct(int32_t local) const;
-    int64_t metadata_bytes() const;
-    void count_written(int32_t rank, int64_t num_bytes);
+    TokenRows own_rows() const;
     void record_received();
     void find_overflow();
     std::vector<RowView> received_views() const;
+    void copy_in_place_rows(const DeliverTarget& target) const;
     Routing& forwarded(int32_t source) const;
-    const CountTable& table() const { return table_; }
 
     Endpoint& endpoint_;
     DispatchArgs args_;
@@ -113,8 +98,7 @@ class DispatchOp {
     std::shared_ptr<DispatchRecord> record_;
     std::vector<std::unique_ptr<SlotAssigner>> rail_assigners_;
     std::vector<int64_t> num_forwarded_;
-    std::vector<LocalTarget> targets_;
-    bool stream_ = false;
+    RowStore store_;
     bool overflow_ = false;
 };
 

@@ -40,10 +40,6 @@ int32_t owners_of(const EndpointConfig& config, const int32_t* ids, int32_t num_
     return static_cast<int32_t>(std::unique(owners, owners + count) - owners);
 }
 
-const int32_t* row_of(const Routing& routing, int32_t token) {
-    return routing.topk_idx.data() + static_cast<int64_t>(token) * routing.num_topk;
-}
-
 }  // namespace
 
 RowCounts count_rows(const EndpointConfig& config, const void* topk_idx, bool is_int64,
@@ -140,7 +136,7 @@ void SlotAssigner::assign(Routing& routing, int32_t only_node) {
 }
 
 void SlotAssigner::assign_token(Routing& routing, int32_t token, int32_t only_node) {
-    const int32_t* const ids = row_of(routing, token);
+    const int32_t* const ids = routing.ids(token);
     int32_t owners[kMaxTopk];
     const int32_t count = owners_of(config_, ids, routing.num_topk, owners);
     int32_t last_node = -1;

@@ -25,7 +25,24 @@ struct Routing {
     std::vector<Destination> destinations;          ///< per token, ranks ascending
     std::vector<int32_t> expert_slots;              ///< [T, K] rows in EXPERT order, or empty
     std::vector<std::vector<int32_t>> node_tokens;  ///< per node: tokens with a destination there
+
+    const int32_t* ids(int64_t token) const { return topk_idx.data() + token * num_topk; }
 };
+
+/// Calls visit(token, destination) for every destination of routing on the node of config's rank.
+template <typename Visit>
+void for_each_local(const EndpointConfig& config, const Routing& routing, Visit&& visit) {
+    for (int64_t token = 0; token < routing.num_tokens; ++token) {
+        const auto at = static_cast<size_t>(token);
+        for (int32_t index = routing.first_destination[at];
+             index < routing.first_destination[at + 1]; ++index) {
+            const Destination& to = routing.destinations[static_cast<size_t>(index)];
+            if (config.is_local(to.rank)) {
+                visit(token, to);
+            }
+        }
+    }
+}
 
 /// Numbers of rows one rank sends, in the order they are announced.
 struct RowCounts {

@@ -48,6 +48,19 @@ RowView RowReader::read(int64_t token) {
     return {row_.data(), scales_.data()};
 }
 
+void pack_record(const layout::TokenRecord& format, const PackedToken& token, std::byte* record) {
+    const auto ids_bytes = static_cast<size_t>(token.num_topk) * sizeof(int32_t);
+    std::memcpy(record, token.view.row, static_cast<size_t>(format.row_bytes));
+    if (format.scale_bytes > 0) {
+        std::memcpy(record + format.scales_offset, token.view.scales,
+                    static_cast<size_t>(format.scale_bytes));
+    }
+    std::memcpy(record + format.topk_idx_offset, token.topk_idx, ids_bytes);
+    if (token.topk_weights != nullptr) {
+        std::memcpy(record + format.topk_weights_offset, token.topk_weights, ids_bytes);
+    }
+}
+
 namespace {
 
 /// The local experts of one received row, ascending: (expert, column).
@@ -220,9 +233,9 @@ void zero_padding_rows(const RowFormat& format, RecvLayout recv_layout, const Re
     }
 }
 
-void deliver(const RowFormat& format, RecvLayout recv_layout, const Received& received,
-             const std::vector<RowView>& views, const DeliverTarget& target, const RowOps& ops,
+void deliver(const Delivery& delivery, const DeliverTarget& target, const RowOps& ops,
              ThreadPool& pool) {
+    const auto& [format, recv_layout, received, views] = delivery;
     if (recv_layout == RecvLayout::kToken) {
         write_token_metadata(received, target);
     }

@@ -9,6 +9,7 @@
 
 #include "cpu/endpoint.hpp"
 #include "cpu/routing.hpp"
+#include "layout/token_record.hpp"
 
 namespace deepcomm::cpu {
 
@@ -53,6 +54,16 @@ class RowReader {
     std::vector<std::byte> scales_;
 };
 
+/// One token to be packed into a record.
+struct PackedToken {
+    RowView view;
+    const int32_t* topk_idx;
+    const float* topk_weights;  ///< or null
+    int32_t num_topk;
+};
+
+void pack_record(const layout::TokenRecord& format, const PackedToken& token, std::byte* record);
+
 /// One expert's copy of a received row.
 struct ExpertRow {
     int32_t position;  ///< row of the flattened receive tensor
@@ -94,9 +105,16 @@ struct DeliverTarget {
     bool stream = false;
 };
 
-/// Writes the received rows (views[n], TOKEN order) and their metadata into the receive layout.
-void deliver(const RowFormat& format, RecvLayout recv_layout, const Received& received,
-             const std::vector<RowView>& views, const DeliverTarget& target, const RowOps& ops,
+/// Rows that have arrived, and the layout that they are wanted in.
+struct Delivery {
+    const RowFormat& format;
+    RecvLayout recv_layout;
+    const Received& received;
+    const std::vector<RowView>& views;  ///< in TOKEN order
+};
+
+/// Writes the rows and their metadata into the receive layout.
+void deliver(const Delivery& delivery, const DeliverTarget& target, const RowOps& ops,
              ThreadPool& pool);
 
 /// Zeroes the rows of x [out_rows] that hold no token (TOKEN and EXPERT).

@@ -172,9 +172,9 @@ void mark_lost_weights(const EndpointConfig& config, const DispatchRecord& recor
 
 }  // namespace
 
-void sum_tokens(Endpoint& endpoint, const DispatchRecord& record, const RowFormat& format,
-                const RowSource& source, const NodePartials& partials, const CombineTarget& target,
+void sum_tokens(Endpoint& endpoint, const SumInputs& inputs, const CombineTarget& target,
                 TokenRange range) {
+    const auto& [record, format, source, partials] = inputs;
     const Routing& routing = record.routing;
     const bool stream = routing.num_tokens * format.row_bytes >= kStreamBytes;
     const int64_t count = range.end - range.begin;
@@ -207,45 +207,45 @@ void sum_tokens(Endpoint& endpoint, const DispatchRecord& record, const RowForma
 }
 
 void sum_node(Endpoint& endpoint, const Routing& routing, const RowFormat& format,
-              const RowSource& source, int64_t begin, int64_t end, std::byte* records) {
+              const RowSource& source, TokenRange range, std::byte* records) {
     const layout::TokenRecord record =
         layout::TokenRecord::make(format.row_bytes, 0, routing.num_topk);
     const std::vector<int32_t>& tokens =
         routing.node_tokens[static_cast<size_t>(endpoint.config().node())];
     const int32_t num_local = endpoint.config().num_local_experts();
-    endpoint.pool().parallel_for(end - begin, kGrainRows, [&](int64_t from, int64_t to) {
-        for (int64_t index = from; index < to; ++index) {
-            const auto token = static_cast<size_t>(tokens[static_cast<size_t>(begin + index)]);
-            std::byte* const out = records + index * record.stride;
-            auto* const weights = reinterpret_cast<float*>(out + record.topk_weights_offset);
-            std::fill_n(weights, routing.num_topk, 0.0F);
-            SumRows sum;
-            sum.open_group();
-            for (int32_t at = routing.first_destination[token];
-                 at < routing.first_destination[token + 1]; ++at) {
-                const Destination& place = routing.destinations[static_cast<size_t>(at)];
-                const std::byte* const row = source.row(place);
-                if (row == nullptr) {
-                    continue;
-                }
-                sum.add(row);
-                const float* const carried = source.weights(place);
-                const int32_t* const ids = routing.topk_idx.data() + token * routing.num_topk;
-                for (int32_t column = 0; carried != nullptr && column < routing.num_topk;
-                     ++column) {
-                    if (ids[column] >= 0 && ids[column] / num_local == place.rank) {
-                        weights[column] = carried[column];
+    endpoint.pool().parallel_for(
+        range.end - range.begin, kGrainRows, [&](int64_t from, int64_t to) {
+            for (int64_t index = from; index < to; ++index) {
+                const auto token =
+                    static_cast<size_t>(tokens[static_cast<size_t>(range.begin + index)]);
+                std::byte* const out = records + index * record.stride;
+                auto* const weights = reinterpret_cast<float*>(out + record.topk_weights_offset);
+                std::fill_n(weights, routing.num_topk, 0.0F);
+                SumRows sum;
+                sum.open_group();
+                for (int32_t at = routing.first_destination[token];
+                     at < routing.first_destination[token + 1]; ++at) {
+                    const Destination& place = routing.destinations[static_cast<size_t>(at)];
+                    const std::byte* const row = source.row(place);
+                    if (row == nullptr) {
+                        continue;
+                    }
+                    sum.add(row);
+                    const float* const carried = source.weights(place);
+                    const int32_t* const ids = routing.topk_idx.data() + token * routing.num_topk;
+                    for (int32_t column = 0; carried != nullptr && column < routing.num_topk;
+                         ++column) {
+                        if (ids[column] >= 0 && ids[column] / num_local == place.rank) {
+                            weights[column] = carried[column];
+                        }
                     }
                 }
+                endpoint.ops().reduce(reduce_args(format, sum, out));
             }
-            endpoint.ops().reduce(reduce_args(format, sum, out));
-        }
-    });
+        });
 }
 
-void return_row(const RowFormat& format, RecvLayout recv_layout, const Received& received,
-                int64_t row, const ExpertOutputs& outputs, const ReturnedRow& target,
-                const RowOps& ops, bool stream) {
+void ReturnedRows::write(int64_t row, const ReturnedRow& target, bool stream) const {
     const int32_t num_topk = received.num_topk;
     if (recv_layout == RecvLayout::kToken) {
         if (target.row != nullptr) {

@@ -41,14 +41,21 @@ struct TokenRange {
     int64_t end;
 };
 
+/// What is to be summed for a routing's tokens.
+struct SumInputs {
+    const DispatchRecord& record;
+    const RowFormat& format;
+    const RowSource& source;  ///< rows of this node
+    NodePartials partials;    ///< sums of the others
+};
+
 /// Sums for each token of range what its ranks returned, into target.
-void sum_tokens(Endpoint& endpoint, const DispatchRecord& record, const RowFormat& format,
-                const RowSource& source, const NodePartials& partials, const CombineTarget& target,
+void sum_tokens(Endpoint& endpoint, const SumInputs& inputs, const CombineTarget& target,
                 TokenRange range);
 
-/// Sums tokens [begin, end) of routing.node_tokens[this node] over this node into records.
+/// Sums range of routing.node_tokens[this node] over this node into records.
 void sum_node(Endpoint& endpoint, const Routing& routing, const RowFormat& format,
-              const RowSource& source, int64_t begin, int64_t end, std::byte* records);
+              const RowSource& source, TokenRange range, std::byte* records);
 
 /// The expert outputs of this rank.
 struct ExpertOutputs {
@@ -61,13 +68,21 @@ struct ExpertOutputs {
 
 /// One returned row: where its sum over this rank's experts and its carried weights go.
 struct ReturnedRow {
-    std::byte* row;
+    std::byte* row;  ///< null: only the weights
     float* weights;  ///< [K] or null
 };
 
-/// Sums row of received over this rank's experts (TOKEN: copies it) and collects its weights.
-void return_row(const RowFormat& format, RecvLayout recv_layout, const Received& received,
-                int64_t row, const ExpertOutputs& outputs, const ReturnedRow& target,
-                const RowOps& ops, bool stream);
+/// The rows this rank returns for what it received.
+struct ReturnedRows {
+    const RowFormat& format;
+    RecvLayout recv_layout;
+    const Received& received;
+    const ExpertOutputs& outputs;
+    const RowOps& ops;
+
+    /// Sums row over this rank's experts (TOKEN: copies it) and collects its weights; stream: past
+    /// the caches.
+    void write(int64_t row, const ReturnedRow& target, bool stream) const;
+};
 
 }  // namespace deepcomm::cpu

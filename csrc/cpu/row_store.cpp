@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/row_store.hpp"
+
+#include <cstring>
+
+namespace deepcomm::cpu {
+
+TokenRows TokenRows::of_records(const layout::TokenRecord& format, const StoreFormat& rows,
+                                const std::byte* records, int64_t first_token) {
+    TokenRows result{};
+    result.input.rows = records;
+    result.input.row_stride = format.stride;
+    result.input.scales = records + format.scales_offset;
+    result.input.scale_stride = format.stride;
+    result.input.dtype = rows.row.dtype;
+    result.topk_weights = rows.has_weights ? records + format.topk_weights_offset : nullptr;
+    result.weights_stride = format.stride;
+    result.first_token = first_token;
+    return result;
+}
+
+const float* TokenRows::weights(int64_t token) const {
+    return topk_weights == nullptr ? nullptr
+                                   : reinterpret_cast<const float*>(
+                                         topk_weights + (token - first_token) * weights_stride);
+}
+
+void RowStore::store(const Routing& routing, int64_t begin, int64_t end, const TokenRows& rows) {
+    endpoint_.pool().parallel_for(end - begin, kGrainRows, [&](int64_t from, int64_t to) {
+        RowReader reader(rows.input, format_.row, endpoint_.ops());
+        for (int64_t token = begin + from; token < begin + to; ++token) {
+            const auto at = static_cast<size_t>(token);
+            if (routing.first_destination[at] != routing.first_destination[at + 1]) {
+                store_token(routing, token, reader.read(token - rows.first_token),
+                            rows.weights(token));
+            }
+        }
+        if (stream_) {
+            stream_fence();
+        }
+    });
+    count_written(routing, begin, end);
+}
+
+void RowStore::store_token(const Routing& routing, int64_t token, const RowView& view,
+                           const float* weights) const {
+    const auto at = static_cast<size_t>(token);
+    for (int32_t index = routing.first_destination[at]; index < routing.first_destination[at + 1];
+         ++index) {
+        const Destination& to = routing.destinations[static_cast<size_t>(index)];
+        if (!endpoint_.config().is_local(to.rank)) {
+            continue;
+        }
+        const LandingArea& target = area(endpoint_.config().local_of(to.rank));
+        if (to.slot >= target.num_slots) {
+            continue;
+        }
+        target.source_token[to.slot] = static_cast<int32_t>(token);
+        store_metadata(target, to, routing.ids(token), weights);
+        if (format_.row.scale_bytes > 0) {
+            std::memcpy(target.scales + to.slot * format_.row.scale_bytes, view.scales,
+                        static_cast<size_t>(format_.row.scale_bytes));
+        }
+        if (format_.recv_layout == RecvLayout::kExpert && target.direct) {
+            store_copies(target, to.rank, routing, token, view.row);
+        } else {
+            copy_row(target.rows + to.slot * format_.row.row_bytes, view.row);
+        }
+    }
+}
+
+void RowStore::store_metadata(const LandingArea& area, const Destination& to, const int32_t* ids,
+                              const float* weights) const {
+    const int32_t num_local = endpoint_.config().num_local_experts();
+    const int32_t first = to.rank * num_local;
+    const int64_t at = static_cast<int64_t>(to.slot) * format_.num_topk;
+    for (int32_t column = 0; column < format_.num_topk; ++column) {
+        const int32_t local_id = ids[column] - first;
+        const bool here = ids[column] >= 0 && local_id >= 0 && local_id < num_local;
+        area.topk_idx[at + column] = here ? local_id : -1;
+        if (weights != nullptr) {
+            area.topk_weights[at + column] = here ? weights[column] : 0.0F;
+        }
+    }
+}
+
+void RowStore::store_copies(const LandingArea& area, int32_t rank, const Routing& routing,
+                            int64_t token, const std::byte* row) const {
+    const int32_t* const ids = routing.ids(token);
+    const int32_t* const slots = routing.expert_slots.data() + token * format_.num_topk;
+    const int32_t num_local = endpoint_.config().num_local_experts();
+    for (int32_t column = 0; column < format_.num_topk; ++column) {
+        const bool here = ids[column] >= 0 && ids[column] / num_local == rank;
+        if (here && (format_.capacity < 0 || slots[column] < format_.capacity)) {
+            copy_row(area.rows + slots[column] * format_.row.row_bytes, row);
+        }
+    }
+}
+
+void RowStore::copy_row(std::byte* dst, const std::byte* row) const {
+    (stream_ ? endpoint_.ops().copy_stream : endpoint_.ops().copy)(dst, row, format_.row.row_bytes);
+}
+
+void RowStore::count_written(const Routing& routing, int64_t begin, int64_t end) {
+    const EndpointConfig& config = endpoint_.config();
+    int64_t own_rows = 0;
+    int64_t node_rows = 0;
+    for (int32_t index = routing.first_destination[static_cast<size_t>(begin)];
+         index < routing.first_destination[static_cast<size_t>(end)]; ++index) {
+        const int32_t rank = routing.destinations[static_cast<size_t>(index)].rank;
+        own_rows += rank == config.rank;
+        node_rows += rank != config.rank && config.is_local(rank);
+    }
+    endpoint_.counters().bytes_local += own_rows * format_.bytes();
+    endpoint_.counters().bytes_node += node_rows * format_.bytes();
+}
+
+}  // namespace deepcomm::cpu
