@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from deepcomm.errors import CommError, CommTimeout, InvalidArgument
 
@@ -27,8 +27,9 @@ class _Meeting:
         self.board: list[Any] = [None] * size
         self.barrier = threading.Barrier(size)
         self.timeout_s = timeout_s
-        self.lock = threading.Lock()
-        self.server: TCPStore | None = None
+        # NOTE: not a TCPStore, which looks up the name of whoever connects: seconds where the
+        # name service is slow.
+        self.store = HashStore()
 
     def wait(self, rank: int) -> None:
         try:
@@ -66,16 +67,9 @@ class LocalGroup:
         self._meeting.wait(self.rank)
 
     def store(self, timeout: timedelta) -> Store:
-        """Return a client of one store on the loopback interface."""
-        with self._meeting.lock:
-            if self._meeting.server is None:
-                self._meeting.server = TCPStore(
-                    "127.0.0.1", 0, None, is_master=True, timeout=timeout, wait_for_workers=False
-                )
-            port = self._meeting.server.port
-        return TCPStore(
-            "127.0.0.1", port, None, is_master=False, timeout=timeout, wait_for_workers=False
-        )
+        """Return the store that all ranks share."""
+        self._meeting.store.set_timeout(timeout)
+        return self._meeting.store
 
 
 class LocalCluster:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import FileStore
 
 from deepcomm.errors import CommError, Error, InvalidArgument
 
@@ -36,8 +37,6 @@ T = TypeVar("T")
 GRACE_S = 10.0
 """Seconds that the others may still take when a rank has failed."""
 
-LOOPBACK = "127.0.0.1"
-
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -45,7 +44,7 @@ class Launch:
 
     rank: int
     num_ranks: int
-    port: int
+    store: str
     timeout_s: float
     environment: dict[str, str]
     work: bytes
@@ -91,21 +90,16 @@ def run_processes(
         raise InvalidArgument(
             f"num_ranks: expected at least 1 and as many as env has entries, got {num_ranks}"
         )
-    store = TCPStore(
-        LOOPBACK,
-        0,
-        None,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-    )
     work = pickle.dumps((function, args))
-    launches = [
-        Launch(rank, num_ranks, store.port, timeout_s, _environment(env, rank), work)
-        for rank in range(num_ranks)
-    ]
-    with _Children(launches, frozenset(may_die)) as children:
-        children.collect(time.monotonic() + timeout_s)
+    with tempfile.TemporaryDirectory(prefix="deepcomm-") as folder:
+        # NOTE: not a TCPStore, which looks up the name of whoever connects: seconds where the name
+        # service is slow.
+        launches = [
+            Launch(rank, num_ranks, f"{folder}/store", timeout_s, _environment(env, rank), work)
+            for rank in range(num_ranks)
+        ]
+        with _Children(launches, frozenset(may_die)) as children:
+            children.collect(time.monotonic() + timeout_s)
     return children.results()
 
 
@@ -220,9 +214,8 @@ def _child(launch: Launch, pipe: connection.Connection) -> None:
 def _work(launch: Launch) -> Any:
     function, args = pickle.loads(launch.work)
     timeout = timedelta(seconds=launch.timeout_s)
-    store = TCPStore(
-        LOOPBACK, launch.port, None, is_master=False, timeout=timeout, wait_for_workers=False
-    )
+    store = FileStore(launch.store, launch.num_ranks)
+    store.set_timeout(timeout)
     dist.init_process_group(
         "gloo", store=store, rank=launch.rank, world_size=launch.num_ranks, timeout=timeout
     )
