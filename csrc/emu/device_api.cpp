@@ -48,11 +48,9 @@ void strong_store(void* address, const void* value, int size, Order order, Scope
     machine->strong.store(me, require("store", address, size), size, words, order, scope);
 }
 
-uint64_t strong_rmw(void* address, int size, Rmw op, RmwOperands operands, Order order,
-                    Scope scope) {
+uint64_t strong_rmw(void* address, int size, const RmwRequest& request, Order order, Scope scope) {
     Thread& me = take_turn();
-    return machine->strong.rmw(me, require("atomic", address, size), size, op, operands, order,
-                               scope);
+    return machine->strong.rmw(me, require("atomic", address, size), size, request, order, scope);
 }
 
 void fence_acq_rel(Scope scope) { machine->strong.fence_acq_rel(take_turn(), scope); }

@@ -21,13 +21,13 @@ void strong_load(void* out, const void* address, int size, Order order, Scope sc
 void strong_store(void* address, const void* value, int size, Order order, Scope scope);
 
 enum class Rmw : uint8_t { kAdd, kExchange, kCompareSwap, kOr };
-struct RmwOperands {
-    uint64_t operand = 0;
+struct RmwRequest {
+    Rmw op;
+    uint64_t operand;
     uint64_t expected = 0;  ///< kCompareSwap only
 };
 /// Returns the value before. size is 4 or 8.
-uint64_t strong_rmw(void* address, int size, Rmw op, RmwOperands operands, Order order,
-                    Scope scope);
+uint64_t strong_rmw(void* address, int size, const RmwRequest& request, Order order, Scope scope);
 
 void fence_acq_rel(Scope scope);
 void fence_sc(Scope scope);

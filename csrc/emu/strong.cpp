@@ -19,13 +19,12 @@ bool releases(Order order) { return order == Order::kRelease || order == Order::
 
 size_t index_of(Scope scope) { return static_cast<size_t>(scope); }
 
-uint64_t apply(Rmw op, uint64_t old_value, RmwOperands operands) {
-    switch (op) {
-        case Rmw::kAdd: return old_value + operands.operand;
-        case Rmw::kExchange: return operands.operand;
-        case Rmw::kOr: return old_value | operands.operand;
-        case Rmw::kCompareSwap:
-            return old_value == operands.expected ? operands.operand : old_value;
+uint64_t apply(const RmwRequest& request, uint64_t old_value) {
+    switch (request.op) {
+        case Rmw::kAdd: return old_value + request.operand;
+        case Rmw::kExchange: return request.operand;
+        case Rmw::kOr: return old_value | request.operand;
+        case Rmw::kCompareSwap: return old_value == request.expected ? request.operand : old_value;
     }
     return old_value;
 }
@@ -261,7 +260,7 @@ void StrongMemory::store(Thread& me, size_t offset, int size, const StrongValue&
 }
 
 /// Reads the newest message and continues its release sequence.
-uint64_t StrongMemory::rmw(Thread& me, size_t offset, int size, Rmw op, RmwOperands operands,
+uint64_t StrongMemory::rmw(Thread& me, size_t offset, int size, const RmwRequest& request,
                            Order order, Scope scope) {
     const Actor actor = machine->actor(me, strong_access(scope));
     machine->memory.check_read(actor, offset, static_cast<size_t>(size));
@@ -272,7 +271,7 @@ uint64_t StrongMemory::rmw(Thread& me, size_t offset, int size, Rmw op, RmwOpera
     Message message;
     const uint64_t old_value = newest.value.words[0];
     const uint64_t mask = size == 8 ? ~uint64_t{0} : 0xFFFFFFFFull;
-    message.value.words[0] = apply(op, old_value, operands) & mask;
+    message.value.words[0] = apply(request, old_value) & mask;
     const bool continues = newest.writer >= 0 &&
                            machine->includes(newest.scope, newest.writer, me.id) &&
                            machine->includes(scope, me.id, newest.writer);

@@ -57,7 +57,7 @@ class StrongMemory {
     void load(Thread& me, void* out, size_t offset, int size, Order order, Scope scope);
     void store(Thread& me, size_t offset, int size, const StrongValue& value, Order order,
                Scope scope);
-    uint64_t rmw(Thread& me, size_t offset, int size, Rmw op, RmwOperands operands, Order order,
+    uint64_t rmw(Thread& me, size_t offset, int size, const RmwRequest& request, Order order,
                  Scope scope);
     void fence_acq_rel(Thread& me, Scope scope);
     void fence_sc(Thread& me, Scope scope);

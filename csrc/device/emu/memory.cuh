@@ -9,7 +9,6 @@ namespace deepcomm::device {
 namespace emulated {
 
 using emu::Order;
-using emu::Rmw;
 using emu::Scope;
 
 template <typename T>
@@ -25,21 +24,21 @@ inline void store(T* address, const T& value, Order order, Scope scope) {
 }
 
 template <typename T>
-inline T rmw(T* address, Rmw op, emu::RmwOperands operands, Order order, Scope scope) {
-    return static_cast<T>(emu::strong_rmw(address, sizeof(T), op, operands, order, scope));
+inline T rmw(T* address, const emu::RmwRequest& request, Order order, Scope scope) {
+    return static_cast<T>(emu::strong_rmw(address, sizeof(T), request, order, scope));
 }
 
 }  // namespace emulated
 
-#define DEEPCOMM_DEFINE_ATOM(name, op, type, order, scope)                         \
-    inline type name(type* address, type value) {                                  \
-        return emulated::rmw(address, emu::Rmw::op, {value, 0}, emu::Order::order, \
-                             emu::Scope::scope);                                   \
+#define DEEPCOMM_DEFINE_ATOM(name, op, type, order, scope)                      \
+    inline type name(type* address, type value) {                               \
+        return emulated::rmw(address, {emu::Rmw::op, value}, emu::Order::order, \
+                             emu::Scope::scope);                                \
     }
 
 #define DEEPCOMM_DEFINE_CAS(name, type, order, scope)                              \
     inline type name(type* address, type expected, type desired) {                 \
-        return emulated::rmw(address, emu::Rmw::kCompareSwap, {desired, expected}, \
+        return emulated::rmw(address, {emu::Rmw::kCompareSwap, desired, expected}, \
                              emu::Order::order, emu::Scope::scope);                \
     }
 
