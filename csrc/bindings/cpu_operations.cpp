@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// deepcomm._C.cpu: the operations, phase by phase. Addresses are integers; the caller keeps the
+// memory alive for the operation.
+#include <pybind11/stl.h>
+
+#include "bindings/cpu.hpp"
+#include "cpu/low_latency.hpp"
+
+namespace py = pybind11;
+
+namespace deepcomm {
+namespace {
+
+using cpu::CombineArgs;
+using cpu::CombineOp;
+using cpu::DeliverTarget;
+using cpu::DispatchArgs;
+using cpu::DispatchOp;
+using cpu::DispatchRecord;
+using cpu::Endpoint;
+using cpu::LowLatencyCombineArgs;
+using cpu::LowLatencyCombineOp;
+using cpu::LowLatencyDispatchOp;
+using cpu::Round;
+using cpu::SlotRing;
+
+std::vector<const std::byte*> addresses(const std::vector<uintptr_t>& values) {
+    std::vector<const std::byte*> result;
+    result.reserve(values.size());
+    for (const uintptr_t value : values) {
+        result.push_back(pointer<const std::byte>(value));
+    }
+    return result;
+}
+
+void bind_round(py::module_& module) {
+    py::class_<Round>(module, "Round")
+        .def_static(
+            "refuse",
+            [](Endpoint& endpoint, cpu::OpKind kind, const std::string& message) {
+                const py::gil_scoped_release release;
+                cpu::OpSignature signature{};
+                signature.kind = kind;
+                auto round = std::make_unique<Round>(endpoint, signature);
+                endpoint.guarded([&] { round->abort(message); });
+                return round;
+            },
+            py::arg("endpoint"), py::arg("kind"), py::arg("message"), py::keep_alive<0, 1>())
+        .def_property_readonly("epoch", &Round::epoch)
+        .def("serialized", [](const Round& self) { return py::bytes(self.serialized()); })
+        .def(
+            "relay",
+            [](Round& self, int32_t node, const py::bytes& data) { self.relay(node, data); },
+            py::arg("node"), py::arg("data"))
+        .def("wait_all", guarded(&Round::wait_all), py::arg("endpoint"))
+        .def("max_tokens", &Round::max_tokens);
+}
+
+void bind_dispatch(py::module_& module) {
+    py::class_<DispatchOp>(module, "DispatchOp")
+        .def(py::init<Endpoint&, const DispatchArgs&>(), py::arg("endpoint"), py::arg("args"),
+             py::keep_alive<1, 2>())
+        .def("announce", guarded(&DispatchOp::announce), py::arg("endpoint"))
+        .def_property_readonly("round", &DispatchOp::round,
+                               py::return_value_policy::reference_internal)
+        .def("plan", &DispatchOp::plan)
+        .def_property_readonly("record_bytes", &DispatchOp::record_bytes)
+        .def("num_rows_to", &DispatchOp::num_rows_to, py::arg("node"))
+        .def("num_rows_from", &DispatchOp::num_rows_from, py::arg("source"))
+        .def(
+            "pack",
+            [](DispatchOp& self, int32_t node, int64_t begin, int64_t end, uintptr_t records) {
+                const py::gil_scoped_release release;
+                self.pack(node, begin, end, pointer<std::byte>(records));
+            },
+            py::arg("node"), py::arg("begin"), py::arg("end"), py::arg("records"))
+        .def(
+            "forward",
+            [](DispatchOp& self, int32_t source, int64_t num, uintptr_t records) {
+                const py::gil_scoped_release release;
+                self.forward(source, num, pointer<const std::byte>(records));
+            },
+            py::arg("source"), py::arg("num"), py::arg("records"))
+        .def("publish", &DispatchOp::publish, py::arg("source"))
+        .def("push", guarded(&DispatchOp::push), py::arg("endpoint"))
+        .def("receive", guarded(&DispatchOp::receive), py::arg("endpoint"))
+        .def_property_readonly("rows_in_place", &DispatchOp::rows_in_place)
+        .def_property_readonly("leasable", &DispatchOp::leasable)
+        .def_property_readonly("generation", &DispatchOp::generation)
+        .def_property_readonly("rows_offset", &DispatchOp::rows_offset)
+        .def_property_readonly("overflow", &DispatchOp::overflow)
+        .def_property_readonly("received", &DispatchOp::received,
+                               py::return_value_policy::reference_internal)
+        .def(
+            "deliver_to",
+            [](DispatchOp& self, const DeliverTarget& target) {
+                const py::gil_scoped_release release;
+                self.deliver_to(target);
+            },
+            py::arg("target"))
+        .def("finish", [](DispatchOp& self) {
+            return std::const_pointer_cast<DispatchRecord>(self.finish());
+        });
+}
+
+void bind_combine(py::module_& module) {
+    py::class_<CombineOp>(module, "CombineOp")
+        .def(py::init<Endpoint&, const CombineArgs&>(), py::arg("endpoint"), py::arg("args"),
+             py::keep_alive<1, 2>())
+        .def("stage", guarded(&CombineOp::stage), py::arg("endpoint"))
+        .def_property_readonly("round", &CombineOp::round,
+                               py::return_value_policy::reference_internal)
+        .def_property_readonly("record_bytes", &CombineOp::record_bytes)
+        .def("num_rows_to", &CombineOp::num_rows_to, py::arg("source"))
+        .def("num_rows_from", &CombineOp::num_rows_from, py::arg("node"))
+        .def(
+            "pack",
+            [](CombineOp& self, int32_t source, int64_t begin, int64_t end, uintptr_t records) {
+                const py::gil_scoped_release release;
+                self.pack(source, begin, end, pointer<std::byte>(records));
+            },
+            py::arg("source"), py::arg("begin"), py::arg("end"), py::arg("records"))
+        .def(
+            "finish",
+            [](CombineOp& self, Endpoint& endpoint, const std::vector<uintptr_t>& partials) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.finish(addresses(partials)); });
+            },
+            py::arg("endpoint"), py::arg("partials"));
+}
+
+void bind_slot_ring(py::module_& module) {
+    py::class_<SlotRing>(module, "SlotRing")
+        .def(py::init<Endpoint&>(), py::arg("endpoint"), py::keep_alive<1, 2>())
+        .def("set_masked", &SlotRing::set_masked, py::arg("rank"), py::arg("masked"))
+        .def("is_masked", &SlotRing::is_masked, py::arg("rank"))
+        .def("connected", &SlotRing::connected, py::arg("source"), py::arg("destination"))
+        .def("check_free", &SlotRing::check_free, py::arg("kind"))
+        .def("open", &SlotRing::open)
+        .def("close", &SlotRing::close, py::arg("epoch"))
+        .def("abort", &SlotRing::abort, py::arg("epoch"), py::arg("kind"), py::arg("message"))
+        .def("continue_from", &SlotRing::continue_from, py::arg("other"));
+}
+
+void bind_low_latency(py::module_& module) {
+    using Dispatch = LowLatencyDispatchOp;
+    py::class_<Dispatch>(module, "LowLatencyDispatchOp")
+        .def(py::init<Endpoint&, SlotRing&, const DispatchArgs&, bool>(), py::arg("endpoint"),
+             py::arg("ring"), py::arg("args"), py::arg("mask_late"), py::keep_alive<1, 2>(),
+             py::keep_alive<1, 3>())
+        .def_property_readonly("epoch", &Dispatch::epoch)
+        .def("send", guarded(&Dispatch::send), py::arg("endpoint"))
+        .def_property_readonly("record_bytes", &Dispatch::record_bytes)
+        .def("num_rows_to", &Dispatch::num_rows_to, py::arg("node"))
+        .def(
+            "pack",
+            [](Dispatch& self, int32_t node, uintptr_t records) {
+                self.pack(node, pointer<std::byte>(records));
+            },
+            py::arg("node"), py::arg("records"))
+        .def(
+            "forward",
+            [](Dispatch& self, Endpoint& endpoint, int32_t source, int64_t num, uintptr_t records) {
+                const py::gil_scoped_release release;
+                endpoint.guarded(
+                    [&] { self.forward(source, num, pointer<const std::byte>(records)); });
+            },
+            py::arg("endpoint"), py::arg("source"), py::arg("num"), py::arg("records"))
+        .def("forward_abort", &Dispatch::forward_abort, py::arg("source"), py::arg("message"))
+        .def("receive", guarded(&Dispatch::receive), py::arg("endpoint"))
+        .def_property_readonly("received", &Dispatch::received,
+                               py::return_value_policy::reference_internal)
+        .def("deliver_to", guarded(&Dispatch::deliver_to), py::arg("endpoint"), py::arg("target"))
+        .def_property_readonly("record", [](const Dispatch& self) {
+            return std::const_pointer_cast<DispatchRecord>(self.record());
+        });
+    using Combine = LowLatencyCombineOp;
+    py::class_<Combine>(module, "LowLatencyCombineOp")
+        .def(py::init<Endpoint&, SlotRing&, const LowLatencyCombineArgs&>(), py::arg("endpoint"),
+             py::arg("ring"), py::arg("args"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
+        .def_property_readonly("epoch", &Combine::epoch)
+        .def("open", guarded(&Combine::open), py::arg("endpoint"))
+        .def("num_weights_to", &Combine::num_weights_to, py::arg("node"))
+        .def("num_weights_from", &Combine::num_weights_from, py::arg("source"))
+        .def(
+            "pack_weights",
+            [](const Combine& self, int32_t node, uintptr_t weights) {
+                self.pack_weights(node, pointer<float>(weights));
+            },
+            py::arg("node"), py::arg("weights"))
+        .def(
+            "forward_weights",
+            [](Combine& self, Endpoint& endpoint, int32_t source, uintptr_t weights) {
+                const py::gil_scoped_release release;
+                endpoint.guarded(
+                    [&] { self.forward_weights(source, pointer<const float>(weights)); });
+            },
+            py::arg("endpoint"), py::arg("source"), py::arg("weights"))
+        .def("wait_weights", guarded(&Combine::wait_weights), py::arg("endpoint"))
+        .def("send", guarded(&Combine::send), py::arg("endpoint"))
+        .def_property_readonly("record_bytes", &Combine::record_bytes)
+        .def("num_rows_to", &Combine::num_rows_to, py::arg("source"))
+        .def("num_rows_from", &Combine::num_rows_from, py::arg("node"))
+        .def(
+            "pack",
+            [](Combine& self, Endpoint& endpoint, int32_t source, uintptr_t records) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.pack(source, pointer<std::byte>(records)); });
+            },
+            py::arg("endpoint"), py::arg("source"), py::arg("records"))
+        .def(
+            "finish",
+            [](Combine& self, Endpoint& endpoint, const std::vector<uintptr_t>& partials) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.finish(addresses(partials)); });
+            },
+            py::arg("endpoint"), py::arg("partials"));
+}
+
+}  // namespace
+
+void bind_cpu_operations(py::module_& module) {
+    bind_round(module);
+    bind_dispatch(module);
+    bind_combine(module);
+    bind_slot_ring(module);
+    bind_low_latency(module);
+}
+
+}  // namespace deepcomm
