@@ -138,7 +138,14 @@ void bind_slot_ring(py::module_& module) {
         .def("check_free", &SlotRing::check_free, py::arg("kind"))
         .def("open", &SlotRing::open)
         .def("close", &SlotRing::close, py::arg("epoch"))
-        .def("abort", &SlotRing::abort, py::arg("epoch"), py::arg("kind"), py::arg("message"))
+        .def(
+            "abort",
+            [](SlotRing& self, Endpoint& endpoint, uint64_t epoch, cpu::OpKind kind,
+               const std::string& message) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.abort(epoch, kind, message); });
+            },
+            py::arg("endpoint"), py::arg("epoch"), py::arg("kind"), py::arg("message"))
         .def("continue_from", &SlotRing::continue_from, py::arg("other"));
 }
 
@@ -166,7 +173,14 @@ void bind_low_latency(py::module_& module) {
                     [&] { self.forward(source, num, pointer<const std::byte>(records)); });
             },
             py::arg("endpoint"), py::arg("source"), py::arg("num"), py::arg("records"))
-        .def("forward_abort", &Dispatch::forward_abort, py::arg("source"), py::arg("message"))
+        .def(
+            "forward_abort",
+            [](Dispatch& self, Endpoint& endpoint, int32_t source, int32_t refused_by,
+               const std::string& message) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.forward_abort(source, {refused_by, message}); });
+            },
+            py::arg("endpoint"), py::arg("source"), py::arg("refused_by"), py::arg("message"))
         .def("receive", guarded(&Dispatch::receive), py::arg("endpoint"))
         .def_property_readonly("received", &Dispatch::received,
                                py::return_value_policy::reference_internal)

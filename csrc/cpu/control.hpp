@@ -84,6 +84,7 @@ struct BlockHeader {
     OpStatus status;
     OpSignature signature;
     int32_t num_rows;
+    int32_t refused_by;  ///< rank that refused, where status is kAborted
     char message[kMessageBytes];
 };
 static_assert(sizeof(BlockHeader) <= layout::kBlockHeaderBytes, "block header");

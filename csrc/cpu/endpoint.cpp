@@ -49,11 +49,12 @@ Endpoint::Endpoint(const EndpointConfig& config, WaitPolicy policy)
       leases_(std::make_shared<Leases>()),
       pool_(config.num_threads),
       last_read_(static_cast<size_t>(config.num_generations), 0) {
-    segment_->reserve(0, map_.control_bytes());
+    std::vector<Segment::Range> ranges{{0, map_.control_bytes()}};
     const int64_t generation_bytes = map_.reserved_generation_bytes(config_.shape());
     for (int32_t index = 0; index < config_.num_generations; ++index) {
-        segment_->reserve(map_.generation_begin(index), generation_bytes);
+        ranges.push_back({map_.generation_begin(index), generation_bytes});
     }
+    segment_->reserve(ranges);
     rows_reserved_.assign(static_cast<size_t>(config_.num_generations),
                           generation_bytes - map_.generation.rows);
     own_control_ = new (segment_->data()) Control{};
@@ -155,7 +156,7 @@ bool Endpoint::ensure_rows(int32_t generation, int64_t num_bytes) {
         return false;
     }
     const int64_t rows = map_.generation_begin(generation) + map_.generation.rows;
-    if (!segment_->try_reserve(rows + reserved, num_bytes - reserved)) {
+    if (!segment_->try_reserve({rows + reserved, num_bytes - reserved})) {
         return false;
     }
     reserved = num_bytes;

@@ -16,7 +16,7 @@ namespace deepcomm::cpu {
 
 class LowLatencyDispatchOp {
   public:
-    /// Reads the ids; throws InvalidArgument before anything is sent.
+    /// Reads the ids and reserves memory; throws before anything is sent.
     LowLatencyDispatchOp(Endpoint& endpoint, SlotRing& ring, const DispatchArgs& args,
                          bool mask_late);
 
@@ -31,7 +31,9 @@ class LowLatencyDispatchOp {
     /// Stores a rail peer's records on the ranks of this node.
     void forward(int32_t source, int64_t num, const std::byte* records);
     /// Passes on that a rail peer refused the operation.
-    void forward_abort(int32_t source, const std::string& message);
+    void forward_abort(int32_t source, const Refusal& refusal) {
+        ring_.forward_abort(epoch_, source, refusal);
+    }
 
     /// Waits for the blocks of all sources; received() is then valid.
     void receive();

@@ -65,6 +65,7 @@ LowLatencyCombineOp::LowLatencyCombineOp(Endpoint& endpoint, SlotRing& ring,
     signature_.apply_weights = combine.apply_weights;
     signature_.capacity = -1;
     signature_.handle_epoch = static_cast<int64_t>(combine.record->epoch);
+    ring.reserve(record_format_.stride);
 }
 
 int64_t LowLatencyCombineOp::num_weights_to(int32_t node) const {
@@ -77,7 +78,6 @@ int64_t LowLatencyCombineOp::num_weights_from(int32_t source) const {
 }
 
 void LowLatencyCombineOp::open() {
-    ring_.reserve(record_format_.stride);
     epoch_ = ring_.open();
     if (args_.source_weights != nullptr) {
         store_weights(endpoint_.config().rank, args_.combine.record->routing, args_.source_weights);

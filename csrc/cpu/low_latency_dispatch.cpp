@@ -39,10 +39,10 @@ LowLatencyDispatchOp::LowLatencyDispatchOp(Endpoint& endpoint, SlotRing& ring,
     count_rows(endpoint.config(), args.topk_idx, args.topk_idx_is_int64, record_->routing);
     assign_source_slots(endpoint.config(), record_->routing);
     record_->forwarded.resize(static_cast<size_t>(endpoint.config().num_ranks));
+    ring.reserve(record_format_.stride);
 }
 
 void LowLatencyDispatchOp::send() {
-    ring_.reserve(record_format_.stride);
     epoch_ = ring_.open();
     record_->epoch = epoch_;
     RowReader reader(args_.input, args_.format, endpoint_.ops());
@@ -152,12 +152,6 @@ void LowLatencyDispatchOp::forward(int32_t source, int64_t num, const std::byte*
             return reinterpret_cast<const float*>(records + token * record_format_.stride +
                                                   record_format_.topk_weights_offset);
         });
-}
-
-void LowLatencyDispatchOp::forward_abort(int32_t source, const std::string& message) {
-    for (int32_t local = 0; local < endpoint_.config().ranks_per_node; ++local) {
-        ring_.publish_abort(local, epoch_, source, message);
-    }
 }
 
 void LowLatencyDispatchOp::receive() {

@@ -82,31 +82,49 @@ Segment::~Segment() {
     unlink();
 }
 
-bool Segment::try_reserve(int64_t offset, int64_t num_bytes) {
+bool Segment::try_reserve(Range range) {
     // Where /dev/shm is full, ftruncate succeeds and the first touch is a SIGBUS; this fails here.
-    int code = EINTR;
+    int code = range.num_bytes == 0 ? 0 : EINTR;
     while (code == EINTR) {
-        code = posix_fallocate(fd_, offset, num_bytes);
+        code = posix_fallocate(fd_, range.offset, range.num_bytes);
     }
     if (code == 0) {
-        reserved_bytes_ += num_bytes;
+        reserved_bytes_ += range.num_bytes;
     }
     return code == 0;
 }
 
-void Segment::reserve(int64_t offset, int64_t num_bytes) {
-    if (num_bytes == 0 || try_reserve(offset, num_bytes)) {
+void Segment::release(Range range) {
+    if (range.num_bytes > 0) {
+        fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, range.offset, range.num_bytes);
+        reserved_bytes_ -= range.num_bytes;
+    }
+}
+
+void Segment::reserve(const std::vector<Range>& ranges) {
+    size_t num_reserved = 0;
+    while (num_reserved < ranges.size() && try_reserve(ranges[num_reserved])) {
+        ++num_reserved;
+    }
+    if (num_reserved == ranges.size()) {
         return;
+    }
+    double needed = 0.0;
+    for (const Range& range : ranges) {
+        needed += static_cast<double>(range.num_bytes);
+    }
+    for (size_t index = 0; index < num_reserved; ++index) {
+        release(ranges[index]);
     }
     struct statvfs status{};
     statvfs("/dev/shm", &status);
-    const double free_mib =
-        static_cast<double>(status.f_bavail) * static_cast<double>(status.f_frsize) / kMiB;
+    const double free_bytes =
+        static_cast<double>(status.f_bavail) * static_cast<double>(status.f_frsize);
     throw CommError(
-        format(
-            "shared memory: /dev/shm is full: %.1f MiB needed, %.1f MiB free; mount a larger one "
-            "(containers: --shm-size) or lower max_tokens_per_rank or num_generations",
-            static_cast<double>(num_bytes) / kMiB, free_mib),
+        format("shared memory: /dev/shm is full: %.1f MiB needed, %.1f MiB free; mount a larger one "
+               "(containers: --shm-size) or lower max_tokens_per_rank, num_generations or "
+               "num_low_latency_slots",
+               needed / kMiB, free_bytes / kMiB),
         -1);
 }
 

@@ -6,11 +6,17 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace deepcomm::cpu {
 
 class Segment {
   public:
+    struct Range {
+        int64_t offset;
+        int64_t num_bytes;
+    };
+
     /// Creates a segment with a fresh name and num_bytes of address range; nothing is reserved yet.
     static std::shared_ptr<Segment> create(int64_t num_bytes);
     /// Maps a peer's segment; throws CommError where it cannot be opened.
@@ -25,15 +31,16 @@ class Segment {
     /// Bytes reserved so far.
     int64_t reserved_bytes() const { return reserved_bytes_; }
 
-    /// Backs [offset, offset + num_bytes) with memory, so that touching it cannot fail later.
-    /// Returns false where shared memory is full.
-    bool try_reserve(int64_t offset, int64_t num_bytes);
-    /// The same, throwing CommError with the sizes and the remedy.
-    void reserve(int64_t offset, int64_t num_bytes);
+    /// Backs a range with memory, so that touching it cannot fail later. Returns false where shared
+    /// memory is full.
+    bool try_reserve(Range range);
+    /// The same for all ranges or none, throwing CommError with the sizes and the remedy.
+    void reserve(const std::vector<Range>& ranges);
     /// Removes the name: the memory then lives as long as its mappings. Idempotent.
     void unlink();
 
   private:
+    void release(Range range);
     Segment(std::string name, int fd, int64_t num_bytes, bool owner);
 
     std::string name_;

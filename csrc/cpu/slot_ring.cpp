@@ -47,20 +47,20 @@ void SlotRing::continue_from(const SlotRing& other) {
 
 void SlotRing::reserve(int64_t stride) {
     if (stride > reserved_stride_) {
-        Segment& segment = endpoint_.segment();
         const layout::SegmentLayout& map = endpoint_.map();
         const int64_t num_bytes = config().shape().max_rows() * stride;
         DEEPCOMM_ASSERT(num_bytes <= map.block_capacity, "record of %lld bytes",
                         static_cast<long long>(stride));
+        const int64_t held_bytes = config().shape().max_rows() * reserved_stride_;
+        std::vector<Segment::Range> ranges;
         for (int32_t slot = 0; slot < config().num_slots; ++slot) {
             const int64_t begin = map.slot_begin(slot);
             if (reserved_stride_ == 0) {
-                segment.reserve(begin, map.slot_blocks);
+                ranges.push_back({begin, map.slot_blocks});
             }
-            segment.reserve(
-                begin + map.slot_blocks + config().shape().max_rows() * reserved_stride_,
-                config().shape().max_rows() * (stride - reserved_stride_));
+            ranges.push_back({begin + map.slot_blocks + held_bytes, num_bytes - held_bytes});
         }
+        endpoint_.segment().reserve(ranges);
         reserved_stride_ = stride;
         endpoint_.own_control().block_stride.store(static_cast<uint64_t>(stride),
                                                    std::memory_order_release);
@@ -104,11 +104,12 @@ void SlotRing::publish(int32_t local, uint64_t epoch, int32_t index, int32_t num
 }
 
 void SlotRing::publish_abort(int32_t local, uint64_t epoch, int32_t index,
-                             const std::string& message) {
+                             const Refusal& refusal) {
     BlockHeader& head = header(local, epoch, index);
     head.status = OpStatus::kAborted;
     head.num_rows = 0;
-    copy_message(head.message, message);
+    head.refused_by = refusal.rank;
+    copy_message(head.message, refusal.message);
     head.epoch.store(epoch, std::memory_order_release);
     ring_doorbell(endpoint_.control(local));
 }
@@ -119,18 +120,30 @@ void SlotRing::publish_weights(int32_t local, uint64_t epoch, int32_t source) {
 }
 
 void SlotRing::abort(uint64_t epoch, OpKind kind, const std::string& message) {
+    const Refusal refusal{config().rank, message};
     for (int32_t local = 0; local < config().ranks_per_node; ++local) {
-        if (kind == OpKind::kLowLatencyDispatch) {
-            publish_abort(local, epoch, config().rank, message);
+        if (!wait_room(local, epoch, kind)) {
             continue;
         }
-        publish_weights(local, epoch, config().rank);
         for (int32_t node = 0; node < config().num_nodes(); ++node) {
-            const int32_t source = node * config().ranks_per_node + local;
-            publish_abort(local, epoch, pair_index(source, config().local()), message);
+            const int32_t first = node * config().ranks_per_node;
+            const int32_t on_my_rail = first + config().local();
+            if (kind == OpKind::kLowLatencyDispatch) {
+                publish_abort(local, epoch, on_my_rail, refusal);
+            } else {
+                publish_weights(local, epoch, on_my_rail);
+                publish_abort(local, epoch, pair_index(first + local, config().local()), refusal);
+            }
         }
     }
-    close(epoch);
+}
+
+void SlotRing::forward_abort(uint64_t epoch, int32_t source, const Refusal& refusal) {
+    for (int32_t local = 0; local < config().ranks_per_node; ++local) {
+        if (wait_room(local, epoch, OpKind::kLowLatencyDispatch)) {
+            publish_abort(local, epoch, source, refusal);
+        }
+    }
 }
 
 template <typename Ready>
@@ -156,10 +169,21 @@ bool SlotRing::has_refused(int32_t local, uint64_t epoch, OpKind kind) const {
     return head.epoch.load(std::memory_order_acquire) >= epoch && head.status == OpStatus::kAborted;
 }
 
+bool SlotRing::has_room(int32_t local, uint64_t epoch) const {
+    const uint64_t done =
+        endpoint_.control(local).slot_done[slot_of(epoch)].load(std::memory_order_acquire);
+    return done + static_cast<uint64_t>(config().num_slots) >= epoch;
+}
+
+bool SlotRing::wait_room(int32_t local, uint64_t epoch, OpKind kind) {
+    const int32_t rank = config().node() * config().ranks_per_node + local;
+    return !is_masked(rank) && wait_or_mask(rank, kind, "room in its slot", false,
+                                            [&] { return has_room(local, epoch); });
+}
+
 bool SlotRing::wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind kind,
                            bool mask_late) {
     const Control& target = endpoint_.control(local);
-    const auto num_slots = static_cast<uint64_t>(config().num_slots);
     const int32_t rank = config().node() * config().ranks_per_node + local;
     if (is_masked(rank)) {
         return false;
@@ -168,9 +192,8 @@ bool SlotRing::wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind
     const bool came = wait_or_mask(rank, kind, "room in its slot", mask_late, [&] {
         const bool reserved =
             target.block_stride.load(std::memory_order_acquire) >= static_cast<uint64_t>(stride);
-        const uint64_t done = target.slot_done[slot_of(epoch)].load(std::memory_order_acquire);
         refused = has_refused(local, epoch, kind);
-        return refused || (reserved && done + num_slots >= epoch);
+        return refused || (reserved && has_room(local, epoch));
     });
     return came && !refused;
 }
@@ -189,8 +212,9 @@ bool SlotRing::wait_block(uint64_t epoch, int32_t index, int32_t blamed,
     }
     if (head.status == OpStatus::kAborted) {
         throw CommError(format("%s: rank %d: rank %d refused the operation: %s",
-                               op_name(signature.kind), config().rank, blamed, head.message),
-                        blamed);
+                               op_name(signature.kind), config().rank, head.refused_by,
+                               head.message),
+                        head.refused_by);
     }
     check_same_signature(signature, config().rank, head.signature, blamed);
     return true;

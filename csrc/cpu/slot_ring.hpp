@@ -37,6 +37,12 @@ class FirstError {
     std::exception_ptr first_;
 };
 
+/// Who refused an operation, and why.
+struct Refusal {
+    int32_t rank;
+    std::string message;
+};
+
 class SlotRing {
   public:
     explicit SlotRing(Endpoint& endpoint);
@@ -76,10 +82,13 @@ class SlotRing {
     std::atomic<uint64_t>& weights_flag(int32_t local, uint64_t epoch, int32_t source) const;
     void publish(int32_t local, uint64_t epoch, int32_t index, int32_t num_rows,
                  const OpSignature& signature);
-    void publish_abort(int32_t local, uint64_t epoch, int32_t index, const std::string& message);
     void publish_weights(int32_t local, uint64_t epoch, int32_t source);
-    /// Refuses the operation of epoch in every block of this node that this rank owns.
+    /// Refuses the operation of epoch in every block that this rank owes its node: its own, and
+    /// those of the rail peers that it would forward.
     void abort(uint64_t epoch, OpKind kind, const std::string& message);
+    /// Passes the refusal of a low-latency dispatch on to the ranks of this node, in place of the
+    /// rows of source.
+    void forward_abort(uint64_t epoch, int32_t source, const Refusal& refusal);
 
     /// Waits for a block of this rank. False where blamed is, or becomes, masked. Throws CommError
     /// where it refused, ConfigMismatch where its signature differs.
@@ -93,6 +102,10 @@ class SlotRing {
         return static_cast<size_t>(epoch % static_cast<uint64_t>(config().num_slots));
     }
     bool has_refused(int32_t local, uint64_t epoch, OpKind kind) const;
+    bool has_room(int32_t local, uint64_t epoch) const;
+    /// Waits until local rank local is done with the slot's last operation. False where it is masked.
+    bool wait_room(int32_t local, uint64_t epoch, OpKind kind);
+    void publish_abort(int32_t local, uint64_t epoch, int32_t index, const Refusal& refusal);
     template <typename Ready>
     bool wait_or_mask(int32_t rank, OpKind kind, const char* what, bool mask_late, Ready&& ready);
 

@@ -116,11 +116,7 @@ class CpuBackend:
     def _open_rail(self) -> GlooRail | None:
         if self.topology.num_nodes == 1:
             return None
-        policy = RailPolicy(
-            self.config.timeout_s,
-            self.config.late_warning_s,
-            lambda message, culprit: self._endpoint.fail(message, culprit),
-        )
+        policy = RailPolicy(self.config.timeout_s, self.config.late_warning_s)
         name = self._group.all_gather(f"deepcomm/{os.urandom(8).hex()}")[0]
         rails: list[GlooRail] = []
         agree(
@@ -131,7 +127,7 @@ class CpuBackend:
         return rails[0]
 
     def _adopt_endpoint(self, previous: LowLatency | None) -> None:
-        self._relay = Relay(self._rail, self.topology, self._endpoint.counters)
+        self._relay = Relay(self._rail, self.topology, self._endpoint)
         self._low_latency = LowLatency(
             self._endpoint, self._relay, self.topology, self.config, previous
         )

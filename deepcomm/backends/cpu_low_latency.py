@@ -42,7 +42,7 @@ __all__ = ["LowLatency"]
 
 DISPATCH, COMBINE = cpu.OpKind.LOW_LATENCY_DISPATCH, cpu.OpKind.LOW_LATENCY_COMBINE
 NAMES = {DISPATCH: "low_latency_dispatch", COMBINE: "low_latency_combine"}
-PHASES = {DISPATCH: (LL_ROWS,), COMBINE: (LL_WEIGHTS, LL_ROWS)}
+FIRST_PHASE = {DISPATCH: LL_ROWS, COMBINE: LL_WEIGHTS}
 
 
 def dispatch_signature(checked: CheckedDispatch) -> str:
@@ -62,20 +62,6 @@ def combine_signature(request: CombineRequest, checked: CheckedCombine) -> str:
         f"weights given here {checked.source_weights is not None}, "
         f"handle {request.handle.records.native.epoch}"
     )
-
-
-def once(finish: Callable[[], None], name: str) -> Callable[[], None]:
-    """Return a hook that runs ``finish`` and refuses to run it again."""
-    done = False
-
-    def hook() -> None:
-        nonlocal done
-        if done:
-            raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
-        done = True
-        finish()
-
-    return hook
 
 
 class LowLatency:
@@ -103,16 +89,34 @@ class LowLatency:
 
     def _refuse(self, kind: cpu.OpKind, message: str) -> None:
         """Tell every rank that this one refuses the operation, and drop what they send."""
-        epoch = self.ring.open()
-        self.ring.abort(epoch, kind, message)
+        epoch, phase = self.ring.open(), FIRST_PHASE[kind]
         rail = RailOperation(self._relay, self.ring, NAMES[kind], epoch)
         for node in rail.nodes:
-            for phase in PHASES[kind]:
-                rail.refuse(node, phase, message)
+            rail.refuse(node, phase, message, self._topology.rank)
+        self.ring.abort(self._endpoint, epoch, kind, message)
+        self.ring.close(epoch)
         for node in rail.nodes:
-            for phase in PHASES[kind]:
-                rail.receive(node, phase)
+            rail.receive(node, phase)
         rail.finish()
+
+    def _hook(self, kind: cpu.OpKind, finish: Callable[[], None]) -> Callable[[], None]:
+        """Return a hook that runs ``finish``, and refuses to run it again."""
+        done = False
+
+        def hook() -> None:
+            nonlocal done
+            if done:
+                raise InvalidArgument(f"{NAMES[kind]}: expected one call of its hook, got a second")
+            self._endpoint.check_usable(kind)
+            done = True
+            try:
+                finish()
+            except CommError:
+                if self._endpoint.failed:
+                    self._relay.close()
+                raise
+
+        return hook
 
     @contextlib.contextmanager
     def _waits_added_to(self, stats: torch.Tensor | None) -> Iterator[None]:
@@ -163,7 +167,7 @@ class LowLatency:
                 self._receive_dispatch(request, checked, tensors, op, rail, output)
 
         if request.return_hook:
-            return replace(output, hook=once(finish, NAMES[DISPATCH]))
+            return replace(output, hook=self._hook(DISPATCH, finish))
         finish()
         return output
 
@@ -219,7 +223,8 @@ class LowLatency:
             found = rail.problem(node, header)
             if found is not None:
                 problem = problem or found
-                op.forward_abort(source, str(found))
+                refused_by = header.refused_by if header.refusal else source
+                op.forward_abort(self._endpoint, source, refused_by, header.refusal or str(found))
             elif not self.ring.is_masked(source):
                 address = 0 if data is None else data.data_ptr()
                 op.forward(self._endpoint, source, header.num_rows, address)
@@ -268,7 +273,7 @@ class LowLatency:
                 self._receive_combine(checked, op, rail, problem)
 
         if request.return_hook:
-            return replace(output, hook=once(finish, NAMES[COMBINE]))
+            return replace(output, hook=self._hook(COMBINE, finish))
         finish()
         return output
 
@@ -302,13 +307,14 @@ class LowLatency:
             if num_rows:
                 op.pack_weights(node, data.data_ptr())
             rail.send(node, LL_WEIGHTS, data, num_rows)
+        problem = self._take_weights(op, rail, given) if given else None
         try:
-            problem = self._take_weights(op, rail, given) if given else None
             op.wait_weights(self._endpoint)
         except ConfigMismatch as error:
-            self.ring.abort(op.epoch, COMBINE, str(error))
-            raise
-        op.send(self._endpoint)
+            problem = problem or error
+            self.ring.abort(self._endpoint, op.epoch, COMBINE, str(error))
+        else:
+            op.send(self._endpoint)
         return problem
 
     def _take_weights(
@@ -319,11 +325,14 @@ class LowLatency:
         Where none are given, the peers' word that they have none either, and the hook takes it.
         """
         problem: Error | None = None
-        for node in rail.nodes:
+        for node in tuple(rail.nodes):
             header, data = rail.receive(node, LL_WEIGHTS)
-            problem = problem or rail.problem(node, header)
+            found = rail.problem(node, header)
+            problem = problem or found
+            if header.refusal:  # nothing else comes from there
+                rail.nodes.remove(node)
             if given:
-                address = 0 if data is None else data.data_ptr()
+                address = 0 if data is None or found is not None else data.data_ptr()
                 op.forward_weights(self._endpoint, self._relay.peer(node), address)
         return problem
 
@@ -346,15 +355,22 @@ class LowLatency:
                 if self._endpoint.failed:
                     raise
                 problem = problem or error
-                rail.refuse(node, LL_ROWS, str(error))
+                refused_by = getattr(error, "peer", None)
+                rail.refuse(
+                    node,
+                    LL_ROWS,
+                    str(error),
+                    self._topology.rank if refused_by is None else refused_by,
+                )
                 continue
             rail.send(node, LL_ROWS, data, num_rows)
         partials = [0] * self._topology.num_nodes
         received: list[torch.Tensor] = []  # alive until the sums are done
         for node in rail.nodes:
             header, rows = rail.receive(node, LL_ROWS)
-            problem = problem or rail.problem(node, header)
-            if rows is not None:
+            found = rail.problem(node, header)
+            problem = problem or found
+            if rows is not None and found is None:
                 received.append(rows)
                 partials[node] = rows.data_ptr()
         rail.finish()

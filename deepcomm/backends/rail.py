@@ -46,11 +46,10 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class RailPolicy:
-    """How long a wait may take, when the peer counts as late, and whom to tell of a lost one."""
+    """How long a wait may take, and when the peer counts as late."""
 
     timeout_s: float
     late_warning_s: float
-    on_lost: Callable[[str, int], None]
 
 
 class LateWatch:
@@ -157,7 +156,6 @@ class GlooRail:
                         f"{transfer.what}: rank {self._topology.rank}: rank {transfer.peer} did "
                         f"not come within {self._policy.timeout_s:g} s"
                     )
-                    self._policy.on_lost(message, transfer.peer)
                     raise CommTimeout(message, transfer.peer) from error
                 raise self._lost(transfer.peer, transfer.what, error) from error
         return int((time.perf_counter() - start) * 1e6)
@@ -166,7 +164,6 @@ class GlooRail:
         message = (
             f"{what}: rank {self._topology.rank}: the connection to rank {peer} is lost: {error}"
         )
-        self._policy.on_lost(message, peer)
         return CommError(message, peer)
 
     def close(self) -> None:

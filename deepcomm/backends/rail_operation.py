@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deepcomm.backends.relay import Header
+from deepcomm.backends.relay import Envelope, Header
 from deepcomm.errors import CommError, ConfigMismatch, Error
 
 if TYPE_CHECKING:
@@ -52,13 +52,17 @@ class RailOperation:
         if num_rows:
             self._start(node, phase + 1, data)
 
-    def refuse(self, node: int, phase: int, message: str) -> None:
+    def refuse(self, node: int, phase: int, message: str, refused_by: int) -> None:
         """Send a refusal instead."""
-        self._start(node, phase, Header(refusal=message).pack())
+        self._start(node, phase, Header(refusal=message, refused_by=refused_by).pack())
+
+    def _envelope(self, node: int, phase: int) -> Envelope:
+        return Envelope(node, self._epoch, phase, self._name)
 
     def _start(self, node: int, phase: int, data: torch.Tensor) -> None:
+        envelope = self._envelope(node, phase)
         try:
-            self._sends.append(self.relay.send(node, data, self._epoch, phase, self._name))
+            self._sends.append(self.relay.send(envelope, data, tolerant=self._mask_late))
         except CommError:
             self._mask_or_raise(node)
 
@@ -80,7 +84,9 @@ class RailOperation:
             return Header(), None
 
     def _take(self, node: int, phase: int, data: torch.Tensor) -> torch.Tensor:
-        return self.relay.wait(self.relay.recv(node, data, self._epoch, phase, self._name))
+        envelope, tolerant = self._envelope(node, phase), self._mask_late
+        transfer = self.relay.recv(envelope, data, tolerant=tolerant)
+        return self.relay.wait(transfer, tolerant=tolerant)
 
     def _mask_or_raise(self, node: int) -> None:
         """Inside an except clause: mask the rail peer on ``node``, or let the error out."""
@@ -90,14 +96,12 @@ class RailOperation:
 
     def problem(self, node: int, header: Header) -> Error | None:
         """Return the error that a header means, if any."""
-        peer = self.relay.peer(node)
         if header.refusal:
-            return CommError(
-                f"{self._name}: rank {peer} refused the operation: {header.refusal}", peer
-            )
+            message = f"rank {header.refused_by} refused the operation: {header.refusal}"
+            return CommError(f"{self._name}: {message}", header.refused_by)
         if header.signature not in ("", self._signature):
             return ConfigMismatch(
-                f"{self._name}: arguments differ between ranks: rank {peer} has "
+                f"{self._name}: arguments differ between ranks: rank {self.relay.peer(node)} has "
                 f"{header.signature}, this rank {self._signature}"
             )
         return None
@@ -106,7 +110,7 @@ class RailOperation:
         """Wait until everything sent has left."""
         for transfer in self._sends:
             try:
-                self.relay.wait(transfer)
+                self.relay.wait(transfer, tolerant=self._mask_late)
             except CommError:
                 if not self._mask_late:
                     raise

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from deepcomm.errors import CommError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from deepcomm.backends.rail import GlooRail, Transfer
     from deepcomm.topology import Topology
 
-__all__ = ["LL_ROWS", "LL_WEIGHTS", "Header", "Leg", "Relay"]
+__all__ = ["LL_ROWS", "LL_WEIGHTS", "Envelope", "Header", "Leg", "Relay"]
 
 CHUNK_BYTES = 1 << 20
 LOOKAHEAD = 2
@@ -27,9 +30,19 @@ ANNOUNCE, PAYLOAD = 0, 1
 LL_ROWS, LL_WEIGHTS = 8, 10  # each a header, and a payload under the next number
 
 
-def tag_of(epoch: int, phase: int) -> int:
-    """Return the tag of one kind of message of one operation."""
-    return epoch % MAX_EPOCH_TAG * TAGS_PER_EPOCH + phase
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Which message: with the rail peer on ``node``, in one phase of an operation."""
+
+    node: int
+    epoch: int
+    phase: int
+    what: str
+
+    @property
+    def tag(self) -> int:
+        """Number that tells it from the other messages between the two ranks."""
+        return self.epoch % MAX_EPOCH_TAG * TAGS_PER_EPOCH + self.phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +65,20 @@ class Header:
         num_rows: Rows that follow in one message; none if 0.
         row_bytes: Bytes of each.
         signature: What the sender asks for, to be compared by the receiver.
-        refusal: Why the sender refuses the operation; empty if it does not.
+        refusal: Why the operation is refused; empty if it is not.
+        refused_by: Rank that refuses: the sender, or one of its node.
     """
 
     num_rows: int = 0
     row_bytes: int = 0
     signature: str = ""
     refusal: str = ""
+    refused_by: int = -1
 
     def pack(self) -> torch.Tensor:
         """Return the header as bytes."""
         texts = [text.encode() for text in (self.signature, self.refusal)]
-        data = HEADER.pack(self.num_rows, self.row_bytes, *texts)
+        data = HEADER.pack(self.num_rows, self.row_bytes, self.refused_by, *texts)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     @staticmethod
@@ -74,22 +89,22 @@ class Header:
     @staticmethod
     def unpack(data: torch.Tensor) -> Header:
         """Return the header in ``data``."""
-        num_rows, row_bytes, *texts = HEADER.unpack(data.numpy().tobytes())
+        num_rows, row_bytes, refused_by, *texts = HEADER.unpack(data.numpy().tobytes())
         signature, refusal = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
-        return Header(num_rows, row_bytes, signature, refusal)
+        return Header(num_rows, row_bytes, signature, refusal, refused_by)
 
 
-HEADER = struct.Struct("<qq160s320s")
+HEADER = struct.Struct("<qqq160s320s")
 
 
 class Relay:
     """Moves an operation's messages over the rail of one rank; does nothing on a single node."""
 
-    def __init__(self, rail: GlooRail | None, topology: Topology, counters: cpu.Counters) -> None:
+    def __init__(self, rail: GlooRail | None, topology: Topology, endpoint: cpu.Endpoint) -> None:
         """Use a rail, or none where there is one node."""
         self._rail = rail
         self._topology = topology
-        self._counters = counters
+        self._endpoint = endpoint
 
     @property
     def other_nodes(self) -> Iterator[int]:
@@ -102,20 +117,31 @@ class Relay:
         """Return the rank of the rail peer on ``node``."""
         return self._topology.rank_of(node, self._topology.local)
 
-    def send(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
-        """Start sending."""
+    @contextlib.contextmanager
+    def _connection(self, tolerant: bool) -> Iterator[GlooRail]:
+        """Give the rail; what fails on it fails the endpoint, unless the caller masks the peer."""
         assert self._rail is not None
-        return self._rail.send(node, data, tag_of(epoch, phase), what)
+        try:
+            yield self._rail
+        except CommError as error:
+            if not tolerant:
+                self._endpoint.fail(str(error), -1 if error.peer is None else error.peer)
+            raise
 
-    def recv(self, node: int, data: torch.Tensor, epoch: int, phase: int, what: str) -> Transfer:
+    def send(self, to: Envelope, data: torch.Tensor, *, tolerant: bool = False) -> Transfer:
+        """Start sending; ``tolerant`` where a lost peer is masked."""
+        with self._connection(tolerant) as rail:
+            return rail.send(to.node, data, to.tag, to.what)
+
+    def recv(self, of: Envelope, data: torch.Tensor, *, tolerant: bool = False) -> Transfer:
         """Start receiving."""
-        assert self._rail is not None
-        return self._rail.recv(node, data, tag_of(epoch, phase), what)
+        with self._connection(tolerant) as rail:
+            return rail.recv(of.node, data, of.tag, of.what)
 
-    def wait(self, transfer: Transfer) -> torch.Tensor:
+    def wait(self, transfer: Transfer, *, tolerant: bool = False) -> torch.Tensor:
         """Wait for a transfer, count the time, and return its tensor."""
-        assert self._rail is not None
-        self._counters.add_wait(transfer.peer, self._rail.wait(transfer))
+        with self._connection(tolerant) as rail:
+            self._endpoint.counters.add_wait(transfer.peer, rail.wait(transfer))
         return transfer.tensor
 
     def exchange_announcements(self, round_: cpu.Round, what: str) -> None:
@@ -123,13 +149,11 @@ class Relay:
         if self._rail is None:
             return
         data = torch.frombuffer(bytearray(round_.serialized()), dtype=torch.uint8)
-        receives = [
-            (node, self.recv(node, torch.empty_like(data), round_.epoch, ANNOUNCE, what))
-            for node in self.other_nodes
-        ]
-        sends = [self.send(node, data, round_.epoch, ANNOUNCE, what) for node in self.other_nodes]
-        for node, transfer in receives:
-            round_.relay(node, self.wait(transfer).numpy().tobytes())
+        envelopes = [Envelope(node, round_.epoch, ANNOUNCE, what) for node in self.other_nodes]
+        receives = [self.recv(envelope, torch.empty_like(data)) for envelope in envelopes]
+        sends = [self.send(envelope, data) for envelope in envelopes]
+        for envelope, transfer in zip(envelopes, receives, strict=True):
+            round_.relay(envelope.node, self.wait(transfer).numpy().tobytes())
         for transfer in sends:
             self.wait(transfer)
 
@@ -148,13 +172,13 @@ class Relay:
 
         def post(step: int) -> None:
             receiving[step] = [
-                (leg, begin, end, self.recv(leg.node, chunk, epoch, PAYLOAD, what))
+                (leg, begin, end, self.recv(Envelope(leg.node, epoch, PAYLOAD, what), chunk))
                 for leg, begin, end, chunk in chunks_of(incoming, step, rows, record_bytes)
             ]
             sending[step] = []
             for leg, begin, end, chunk in chunks_of(outgoing, step, rows, record_bytes):
                 leg.handle(begin, end, chunk.data_ptr())
-                sending[step].append(self.send(leg.node, chunk, epoch, PAYLOAD, what))
+                sending[step].append(self.send(Envelope(leg.node, epoch, PAYLOAD, what), chunk))
 
         for step in range(-LOOKAHEAD, num_steps):
             if step + LOOKAHEAD < num_steps:
