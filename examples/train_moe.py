@@ -15,12 +15,14 @@ roundings of one training do: a router's near tie that falls the other way sends
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
@@ -207,6 +209,13 @@ class LanguageModel(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in local]
 
 
+def lr_ratio(num_steps: int, step: int) -> float:
+    """Warm up linearly, then follow half a cosine."""
+    done = min(step / num_steps, 1.0)
+    cosine = FINAL_LR_RATIO + (1 - FINAL_LR_RATIO) * (1 + math.cos(math.pi * done)) / 2
+    return min((step + 1) / WARMUP_STEPS, 1.0) * cosine
+
+
 class Trainer:
     """One rank's model, optimiser and record of what its tokens chose."""
 
@@ -219,14 +228,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_ratio)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, partial(lr_ratio, settings.steps)
+        )
         self.routing: list[torch.Tensor] = []
-
-    def _lr_ratio(self, step: int) -> float:
-        """Warm up linearly, then follow half a cosine."""
-        done = min(step / self.settings.steps, 1.0)
-        cosine = FINAL_LR_RATIO + (1 - FINAL_LR_RATIO) * (1 + math.cos(math.pi * done)) / 2
-        return min((step + 1) / WARMUP_STEPS, 1.0) * cosine
 
     def step(self, step: int) -> float:
         """Train on one batch; return its mean loss over all ranks."""
@@ -373,6 +378,9 @@ def main() -> None:
     try:
         train(settings)
     finally:
+        # Gloo's threads abort the process if they outlive the interpreter, and they live as long as
+        # the group is referenced: end the reference cycles that still hold the trainer.
+        gc.collect()
         dist.destroy_process_group()
 
 
