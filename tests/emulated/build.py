@@ -23,8 +23,9 @@ CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 COMPILER = "g++"
 MAX_PARALLEL_COMPILES = 2
+MAX_CACHED_BYTES = 200 << 20
 
-BASE_FLAGS = ("-std=c++17", "-g", "-Wall", "-Wextra", "-Werror")
+BASE_FLAGS = ("-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror")
 HOOK_FLAGS = (
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
@@ -123,7 +124,19 @@ def build(name: str, variant: Variant = PLAIN) -> Program:
     program = BUILD / f"{name}-{variant.name}-{key}"
     if not program.exists():
         run_compiler([*map(str, objects), *sanitizer], program)
+    program.touch()
     return Program(program)
+
+
+def prune() -> None:
+    """Delete the objects and programs that were not used for longest, down to the cache's limit."""
+    files = [path for path in BUILD.glob("*") if path.is_file()]
+    files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in files:
+        total += path.stat().st_size
+        if total > MAX_CACHED_BYTES:
+            path.unlink(missing_ok=True)
 
 
 def compile_unit(source: Path, flags: tuple[str, ...]) -> Path:
@@ -132,6 +145,7 @@ def compile_unit(source: Path, flags: tuple[str, ...]) -> Path:
     target = BUILD / f"{source.stem}-{key}.o"
     if not target.exists():
         run_compiler(["-c", str(source), *flags], target)
+    target.touch()
     return target
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from emulated.build import PLAIN, Program, Variant, build
+from emulated.build import PLAIN, Program, Variant, build, prune
 
 DEFAULT_SEEDS = 10_000
 
@@ -32,7 +32,8 @@ def num_seeds(pytestconfig: pytest.Config) -> int:
 
 @pytest.fixture(scope="session")
 def program() -> Builder:
-    """Build a test program once a session."""
+    """Build a test program once a session; forget what earlier sources left behind."""
+    prune()
 
     @cache
     def get(name: str, variant: Variant = PLAIN) -> Program:
