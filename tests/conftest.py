@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MARKERS = (
     "gpu(n=1): needs n CUDA devices",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
+    "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
     "slow: takes more than 30 s on two cores",
 )
 NO_REASON = ("", "unconditional skip")
@@ -48,6 +49,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs root to make network namespaces")
         if shutil.which("ip") is None:
             pytest.skip("needs iproute2 to make network namespaces")
+    if item.get_closest_marker("nvrtc") and (reason := missing_nvrtc()):
+        pytest.skip(reason)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,6 +94,17 @@ def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Return the reason a skipped report gives; pytest stores (path, line, 'Skipped: reason')."""
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return text.removeprefix("Skipped").lstrip(":").strip()
+
+
+def missing_nvrtc() -> str:
+    """Return why kernels cannot be compiled here, "" where they can."""
+    from deepcomm import jit
+
+    try:
+        jit.find_nvrtc()
+    except jit.CompilerMissing as error:
+        return str(error)
+    return ""
 
 
 def num_gpus() -> int:

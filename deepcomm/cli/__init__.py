@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from deepcomm.cli import bench, doctor
+from deepcomm.cli import compile as compile_command
 from deepcomm.cli.environment import package_version
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"deepcomm {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bench.add_parser(commands)
+    compile_command.add_parser(commands)
     doctor.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

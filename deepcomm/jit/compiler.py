@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an entry of the list of kernels to machine code: the unit, its key, the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepcomm.env import cache_dir
+from deepcomm.errors import InvalidArgument
+from deepcomm.jit.cache import DiskCache
+from deepcomm.jit.sources import collect, source_root
+from deepcomm.jit.toolchain import (
+    CompileError,
+    Output,
+    Toolchain,
+    TranslationUnit,
+    find_nvrtc,
+)
+from deepcomm.jit.usage import Usage, parse_usage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deepcomm.jit.kernels import Kernel
+
+__all__ = ["CompiledKernel", "KernelCompiler", "default_compiler", "kernel_cache"]
+
+NAMESPACE = "deepcomm::kernels"
+ARCH = re.compile(r"sm_\d{2,3}[af]?")
+SHARED_BYTES = "deepcomm_shared_bytes"
+SHARED_BYTES_VALUE = re.compile(rf"\b{SHARED_BYTES} = (\d+);")
+MAX_THREADS = re.compile(r"^\.maxntid (\d+)", re.MULTILINE)
+DYNAMIC_SHARED = ".extern .shared"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """A kernel for one architecture and one static configuration.
+
+    Attributes:
+        name: As in the list of kernels.
+        arch: Such as ``sm_90a``.
+        spec: Its compile-time choices.
+        symbol: Its name in the cubin.
+        cubin: Machine code, as the driver loads it.
+        shared_bytes: Dynamic shared memory to launch with.
+        max_threads: Threads a block that it may be launched with; None: the device's limit.
+        usage: What it takes of an SM; None where the compiler's report could not be read.
+        is_new: Whether it was compiled just now rather than found in the cache.
+    """
+
+    name: str
+    arch: str
+    spec: Mapping[str, int]
+    symbol: str
+    cubin: bytes
+    shared_bytes: int
+    max_threads: int | None
+    usage: Usage | None
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCompiler:
+    """Compiles kernels, or finds them in the cache.
+
+    Attributes:
+        toolchain: What compiles.
+        root: Folder of the sources.
+        cache: Keeps what was compiled.
+    """
+
+    toolchain: Toolchain
+    root: Path
+    cache: DiskCache
+
+    def compile(
+        self, kernel: Kernel, *, arch: str, spec: Mapping[str, int] | None = None
+    ) -> CompiledKernel:
+        """Return a kernel, compiled unless the cache has it.
+
+        Args:
+            kernel: Entry of the list.
+            arch: Such as ``sm_90a``.
+            spec: A value for each of the kernel's parameters.
+
+        Raises:
+            InvalidArgument: ``arch`` or ``spec`` is not of the form expected.
+            CompileError: The kernel does not compile.
+        """
+        spec = dict(spec or {})
+        _check(kernel, arch, spec)
+        unit = _translation_unit(kernel, arch, spec, self.root)
+        key = f"{kernel.name}-{arch}-{_digest(unit, self.toolchain.version)}"
+        stored, is_new = self.cache.get_or_build(key, lambda: self._build(kernel, unit))
+        head, _, cubin = stored.partition(b"\n")
+        facts = json.loads(head)
+        usage = facts.pop("usage")
+        return CompiledKernel(
+            name=kernel.name,
+            arch=arch,
+            spec=spec,
+            cubin=cubin,
+            usage=Usage(**usage) if usage else None,
+            is_new=is_new,
+            **facts,
+        )
+
+    def _build(self, kernel: Kernel, unit: TranslationUnit) -> bytes:
+        """Compile, and return a line of facts followed by the cubin."""
+        output = self.toolchain.compile(unit)
+        if kernel.shared is None and DYNAMIC_SHARED in output.ptx:
+            raise CompileError(
+                f"{kernel.name}: uses dynamic shared memory; name its struct in the list of kernels"
+            )
+        head = json.dumps(_facts(output)).encode()
+        return head + b"\n" + output.cubin
+
+
+def default_compiler() -> KernelCompiler:
+    """Return NVRTC with the package's sources and the user's cache.
+
+    Raises:
+        CompilerMissing: NVRTC or CUDA's headers are not installed.
+    """
+    return KernelCompiler(find_nvrtc(), source_root(), kernel_cache())
+
+
+def kernel_cache() -> DiskCache:
+    """Return the user's cache of kernels."""
+    return DiskCache(cache_dir() / "kernels")
+
+
+def _check(kernel: Kernel, arch: str, spec: Mapping[str, int]) -> None:
+    if not ARCH.fullmatch(arch):
+        raise InvalidArgument(f"arch: expected one such as sm_90a, got {arch!r}")
+    expected = [parameter.name for parameter in kernel.spec]
+    if sorted(spec) != sorted(expected):
+        raise InvalidArgument(f"spec of {kernel.name}: expected {expected}, got {list(spec)}")
+
+
+def _translation_unit(
+    kernel: Kernel, arch: str, spec: Mapping[str, int], root: Path
+) -> TranslationUnit:
+    """Write the unit that instantiates the kernel and lets the host know its shared memory."""
+    values = ", ".join(_literal(spec[parameter.name]) for parameter in kernel.spec)
+    arguments = f"<{values}>" if values else ""
+    text = f'#include "{kernel.source}"\n'
+    if kernel.shared is not None:
+        shared = f"{NAMESPACE}::{kernel.shared}{arguments}"
+        text += f'extern "C" __device__ const unsigned {SHARED_BYTES} = sizeof({shared});\n'
+    return TranslationUnit(
+        name=f"{kernel.name}.cu",
+        text=text,
+        headers=collect(root, kernel.source),
+        entry=f"{NAMESPACE}::{kernel.name}{arguments}",
+        arch=arch,
+        options=kernel.options,
+    )
+
+
+def _literal(value: int) -> str:
+    # An integer is no template argument of type bool.
+    return str(value).lower() if isinstance(value, bool) else str(int(value))
+
+
+def _digest(unit: TranslationUnit, version: str) -> str:
+    return hashlib.sha256(json.dumps([version, asdict(unit)]).encode()).hexdigest()[:32]
+
+
+def _facts(output: Output) -> dict[str, object]:
+    shared, threads = SHARED_BYTES_VALUE.search(output.ptx), MAX_THREADS.search(output.ptx)
+    usage = parse_usage(output.log)
+    return {
+        "symbol": output.symbol,
+        "shared_bytes": int(shared.group(1)) if shared else 0,
+        "max_threads": int(threads.group(1)) if threads else None,
+        "usage": asdict(usage) if usage else None,
+    }

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of kernels: what ``deepcomm compile`` compiles, tests run and the host may launch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepcomm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["KERNELS", "Kernel", "SpecParameter", "spec_grid"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecParameter:
+    """One compile-time choice of a kernel: a template argument.
+
+    Attributes:
+        name: As in the kernel's template, in snake case.
+        values: What ``deepcomm compile`` compiles unless told otherwise.
+    """
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One ``__global__`` function.
+
+    Attributes:
+        name: Its name in namespace ``deepcomm::kernels``; a template of the parameters in ``spec``.
+        source: The file that defines it, relative to the folder of the sources.
+        shared: The struct behind its dynamic shared memory, in the same namespace and a template of
+            the same parameters; None without any.
+        spec: Its template parameters, in order.
+        options: Further options of the compiler.
+    """
+
+    name: str
+    source: str
+    shared: str | None = None
+    spec: tuple[SpecParameter, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("probe_signal", "kernels/probe/signal.cuh"),
+    Kernel("probe_claim", "kernels/probe/claim.cuh"),
+    Kernel("probe_bulk_put", "kernels/probe/bulk_put.cuh", shared="BulkPutShared"),
+    Kernel("probe_ring", "kernels/probe/ring.cuh"),
+    Kernel("probe_packet", "kernels/probe/packet.cuh"),
+    Kernel("probe_barrier_fold", "kernels/probe/barrier_fold.cuh"),
+)
+
+
+def spec_grid(
+    kernel: Kernel, chosen: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[dict[str, int]]:
+    """Yield every combination of a kernel's compile-time choices.
+
+    Args:
+        kernel: Entry of the list.
+        chosen: Values that replace those of the list, by parameter; others are ignored.
+
+    Raises:
+        InvalidArgument: A parameter has no values.
+    """
+    chosen = chosen or {}
+    choices = [chosen.get(parameter.name, parameter.values) for parameter in kernel.spec]
+    for parameter, values in zip(kernel.spec, choices, strict=True):
+        if not values:
+            raise InvalidArgument(f"{parameter.name}: expected values for {kernel.name}, got none")
+    names = [parameter.name for parameter in kernel.spec]
+    for values in itertools.product(*choices):
+        yield dict(zip(names, values, strict=True))
