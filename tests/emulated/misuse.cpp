@@ -220,6 +220,15 @@ const Register kBulkFlag("bulk_flag_polled", 1, misuse(2, [](const Words& w) {
                                      pause_on(w.zeros + 15, emu::kNever);
                              }
                          }));
+const Register kBulkProxy(
+    "bulk_load_without_proxy_fence", 1, misuse(1, [](const Words& w) {
+        auto& smem = shared_storage<Smem>();
+        init_mbarrier(smem);
+        w.zeros[0] = 1;  // a plain store, then an asynchronous read of it by the same thread
+        bulk_load(smem.tile, w.zeros, 64, &smem.mbarrier);
+        mbarrier_arrive_expect_tx(&smem.mbarrier, 64);
+        wait_for_tile(smem);
+    }));
 const Register kMbarrierData("mbarrier_as_data", 1, misuse(1, [](const Words& w) {
                                  auto& smem = shared_storage<Smem>();
                                  init_mbarrier(smem);

@@ -256,6 +256,51 @@ std::string padding_case(Cluster& cluster) {
     return "";
 }
 
+// ---- proxies: plain stores to a peer's memory, signalled, then read there by a bulk copy. The
+// proxy fence may stand on either side of the signal.
+
+std::string proxy_case(Cluster& cluster, bool fence_by_writer) {
+    struct alignas(128) Smem {
+        uint32_t tile[32];
+        Mbarrier mbarrier;
+    };
+    auto* row = cluster.alloc<uint32_t>(1, "row", 32);
+    auto* signal = cluster.alloc<uint32_t>(1, "signal", 1, Fill::kZero);
+    auto* copy = cluster.alloc<uint32_t>(1, "copy", 32);
+    const WaitContext context = make_context(cluster, 1);
+    const auto write = [=] {
+        row[threadIdx.x] = 100 + threadIdx.x;
+        if (fence_by_writer) fence_proxy_async();
+        block_barrier();
+        if (threadIdx.x == 0) st_release_sys(signal, 1u);
+    };
+    const auto read = [=] {
+        auto& smem = shared_storage<Smem>();
+        if (threadIdx.x == 0) {
+            mbarrier_init(&smem.mbarrier, 1);
+            fence_mbarrier_init();
+        }
+        block_barrier();
+        if (threadIdx.x == 0 && wait_reached_acquire_sys(context, kSite, signal, 1)) {
+            if (!fence_by_writer) fence_proxy_async();
+            bulk_load(smem.tile, row, sizeof smem.tile, &smem.mbarrier);
+            mbarrier_arrive_expect_tx(&smem.mbarrier, sizeof smem.tile);
+        }
+        if (!wait_mbarrier(context, kSite, &smem.mbarrier, 0)) return;
+        copy[threadIdx.x] = smem.tile[threadIdx.x];
+    };
+    cluster.launch(0, {1, 32, 0, write});
+    cluster.launch(1, {1, 32, sizeof(Smem), read});
+    const std::string error = cluster.run();
+    if (!error.empty()) return error;
+    for (uint32_t i = 0; i < 32; ++i) DEEPCOMM_EXPECT("copy", i, 100 + i, copy[i]);
+    return "";
+}
+
+std::string proxy_fence_by_writer_case(Cluster& cluster) { return proxy_case(cluster, true); }
+
+std::string proxy_fence_by_reader_case(Cluster& cluster) { return proxy_case(cluster, false); }
+
 // ---- rails: two puts and a signal on one context; the source is reused after a flush
 
 std::string rail_case(Cluster& cluster) {
@@ -298,6 +343,8 @@ const Register kNamedBarrier("named_barrier", 1, named_barrier_case);
 const Register kBytes("bytes", 1, bytes_case);
 const Register kKernelBoundary("kernel_boundary", 2, kernel_boundary_case);
 const Register kPadding("padding", 1, padding_case);
+const Register kProxyWriter("proxy_fence_by_writer", 2, proxy_fence_by_writer_case);
+const Register kProxyReader("proxy_fence_by_reader", 2, proxy_fence_by_reader_case);
 const Register kRail("rail", 2, rail_case);
 
 }  // namespace

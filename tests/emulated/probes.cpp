@@ -250,8 +250,10 @@ std::string packet_case(Cluster& cluster) {
 }
 
 const Register kSignal("signal", 3, signal_case);
+const Register kSignalLarge("signal_large", 8, signal_case);
 const Register kClaim("claim", 2, claim_case);
 const Register kBulkPut("bulk_put", 2, bulk_put_case);
+const Register kBulkPutLarge("bulk_put_large", 8, bulk_put_case);
 const Register kRing("ring", 2, ring_case);
 const Register kBarrierFold("barrier_fold", 3, barrier_fold_case);
 const Register kBarrierFoldOne("barrier_fold_one_block", 3, barrier_fold_one_block_case);

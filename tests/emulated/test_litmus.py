@@ -16,11 +16,13 @@ PROBES = (
     "barrier_fold_one_block",
     "packet",
 )
+LARGE = ("signal_large", "bulk_put_large")  # 1,024 and 512 threads on 8 ranks
+LARGE_SEEDS = 200
 ADDRESS_SEEDS = 20  # the address sanitizer is about seven times slower
 
 
 def test_litmus_list_is_complete(program: Builder) -> None:
-    assert tuple(program("probes").cases()) == PROBES
+    assert sorted(program("probes").cases()) == sorted(PROBES + LARGE)
 
 
 @pytest.mark.parametrize("case", PROBES)
@@ -28,6 +30,13 @@ def test_litmus_passes_every_seed(program: Builder, num_seeds: int, case: str) -
     result = program("probes").run(case, range(num_seeds))
     assert result.failures == 0, result.explain()
     assert result.seeds == num_seeds
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_litmus_passes_on_a_large_cluster(program: Builder, num_seeds: int, case: str) -> None:
+    result = program("probes").run(case, range(min(num_seeds, LARGE_SEEDS)))
+    assert result.failures == 0, result.explain()
+    assert result.threads >= 512
 
 
 def test_litmus_claim_sees_both_outcomes(program: Builder) -> None:

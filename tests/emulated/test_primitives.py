@@ -15,6 +15,8 @@ PRIMITIVES = (
     "bytes",
     "kernel_boundary",
     "padding",
+    "proxy_fence_by_writer",
+    "proxy_fence_by_reader",
     "rail",
 )
 PRIMITIVE_SEEDS = 1_000
@@ -52,6 +54,7 @@ MISUSES = {
     "bulk_exit_before_read": "ends while 1 of its bulk copies still read shared memory",
     "bulk_source_reused": "race: asynchronous read of r0:b0.shared+0x0",
     "bulk_flag_polled": "race: write of r0:zeros+0x3c by a copy of r0.b0.t0",
+    "bulk_load_without_proxy_fence": "(no proxy fence between them)",
     "mbarrier_as_data": "is accessed as data",
     "rail_signal_on_another_context": "r0:poison+0x0",
     "rail_source_reused_without_flush": "race: asynchronous read of r0:zeros+0x0",

@@ -24,11 +24,18 @@ def test_same_seed_gives_same_trace(program: Builder, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_trace_does_not_depend_on_addresses(program: Builder, case: str) -> None:
-    if shutil.which("setarch") is None:
-        pytest.fail("util-linux (setarch) is needed to switch address randomisation off")
     probes = program("probes")
-    fixed = probes.run(case, SEEDS, no_aslr=True).trace_hash
-    assert probes.run(case, SEEDS).trace_hash == fixed
+    hashes = {probes.run(case, SEEDS).trace_hash for _ in range(3)}  # each at other addresses
+    if can_fix_addresses():
+        hashes.add(probes.run(case, SEEDS, no_aslr=True).trace_hash)
+    assert len(hashes) == 1
+
+
+def can_fix_addresses() -> bool:
+    """Containers may forbid to switch address randomisation off; the random runs then suffice."""
+    if shutil.which("setarch") is None:
+        return False
+    return subprocess.run(("setarch", "-R", "true"), check=False).returncode == 0
 
 
 @pytest.mark.parametrize("variant", [UNOPTIMISED, OPTIMISED], ids=lambda variant: variant.name)
