@@ -60,10 +60,10 @@ void Machine::print_event(const char* pattern, ...) {
 void Machine::reset(int num_ranks, uint64_t seed, const Options& new_options) {
     options = new_options;
     random = Random(seed);
+    shadow_random = Random(~seed);
     error.clear();
     current = nullptr;
     num_threads = 0;
-    num_blocks_ = 0;
     threads.clear();
     ranks.clear();
     ranks.resize(static_cast<size_t>(num_ranks));
@@ -152,7 +152,6 @@ void Machine::create_thread(Rank& rank, Block& block, int thread_idx) {
 void Machine::create_block(Rank& rank, int rank_idx, int block_idx) {
     const Launch& launch = rank.program.front().launch;
     auto block = std::make_unique<Block>();
-    block->id = num_blocks_++;
     block->rank = rank_idx;
     block->block_idx = block_idx;
     block->num_live = launch.block;

@@ -94,7 +94,6 @@ struct Warp {
 constexpr int kNumBarriers = 16;
 
 struct Block {
-    int id = 0;  ///< unique in the run
     int rank = 0;
     int block_idx = 0;
     int num_live = 0;
@@ -130,7 +129,8 @@ struct Rank {
 
 struct Machine {
     Options options;
-    Random random;
+    Random random;         ///< of the schedule
+    Random shadow_random;  ///< of bookkeeping: compilers merge plain accesses, schedules must not
     Memory memory;
     StrongMemory strong;
     AsyncEngine async;
@@ -180,8 +180,6 @@ struct Machine {
     std::string describe_wait(const Thread& thread) const;
     bool is_done() const;
     void assign_threads();
-
-    int num_blocks_ = 0;
 };
 
 extern Machine* machine;

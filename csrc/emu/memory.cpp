@@ -164,7 +164,7 @@ void Memory::record_read(const Actor& actor, Cell& cell) {
         const bool is_weaker = cell.read_access[i] < actor.access;  // a weak read races with more
         if (!is_weaker && knows(actor, cell.reader[i], cell.read_epoch[i], false)) slot = i;
     }
-    if (slot < 0) slot = static_cast<int>(machine->random.below(2));
+    if (slot < 0) slot = static_cast<int>(machine->shadow_random.below(2));
     cell.reader[slot] = id;
     cell.read_epoch[slot] = actor.epoch;
     cell.read_access[slot] = actor.access;

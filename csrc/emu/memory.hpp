@@ -35,8 +35,9 @@ struct Actor {
 
 class Memory {
   public:
-    /// Forgets everything; num_threads is where agent ids begin.
+    /// Forgets everything.
     void reset();
+    /// Tells where agent ids begin.
     void set_num_threads(int num_threads) { num_threads_ = num_threads; }
 
     /// Places a new region; names are for messages.
