@@ -3,6 +3,8 @@
 // memory alive for the operation.
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "bindings/cpu.hpp"
 #include "cpu/low_latency.hpp"
 
@@ -21,6 +23,7 @@ using cpu::Endpoint;
 using cpu::LowLatencyCombineArgs;
 using cpu::LowLatencyCombineOp;
 using cpu::LowLatencyDispatchOp;
+using cpu::OpSignature;
 using cpu::Round;
 using cpu::SlotRing;
 
@@ -31,6 +34,18 @@ std::vector<const std::byte*> addresses(const std::vector<uintptr_t>& values) {
         result.push_back(pointer<const std::byte>(value));
     }
     return result;
+}
+
+py::bytes bytes_of(const OpSignature& signature) {
+    return {reinterpret_cast<const char*>(&signature), sizeof(signature)};
+}
+
+OpSignature signature_in(const py::bytes& bytes) {
+    const std::string text = bytes;
+    OpSignature signature{};
+    DEEPCOMM_ASSERT(text.size() == sizeof(signature), "signature of %zu bytes", text.size());
+    std::memcpy(&signature, text.data(), sizeof(signature));
+    return signature;
 }
 
 void bind_round(py::module_& module) {
@@ -150,12 +165,22 @@ void bind_slot_ring(py::module_& module) {
 }
 
 void bind_low_latency(py::module_& module) {
+    module.attr("SIGNATURE_BYTES") = sizeof(OpSignature);
+    module.def(
+        "check_same_signature",
+        [](const py::bytes& own, int32_t own_rank, const py::bytes& other, int32_t other_rank) {
+            cpu::check_same_signature(signature_in(own), own_rank, signature_in(other), other_rank);
+        },
+        py::arg("own"), py::arg("own_rank"), py::arg("other"), py::arg("other_rank"),
+        "Raises ConfigMismatch for the first field in which low-latency calls differ.");
     using Dispatch = LowLatencyDispatchOp;
     py::class_<Dispatch>(module, "LowLatencyDispatchOp")
         .def(py::init<Endpoint&, SlotRing&, const DispatchArgs&, bool>(), py::arg("endpoint"),
              py::arg("ring"), py::arg("args"), py::arg("mask_late"), py::keep_alive<1, 2>(),
              py::keep_alive<1, 3>())
         .def_property_readonly("epoch", &Dispatch::epoch)
+        .def_property_readonly("signature",
+                               [](const Dispatch& self) { return bytes_of(self.signature()); })
         .def("send", guarded(&Dispatch::send), py::arg("endpoint"))
         .def_property_readonly("record_bytes", &Dispatch::record_bytes)
         .def("num_rows_to", &Dispatch::num_rows_to, py::arg("node"))
@@ -181,6 +206,14 @@ void bind_low_latency(py::module_& module) {
                 endpoint.guarded([&] { self.forward_abort(source, {refused_by, message}); });
             },
             py::arg("endpoint"), py::arg("source"), py::arg("refused_by"), py::arg("message"))
+        .def(
+            "forward_mismatch",
+            [](Dispatch& self, Endpoint& endpoint, int32_t source, const py::bytes& signature) {
+                const OpSignature asked = signature_in(signature);
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.forward_mismatch(source, asked); });
+            },
+            py::arg("endpoint"), py::arg("source"), py::arg("signature"))
         .def("receive", guarded(&Dispatch::receive), py::arg("endpoint"))
         .def_property_readonly("received", &Dispatch::received,
                                py::return_value_policy::reference_internal)
@@ -193,6 +226,8 @@ void bind_low_latency(py::module_& module) {
         .def(py::init<Endpoint&, SlotRing&, const LowLatencyCombineArgs&>(), py::arg("endpoint"),
              py::arg("ring"), py::arg("args"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def_property_readonly("epoch", &Combine::epoch)
+        .def_property_readonly("signature",
+                               [](const Combine& self) { return bytes_of(self.signature()); })
         .def("open", guarded(&Combine::open), py::arg("endpoint"))
         .def("num_weights_to", &Combine::num_weights_to, py::arg("node"))
         .def("num_weights_from", &Combine::num_weights_from, py::arg("source"))

@@ -18,6 +18,7 @@ namespace deepcomm::cpu {
 struct DispatchRecord {
     uint64_t epoch = 0;
     bool low_latency = false;
+    bool complete = false;  ///< low latency: its rows have arrived
     RecvLayout recv_layout = RecvLayout::kToken;
     int32_t expert_alignment = 1;
     int64_t capacity = -1;

@@ -34,6 +34,10 @@ class LowLatencyDispatchOp {
     void forward_abort(int32_t source, const Refusal& refusal) {
         ring_.forward_abort(epoch_, source, refusal);
     }
+    /// Passes on that a rail peer asks for something else.
+    void forward_mismatch(int32_t source, const OpSignature& signature) {
+        ring_.forward_mismatch(epoch_, source, signature);
+    }
 
     /// Waits for the blocks of all sources; received() is then valid.
     void receive();

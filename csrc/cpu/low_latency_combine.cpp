@@ -65,6 +65,8 @@ LowLatencyCombineOp::LowLatencyCombineOp(Endpoint& endpoint, SlotRing& ring,
     signature_.apply_weights = combine.apply_weights;
     signature_.capacity = -1;
     signature_.handle_epoch = static_cast<int64_t>(combine.record->epoch);
+    DEEPCOMM_CHECK_ARG(combine.record->complete,
+                       "handle: expected the hook of its dispatch to have been called");
     ring.reserve(record_format_.stride);
 }
 
@@ -135,18 +137,24 @@ void LowLatencyCombineOp::wait_weights() {
     const EndpointConfig& config = endpoint_.config();
     const Received& received = args_.combine.record->received;
     applied_.assign(received.topk_idx.size(), 0.0F);
-    for (int32_t source = 0; source < config.num_ranks; ++source) {
-        if (!ring_.connected(source, config.rank) ||
-            !ring_.wait_weights(epoch_, source, signature_, args_.mask_late)) {
-            continue;
-        }
-        const int64_t first = received.first_row[static_cast<size_t>(source)];
-        const int64_t last = received.first_row[static_cast<size_t>(source) + 1];
-        std::copy_n(ring_.weights(config.local(), epoch_, source),
-                    (last - first) * received.num_topk,
-                    applied_.data() + first * received.num_topk);
-    }
     args_.combine.outputs.apply_weights = applied_.data();
+    FirstError error;
+    for (int32_t source = 0; source < config.num_ranks; ++source) {
+        error.run([&] {
+            if (!ring_.connected(source, config.rank) ||
+                !ring_.wait_weights(epoch_, source, signature_, args_.mask_late)) {
+                return;
+            }
+            const int64_t first = received.first_row[static_cast<size_t>(source)];
+            const int64_t last = received.first_row[static_cast<size_t>(source) + 1];
+            std::copy_n(ring_.weights(config.local(), epoch_, source),
+                        (last - first) * received.num_topk,
+                        applied_.data() + first * received.num_topk);
+        });
+    }
+    if (error.any()) {
+        error.rethrow();
+    }
 }
 
 void LowLatencyCombineOp::send() {

@@ -180,6 +180,7 @@ void LowLatencyDispatchOp::receive() {
     if (args_.recv_layout == RecvLayout::kToken) {
         received.out_rows = config.shape().max_rows();
     }
+    record_->complete = true;
 }
 
 void LowLatencyDispatchOp::take_block(int32_t source, int32_t num_rows) {

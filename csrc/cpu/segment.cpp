@@ -121,10 +121,11 @@ void Segment::reserve(const std::vector<Range>& ranges) {
     const double free_bytes =
         static_cast<double>(status.f_bavail) * static_cast<double>(status.f_frsize);
     throw CommError(
-        format("shared memory: /dev/shm is full: %.1f MiB needed, %.1f MiB free; mount a larger one "
-               "(containers: --shm-size) or lower max_tokens_per_rank, num_generations or "
-               "num_low_latency_slots",
-               needed / kMiB, free_bytes / kMiB),
+        format(
+            "shared memory: /dev/shm is full: %.1f MiB needed, %.1f MiB free; mount a larger one "
+            "(containers: --shm-size) or lower max_tokens_per_rank, num_generations or "
+            "num_low_latency_slots",
+            needed / kMiB, free_bytes / kMiB),
         -1);
 }
 

@@ -103,8 +103,7 @@ void SlotRing::publish(int32_t local, uint64_t epoch, int32_t index, int32_t num
     ring_doorbell(endpoint_.control(local));
 }
 
-void SlotRing::publish_abort(int32_t local, uint64_t epoch, int32_t index,
-                             const Refusal& refusal) {
+void SlotRing::publish_abort(int32_t local, uint64_t epoch, int32_t index, const Refusal& refusal) {
     BlockHeader& head = header(local, epoch, index);
     head.status = OpStatus::kAborted;
     head.num_rows = 0;
@@ -134,6 +133,14 @@ void SlotRing::abort(uint64_t epoch, OpKind kind, const std::string& message) {
                 publish_weights(local, epoch, on_my_rail);
                 publish_abort(local, epoch, pair_index(first + local, config().local()), refusal);
             }
+        }
+    }
+}
+
+void SlotRing::forward_mismatch(uint64_t epoch, int32_t source, const OpSignature& signature) {
+    for (int32_t local = 0; local < config().ranks_per_node; ++local) {
+        if (wait_room(local, epoch, OpKind::kLowLatencyDispatch)) {
+            publish(local, epoch, source, 0, signature);
         }
     }
 }
@@ -211,10 +218,10 @@ bool SlotRing::wait_block(uint64_t epoch, int32_t index, int32_t blamed,
         return false;
     }
     if (head.status == OpStatus::kAborted) {
-        throw CommError(format("%s: rank %d: rank %d refused the operation: %s",
-                               op_name(signature.kind), config().rank, head.refused_by,
-                               head.message),
-                        head.refused_by);
+        throw CommError(
+            format("%s: rank %d: rank %d refused the operation: %s", op_name(signature.kind),
+                   config().rank, head.refused_by, head.message),
+            head.refused_by);
     }
     check_same_signature(signature, config().rank, head.signature, blamed);
     return true;
@@ -226,17 +233,17 @@ bool SlotRing::wait_weights(uint64_t epoch, int32_t source, const OpSignature& s
         return false;
     }
     const auto& flag = weights_flag(config().local(), epoch, source);
-    // A rank that sends no weights sends its rows at once: then the calls differ.
-    const BlockHeader& head =
-        header(config().local(), epoch, pair_index(config().rank, config().local_of(source)));
-    const bool same_node = config().is_local(source);
+    // They come from a rank of this node, whose rows follow all weights: rows alone mean that it was
+    // called without weights.
+    const int32_t local = config().local_of(source);
+    const BlockHeader& head = header(config().local(), epoch, pair_index(config().rank, local));
     const bool came = wait_or_mask(source, signature.kind, "its weights", mask_late, [&] {
         return flag.load(std::memory_order_acquire) >= epoch ||
-               (same_node && head.epoch.load(std::memory_order_acquire) >= epoch);
+               head.epoch.load(std::memory_order_acquire) >= epoch;
     });
     if (came && flag.load(std::memory_order_acquire) < epoch) {
-        return wait_block(epoch, pair_index(config().rank, config().local_of(source)), source,
-                          signature, mask_late);
+        const int32_t sender = config().node() * config().ranks_per_node + local;
+        return wait_block(epoch, pair_index(config().rank, local), sender, signature, mask_late);
     }
     return came;
 }

@@ -83,6 +83,9 @@ class SlotRing {
     void publish(int32_t local, uint64_t epoch, int32_t index, int32_t num_rows,
                  const OpSignature& signature);
     void publish_weights(int32_t local, uint64_t epoch, int32_t source);
+    /// Tells the ranks of this node what source asks for, in place of its rows: they will find that
+    /// it differs.
+    void forward_mismatch(uint64_t epoch, int32_t source, const OpSignature& signature);
     /// Refuses the operation of epoch in every block that this rank owes its node: its own, and
     /// those of the rail peers that it would forward.
     void abort(uint64_t epoch, OpKind kind, const std::string& message);

@@ -45,25 +45,6 @@ NAMES = {DISPATCH: "low_latency_dispatch", COMBINE: "low_latency_combine"}
 FIRST_PHASE = {DISPATCH: LL_ROWS, COMBINE: LL_WEIGHTS}
 
 
-def dispatch_signature(checked: CheckedDispatch) -> str:
-    """Return what must be equal on all ranks, as readable text."""
-    return (
-        f"{str(checked.rows.dtype).removeprefix('torch.')} rows, scales {checked.scale_format}, "
-        f"{checked.recv_layout.name}, K={checked.num_topk}, "
-        f"weights {'given' if checked.topk_weights is not None else 'none'}"
-    )
-
-
-def combine_signature(request: CombineRequest, checked: CheckedCombine) -> str:
-    """Return what must be equal on all ranks, as readable text."""
-    return (
-        f"{str(checked.rows.dtype).removeprefix('torch.')} rows, "
-        f"carried weights {checked.carried is not None}, apply {checked.apply_weights}, "
-        f"weights given here {checked.source_weights is not None}, "
-        f"handle {request.handle.records.native.epoch}"
-    )
-
-
 class LowLatency:
     """Low-latency operations of one endpoint."""
 
@@ -87,13 +68,13 @@ class LowLatency:
         if previous is not None:
             self.ring.continue_from(previous.ring)
 
-    def _refuse(self, kind: cpu.OpKind, message: str) -> None:
+    def _refuse(self, kind: cpu.OpKind, error: Error) -> None:
         """Tell every rank that this one refuses the operation, and drop what they send."""
         epoch, phase = self.ring.open(), FIRST_PHASE[kind]
         rail = RailOperation(self._relay, self.ring, NAMES[kind], epoch)
         for node in rail.nodes:
-            rail.refuse(node, phase, message, self._topology.rank)
-        self.ring.abort(self._endpoint, epoch, kind, message)
+            rail.refuse(node, phase, error)
+        self.ring.abort(self._endpoint, epoch, kind, str(error))
         self.ring.close(epoch)
         for node in rail.nodes:
             rail.receive(node, phase)
@@ -152,7 +133,7 @@ class LowLatency:
             self.ring,
             NAMES[DISPATCH],
             op.epoch,
-            signature=dispatch_signature(checked),
+            signature=op.signature,
             mask_late=mask_late,
         )
         for node in rail.nodes:
@@ -179,7 +160,7 @@ class LowLatency:
             self.ring.check_free(kind)
         except Error:
             return
-        self._refuse(kind, str(error))
+        self._refuse(kind, error)
 
     def _check_statistics(self, request: DispatchRequest) -> None:
         check_length("expert_token_stats", request.expert_token_stats, self._num_local)
@@ -221,10 +202,11 @@ class LowLatency:
             source = self._relay.peer(node)
             header, data = rail.receive(node, LL_ROWS)
             found = rail.problem(node, header)
-            if found is not None:
-                problem = problem or found
-                refused_by = header.refused_by if header.refusal else source
-                op.forward_abort(self._endpoint, source, refused_by, header.refusal or str(found))
+            problem = problem or found
+            if header.refusal:
+                op.forward_abort(self._endpoint, source, header.refused_by, header.refusal)
+            elif found is not None:
+                op.forward_mismatch(self._endpoint, source, header.signature)
             elif not self.ring.is_masked(source):
                 address = 0 if data is None else data.data_ptr()
                 op.forward(self._endpoint, source, header.num_rows, address)
@@ -262,7 +244,7 @@ class LowLatency:
             self.ring,
             NAMES[COMBINE],
             op.epoch,
-            signature=combine_signature(request, checked),
+            signature=op.signature,
             mask_late=mask_late,
         )
         with self._waits_added_to(request.wait_us_stats):
@@ -311,10 +293,8 @@ class LowLatency:
         try:
             op.wait_weights(self._endpoint)
         except ConfigMismatch as error:
-            problem = problem or error
-            self.ring.abort(self._endpoint, op.epoch, COMBINE, str(error))
-        else:
-            op.send(self._endpoint)
+            problem = problem or error  # the hook raises it: the peers need this rank till then
+        op.send(self._endpoint)
         return problem
 
     def _take_weights(
@@ -355,13 +335,7 @@ class LowLatency:
                 if self._endpoint.failed:
                     raise
                 problem = problem or error
-                refused_by = getattr(error, "peer", None)
-                rail.refuse(
-                    node,
-                    LL_ROWS,
-                    str(error),
-                    self._topology.rank if refused_by is None else refused_by,
-                )
+                rail.refuse(node, LL_ROWS, error)
                 continue
             rail.send(node, LL_ROWS, data, num_rows)
         partials = [0] * self._topology.num_nodes

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepcomm._C import cpu
 from deepcomm.backends.relay import Envelope, Header
 from deepcomm.errors import CommError, ConfigMismatch, Error
 
 if TYPE_CHECKING:
-    from deepcomm._C import cpu
     from deepcomm.backends.rail import Transfer
     from deepcomm.backends.relay import Relay
 
@@ -28,7 +28,7 @@ class RailOperation:
         name: str,
         epoch: int,
         *,
-        signature: str = "",
+        signature: bytes = b"",
         mask_late: bool = False,
     ) -> None:
         """Prepare; nothing is sent yet."""
@@ -52,9 +52,14 @@ class RailOperation:
         if num_rows:
             self._start(node, phase + 1, data)
 
-    def refuse(self, node: int, phase: int, message: str, refused_by: int) -> None:
-        """Send a refusal instead."""
-        self._start(node, phase, Header(refusal=message, refused_by=refused_by).pack())
+    def refuse(self, node: int, phase: int, error: Error) -> None:
+        """Send instead why the operation is refused, by this rank or another of its node."""
+        refused_by = self.relay.rank
+        if isinstance(error, ConfigMismatch):
+            refused_by = -1
+        elif isinstance(error, CommError) and error.peer is not None:
+            refused_by = error.peer
+        self._start(node, phase, Header(refusal=str(error), refused_by=refused_by).pack())
 
     def _envelope(self, node: int, phase: int) -> Envelope:
         return Envelope(node, self._epoch, phase, self._name)
@@ -96,14 +101,17 @@ class RailOperation:
 
     def problem(self, node: int, header: Header) -> Error | None:
         """Return the error that a header means, if any."""
+        if header.refusal and header.refused_by < 0:
+            return ConfigMismatch(header.refusal)
         if header.refusal:
             message = f"rank {header.refused_by} refused the operation: {header.refusal}"
             return CommError(f"{self._name}: {message}", header.refused_by)
-        if header.signature not in ("", self._signature):
-            return ConfigMismatch(
-                f"{self._name}: arguments differ between ranks: rank {self.relay.peer(node)} has "
-                f"{header.signature}, this rank {self._signature}"
-            )
+        if header.signature:
+            try:
+                peer = self.relay.peer(node)
+                cpu.check_same_signature(self._signature, self.relay.rank, header.signature, peer)
+            except ConfigMismatch as error:
+                return error
         return None
 
     def finish(self) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepcomm._C import cpu
 from deepcomm.errors import CommError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from deepcomm._C import cpu
     from deepcomm.backends.rail import GlooRail, Transfer
     from deepcomm.topology import Topology
 
@@ -64,21 +64,22 @@ class Header:
     Attributes:
         num_rows: Rows that follow in one message; none if 0.
         row_bytes: Bytes of each.
-        signature: What the sender asks for, to be compared by the receiver.
+        signature: What the sender asks for, to be compared by the receiver; empty if it refuses.
         refusal: Why the operation is refused; empty if it is not.
-        refused_by: Rank that refuses: the sender, or one of its node.
+        refused_by: Rank that refuses: the sender, or one of its node; -1 where the ranks' arguments
+            differ.
     """
 
     num_rows: int = 0
     row_bytes: int = 0
-    signature: str = ""
+    signature: bytes = b""
     refusal: str = ""
     refused_by: int = -1
 
     def pack(self) -> torch.Tensor:
         """Return the header as bytes."""
-        texts = [text.encode() for text in (self.signature, self.refusal)]
-        data = HEADER.pack(self.num_rows, self.row_bytes, self.refused_by, *texts)
+        numbers = self.num_rows, self.row_bytes, self.refused_by, len(self.signature)
+        data = HEADER.pack(*numbers, self.signature, self.refusal.encode())
         return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     @staticmethod
@@ -89,12 +90,14 @@ class Header:
     @staticmethod
     def unpack(data: torch.Tensor) -> Header:
         """Return the header in ``data``."""
-        num_rows, row_bytes, refused_by, *texts = HEADER.unpack(data.numpy().tobytes())
-        signature, refusal = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
-        return Header(num_rows, row_bytes, signature, refusal, refused_by)
+        num_rows, row_bytes, refused_by, size, signature, text = HEADER.unpack(
+            data.numpy().tobytes()
+        )
+        refusal = text.rstrip(b"\0").decode(errors="replace")
+        return Header(num_rows, row_bytes, signature[:size], refusal, refused_by)
 
 
-HEADER = struct.Struct("<qqq160s320s")
+HEADER = struct.Struct(f"<qqqq{cpu.SIGNATURE_BYTES}s320s")
 
 
 class Relay:
@@ -105,6 +108,11 @@ class Relay:
         self._rail = rail
         self._topology = topology
         self._endpoint = endpoint
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._topology.rank
 
     @property
     def other_nodes(self) -> Iterator[int]:
