@@ -15,6 +15,8 @@ WHEEL_NEEDS = (
     r"deepcomm/_C/__init__\.pyi",
     r"deepcomm/_C\..*\.so",
     r"deepcomm/py\.typed",
+    r"deepcomm/include/kernels/.*\.cuh",
+    r"deepcomm/include/device/cuda/.*\.cuh",
     r"deepcomm-.*\.dist-info/licenses/LICENSE",
 )
 WHEEL_HOLDS_ONLY = r"deepcomm/|deepcomm-[^/]*\.dist-info/"

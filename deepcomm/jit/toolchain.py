@@ -166,8 +166,7 @@ def find_nvrtc() -> Nvrtc:
         major, _ = nvrtc.getVersion()
     # CuPy reports a library that it cannot load by several types, RuntimeError among them.
     except Exception as error:
-        reason = "CuPy is not installed" if _lacks_cupy(error) else f"CuPy has no NVRTC: {str(error).strip()}"
-        raise CompilerMissing(f"{reason}; {REMEDY}") from error
+        raise CompilerMissing(f"{_reason(error)}; {REMEDY}") from error
     return Nvrtc(nvrtc, find_headers(major))
 
 
@@ -193,8 +192,10 @@ def find_headers(major: int) -> CudaHeaders:
     return CudaHeaders(path, f"{name} {wheel.version}")
 
 
-def _lacks_cupy(error: Exception) -> bool:
-    return isinstance(error, ModuleNotFoundError) and error.name in ("cupy", "cupy.cuda")
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in ("cupy", "cupy.cuda"):
+        return "CuPy is not installed"
+    return f"CuPy has no NVRTC: {str(error).strip()}"
 
 
 def _log(nvrtc: Any, program: Any) -> str:

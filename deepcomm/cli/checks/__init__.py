@@ -4,6 +4,7 @@
 from deepcomm.cli.checks.gpu import (
     check_driver,
     check_gpus,
+    check_kernels,
     check_nccl,
     check_nvrtc,
 )
@@ -20,6 +21,7 @@ CHECKS = (
     ("cuda", check_driver),
     ("cuda", check_gpus),
     ("cuda", check_nvrtc),
+    ("cuda", check_kernels),
     ("cuda", check_nccl),
 )
 """Section and function of each check, in the order of the report."""

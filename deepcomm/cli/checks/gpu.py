@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deepcomm import jit
 from deepcomm.cli.checks.finding import Finding, Status
+from deepcomm.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_driver", "check_gpus", "check_nccl", "check_nvrtc"]
+__all__ = ["check_driver", "check_gpus", "check_kernels", "check_nccl", "check_nvrtc"]
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 NVIDIA_PCI = "0x10de"
 NVRTC_TIMEOUT_S = 60
 NVRTC_PROGRAM = "from cupy.cuda import nvrtc; print('.'.join(map(str, nvrtc.getVersion())))"
 EXTRA_REMEDY = "pip install deepcomm[cu12] or deepcomm[cu13], after the driver's CUDA version"
+CACHE_REMEDY = "set DEEPCOMM_CACHE_DIR to a folder that can be written; deepcomm compile fills it"
 SECTION = "cuda"
 
 
@@ -77,7 +81,7 @@ def _peer_access(count: int) -> Finding:
 
 
 def check_nvrtc() -> Iterator[Finding]:
-    """Ask CuPy for NVRTC's version, in another process."""
+    """Ask CuPy for NVRTC's version, in another process, and look for the headers it needs."""
     name = "NVRTC"
     if importlib.util.find_spec("cupy") is None:
         yield _absent(name, "CuPy is not installed")
@@ -97,7 +101,36 @@ def check_nvrtc() -> Iterator[Finding]:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         yield Finding(SECTION, name, Status.WARN, reason, EXTRA_REMEDY)
         return
-    yield Finding(SECTION, name, Status.OK, f"{done.stdout.strip()} through CuPy")
+    version = done.stdout.strip()
+    yield Finding(SECTION, name, Status.OK, f"{version} through CuPy")
+    try:
+        headers = jit.find_headers(int(version.partition(".")[0]))
+    except jit.CompilerMissing as error:
+        yield Finding(SECTION, "CUDA headers", Status.WARN, str(error), EXTRA_REMEDY)
+    else:
+        yield Finding(SECTION, "CUDA headers", Status.OK, headers.wheel)
+
+
+def check_kernels() -> Iterator[Finding]:
+    """Look for the kernels' sources, and at the folder that keeps what was compiled."""
+    try:
+        detail = f"{len(jit.KERNELS)} sources in {jit.source_root()}"
+        yield Finding(SECTION, "kernels", Status.OK, detail)
+    except Error as error:
+        yield Finding(SECTION, "kernels", Status.WARN, str(error), "pip install deepcomm again")
+    name = "kernel cache"
+    try:
+        cache = jit.kernel_cache()
+        sizes = cache.sizes()
+    except (Error, OSError) as error:
+        yield Finding(SECTION, name, Status.WARN, str(error), CACHE_REMEDY)
+        return
+    detail = f"{len(sizes)} compiled, {sum(sizes) / 1e6:.1f} MB in {cache.folder}"
+    if _can_write(cache.folder):
+        yield Finding(SECTION, name, Status.OK, detail)
+    else:
+        detail += ", which cannot be written: every process compiles for itself"
+        yield Finding(SECTION, name, Status.WARN, detail, CACHE_REMEDY)
 
 
 def check_nccl() -> Iterator[Finding]:
@@ -133,6 +166,12 @@ def _driver_cuda_version() -> int | None:
         return None
     version = ctypes.c_int()
     return version.value if library.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
+
+
+def _can_write(folder: Path) -> bool:
+    """Return whether a folder can be written, or made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _has_nvidia_device() -> bool:
