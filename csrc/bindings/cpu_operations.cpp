@@ -207,6 +207,13 @@ void bind_low_latency(py::module_& module) {
             },
             py::arg("endpoint"), py::arg("source"), py::arg("refused_by"), py::arg("message"))
         .def(
+            "forward_absence",
+            [](Dispatch& self, Endpoint& endpoint, int32_t source) {
+                const py::gil_scoped_release release;
+                endpoint.guarded([&] { self.forward_absence(source); });
+            },
+            py::arg("endpoint"), py::arg("source"))
+        .def(
             "forward_mismatch",
             [](Dispatch& self, Endpoint& endpoint, int32_t source, const py::bytes& signature) {
                 const OpSignature asked = signature_in(signature);

@@ -60,7 +60,8 @@ struct OpSignature {
     int64_t handle_epoch;  ///< of the repeated or combined dispatch; 0: none
 };
 
-enum class OpStatus : int32_t { kOk = 0, kAborted = 1 };
+/// kAbsent: a rank that passes others' blocks on says that this one will not come.
+enum class OpStatus : int32_t { kOk = 0, kAborted = 1, kAbsent = 2 };
 
 /// One rank's word to all about one operation. Two slots alternate: a rank that publishes epoch e+2
 /// has seen every rank's e+1, so every rank has finished e.

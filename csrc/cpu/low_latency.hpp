@@ -39,6 +39,11 @@ class LowLatencyDispatchOp {
         ring_.forward_mismatch(epoch_, source, signature);
     }
 
+    /// Tells this node that nothing comes from a rail peer, which is masked here.
+    void forward_absence(int32_t source) {
+        ring_.forward_absence(epoch_, source, mask_late_);
+    }
+
     /// Waits for the blocks of all sources; received() is then valid.
     void receive();
     const Received& received() const { return record_->received; }
@@ -51,6 +56,7 @@ class LowLatencyDispatchOp {
     void store(int32_t source, const Routing& routing, Read&& read, Weights&& weights);
     void store_record(const RowView& view, int32_t rank, const int32_t* ids, const float* weights,
                       std::byte* record) const;
+    std::vector<uint8_t> wait_blocks();
     void take_block(int32_t source, int32_t num_rows);
 
     Endpoint& endpoint_;

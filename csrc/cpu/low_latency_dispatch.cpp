@@ -154,26 +154,43 @@ void LowLatencyDispatchOp::forward(int32_t source, int64_t num, const std::byte*
         });
 }
 
+std::vector<uint8_t> LowLatencyDispatchOp::wait_blocks() {
+    const EndpointConfig& config = endpoint_.config();
+    std::vector<uint8_t> arrived(static_cast<size_t>(config.num_ranks), 0);
+    FirstError error;
+    // This node first: of a late rank, what it passes on need not be awaited.
+    for (const bool local : {true, false}) {
+        for (int32_t source = 0; source < config.num_ranks; ++source) {
+            if (config.is_local(source) != local) {
+                continue;
+            }
+            error.run([&] {
+                const bool came = ring_.connected(source, config.rank) &&
+                                  ring_.wait_block(epoch_, source, source, signature_, mask_late_);
+                arrived[static_cast<size_t>(source)] = came ? 1 : 0;
+            });
+        }
+    }
+    if (error.any()) {
+        ring_.close(epoch_);
+        error.rethrow();
+    }
+    return arrived;
+}
+
 void LowLatencyDispatchOp::receive() {
     const EndpointConfig& config = endpoint_.config();
     Received& received = record_->received;
     received.num_topk = args_.num_topk;
     received.first_row.push_back(0);
-    FirstError error;
+    const std::vector<uint8_t> arrived = wait_blocks();
     for (int32_t source = 0; source < config.num_ranks; ++source) {
         int32_t num_rows = 0;
-        error.run([&] {
-            if (ring_.connected(source, config.rank) &&
-                ring_.wait_block(epoch_, source, source, signature_, mask_late_)) {
-                num_rows = ring_.header(config.local(), epoch_, source).num_rows;
-                take_block(source, num_rows);
-            }
-        });
+        if (arrived[static_cast<size_t>(source)] != 0) {
+            num_rows = ring_.header(config.local(), epoch_, source).num_rows;
+            take_block(source, num_rows);
+        }
         received.first_row.push_back(received.first_row.back() + num_rows);
-    }
-    if (error.any()) {
-        ring_.close(epoch_);
-        error.rethrow();
     }
     received.num_rows = received.first_row.back();
     place_rows(config, args_.recv_layout, -1, {}, received);

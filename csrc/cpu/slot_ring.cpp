@@ -153,16 +153,38 @@ void SlotRing::forward_abort(uint64_t epoch, int32_t source, const Refusal& refu
     }
 }
 
+void SlotRing::forward_absence(uint64_t epoch, int32_t source, bool mask_late) {
+    for (int32_t local = 0; local < config().ranks_per_node; ++local) {
+        if (wait_room(local, epoch, OpKind::kLowLatencyDispatch, mask_late)) {
+            BlockHeader& head = header(local, epoch, source);
+            head.status = OpStatus::kAbsent;
+            head.num_rows = 0;
+            head.epoch.store(epoch, std::memory_order_release);
+            ring_doorbell(endpoint_.control(local));
+        }
+    }
+}
+
 template <typename Ready>
-bool SlotRing::wait_or_mask(int32_t rank, OpKind kind, const char* what, bool mask_late,
+bool SlotRing::wait_or_mask(int32_t source, OpKind kind, const char* what, bool mask_late,
                             Ready&& ready) {
+    const auto wait = [&] {
+        endpoint_.wait_on(config().local_of(source), source, kind, what, ready);
+    };
     try {
-        endpoint_.wait_on(config().local_of(rank), rank, kind, what, ready);
+        try {
+            wait();
+        } catch (const CommTimeout&) {
+            if (!mask_late || config().is_local(source)) {
+                throw;
+            }
+            wait();  // until now the sender may have waited for source
+        }
     } catch (const CommError&) {  // late or lost
         if (!mask_late) {
             throw;
         }
-        set_masked(rank, true);
+        set_masked(sender_of(source), true);
         return false;
     }
     return true;
@@ -182,9 +204,9 @@ bool SlotRing::has_room(int32_t local, uint64_t epoch) const {
     return done + static_cast<uint64_t>(config().num_slots) >= epoch;
 }
 
-bool SlotRing::wait_room(int32_t local, uint64_t epoch, OpKind kind) {
+bool SlotRing::wait_room(int32_t local, uint64_t epoch, OpKind kind, bool mask_late) {
     const int32_t rank = config().node() * config().ranks_per_node + local;
-    return !is_masked(rank) && wait_or_mask(rank, kind, "room in its slot", false,
+    return !is_masked(rank) && wait_or_mask(rank, kind, "room in its slot", mask_late,
                                             [&] { return has_room(local, epoch); });
 }
 
@@ -222,6 +244,12 @@ bool SlotRing::wait_block(uint64_t epoch, int32_t index, int32_t blamed,
             format("%s: rank %d: rank %d refused the operation: %s", op_name(signature.kind),
                    config().rank, head.refused_by, head.message),
             head.refused_by);
+    }
+    if (head.status == OpStatus::kAbsent) {
+        if (mask_late) {
+            set_masked(blamed, true);
+        }
+        return false;
     }
     check_same_signature(signature, config().rank, head.signature, blamed);
     return true;

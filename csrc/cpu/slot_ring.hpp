@@ -92,6 +92,8 @@ class SlotRing {
     /// Passes the refusal of a low-latency dispatch on to the ranks of this node, in place of the
     /// rows of source.
     void forward_abort(uint64_t epoch, int32_t source, const Refusal& refusal);
+    /// Tells the ranks of this node that nothing comes from source, a masked rail peer.
+    void forward_absence(uint64_t epoch, int32_t source, bool mask_late);
 
     /// Waits for a block of this rank. False where blamed is, or becomes, masked. Throws CommError
     /// where it refused, ConfigMismatch where its signature differs.
@@ -106,11 +108,18 @@ class SlotRing {
     }
     bool has_refused(int32_t local, uint64_t epoch, OpKind kind) const;
     bool has_room(int32_t local, uint64_t epoch) const;
-    /// Waits until local rank local is done with the slot's last operation. False where it is masked.
-    bool wait_room(int32_t local, uint64_t epoch, OpKind kind);
+    /// Waits until local rank local is done with the slot's last operation. False where it is, or
+    /// becomes, masked.
+    bool wait_room(int32_t local, uint64_t epoch, OpKind kind, bool mask_late = false);
     void publish_abort(int32_t local, uint64_t epoch, int32_t index, const Refusal& refusal);
+    /// Rank of this node that writes what comes from source: itself, or its rail peer here.
+    int32_t sender_of(int32_t source) const {
+        return config().node() * config().ranks_per_node + config().local_of(source);
+    }
+    /// Waits for what source gives to sender_of(source). False where it is late and is masked then:
+    /// the sender, which may take twice the time where it waits for source itself.
     template <typename Ready>
-    bool wait_or_mask(int32_t rank, OpKind kind, const char* what, bool mask_late, Ready&& ready);
+    bool wait_or_mask(int32_t source, OpKind kind, const char* what, bool mask_late, Ready&& ready);
 
     Endpoint& endpoint_;
     std::vector<uint8_t> masked_;

@@ -211,6 +211,9 @@ class LowLatency:
                 address = 0 if data is None else data.data_ptr()
                 op.forward(self._endpoint, source, header.num_rows, address)
         rail.finish()
+        for source in map(self._relay.peer, self._relay.other_nodes):
+            if self.ring.is_masked(source):
+                op.forward_absence(self._endpoint, source)
         try:
             op.receive(self._endpoint)
         except CommError as error:
@@ -341,7 +344,8 @@ class LowLatency:
         partials = [0] * self._topology.num_nodes
         received: list[torch.Tensor] = []  # alive until the sums are done
         for node in rail.nodes:
-            header, rows = rail.receive(node, LL_ROWS)
+            # The peer may have waited for a rail peer, then for a rank of its node.
+            header, rows = rail.receive(node, LL_ROWS, patience=3)
             found = rail.problem(node, header)
             problem = problem or found
             if rows is not None and found is None:

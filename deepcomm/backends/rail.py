@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gloo rail: point-to-point between the ranks with one local index on all nodes.
 
-A private process group, so that what breaks here (a timed-out receive closes its pair) never
-touches the user's group. Messages between two ranks are matched by tag; every wait is bounded.
+A private process group for each pair of ranks: a receive that times out closes all connections of
+its group, which must be neither the user's nor those to the other rail peers. Messages between two
+ranks are matched by tag; every wait is bounded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from deepcomm.errors import CommError, CommTimeout
 from deepcomm.group import address_towards, socket_interface
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from deepcomm.group import Group
     from deepcomm.topology import Topology
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["GlooRail", "RailPolicy", "Transfer"]
 
 LOG = logging.getLogger("deepcomm")
-NUM_THREADS = 2
+NUM_THREADS = 1  # of each group: for collectives, which nobody calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +113,19 @@ class GlooRail:
         options._devices = [rail_device(self.address)]
         options._threads = NUM_THREADS
         options._timeout = timeout
-        prefix = PrefixStore(f"{name}/rail{topology.local}", store)
+        # Held in one place, and let go before the interpreter ends: gloo's threads do not survive
+        # its shutdown.
+        self._groups: dict[int, Any] = {}
+        weakref.finalize(self, self._groups.clear)
         try:
-            self._group: Any = dist.ProcessGroupGloo(
-                prefix, topology.node, topology.num_nodes, options
-            )
+            # Ascending on all ranks: pairs connect in one global order, and never wait in a circle.
+            for node in range(topology.num_nodes):
+                if node != topology.node:
+                    low, high = sorted((node, topology.node))
+                    prefix = PrefixStore(f"{name}/rail{topology.local}/{low}-{high}", store)
+                    self._groups[node] = dist.ProcessGroupGloo(
+                        prefix, int(node == low), 2, options
+                    )
         except RuntimeError as error:
             raise CommError(
                 f"rail: rank {topology.rank}: cannot connect to ranks {topology.rail_ranks} from "
@@ -124,41 +134,41 @@ class GlooRail:
 
     def send(self, node: int, tensor: torch.Tensor, tag: int, what: str) -> Transfer:
         """Start sending a tensor, which must stay unchanged until the transfer is waited for."""
-        return self._start(self._group.send, node, tensor, tag, what)
+        return self._start("send", node, tensor, tag, what)
 
     def recv(self, node: int, tensor: torch.Tensor, tag: int, what: str) -> Transfer:
         """Start receiving into a tensor of the size that is sent."""
-        return self._start(self._group.recv, node, tensor, tag, what)
+        return self._start("recv", node, tensor, tag, what)
 
-    def _start(
-        self, call: Callable[..., Any], node: int, tensor: torch.Tensor, tag: int, what: str
-    ) -> Transfer:
+    def _start(self, name: str, node: int, tensor: torch.Tensor, tag: int, what: str) -> Transfer:
         peer = self._topology.rank_of(node, self._topology.local)
         try:
-            return Transfer(call([tensor], node, tag), peer, what, tensor)
+            other = int(node > self._topology.node)  # its rank in the group of the pair
+            work = getattr(self._groups[node], name)([tensor], other, tag)
+            return Transfer(work, peer, what, tensor)
         except RuntimeError as error:
             raise self._lost(peer, what, error) from error
 
-    def wait(self, transfer: Transfer) -> int:
-        """Wait for a transfer; returns the microseconds spent.
+    def wait(self, transfer: Transfer, patience: int = 1) -> None:
+        """Wait for a transfer.
 
         Raises:
-            CommTimeout: The peer did not come within the timeout.
+            CommTimeout: The peer did not come within ``patience`` timeouts.
             CommError: The connection to the peer is lost.
         """
         start = time.perf_counter()
+        timeout_s = self._policy.timeout_s * patience
         with self._watch.watching(transfer):
             try:
-                transfer.work.wait(timedelta(seconds=self._policy.timeout_s))
+                transfer.work.wait(timedelta(seconds=timeout_s))
             except RuntimeError as error:
-                if time.perf_counter() - start >= self._policy.timeout_s * 0.99:
+                if time.perf_counter() - start >= timeout_s * 0.99:
                     message = (
                         f"{transfer.what}: rank {self._topology.rank}: rank {transfer.peer} did "
-                        f"not come within {self._policy.timeout_s:g} s"
+                        f"not come within {timeout_s:g} s"
                     )
                     raise CommTimeout(message, transfer.peer) from error
                 raise self._lost(transfer.peer, transfer.what, error) from error
-        return int((time.perf_counter() - start) * 1e6)
 
     def _lost(self, peer: int, what: str, error: RuntimeError) -> CommError:
         message = (
@@ -169,7 +179,7 @@ class GlooRail:
     def close(self) -> None:
         """Drop the connections: peers that wait for this rank notice."""
         self._watch.stop()
-        self._group = None
+        self._groups.clear()
 
 
 def rail_address(store: Store) -> str:

@@ -71,15 +71,18 @@ class RailOperation:
         except CommError:
             self._mask_or_raise(node)
 
-    def receive(self, node: int, phase: int) -> tuple[Header, torch.Tensor | None]:
+    def receive(
+        self, node: int, phase: int, *, patience: int = 1
+    ) -> tuple[Header, torch.Tensor | None]:
         """Wait for a header and the rows that follow it, as bytes.
 
-        A late or lost peer is masked where that is asked for, and counts as sending nothing.
+        A late or lost peer is masked where that is asked for, and counts as sending nothing. It is
+        late after ``patience`` timeouts: more than one where it may itself wait for a late rank.
         """
         if not self._alive(node):
             return Header(), None
         try:
-            header = Header.unpack(self._take(node, phase, Header.empty()))
+            header = Header.unpack(self._take(node, phase, Header.empty(), patience))
             if header.num_rows == 0:
                 return header, None
             size = header.num_rows * header.row_bytes
@@ -88,10 +91,10 @@ class RailOperation:
             self._mask_or_raise(node)
             return Header(), None
 
-    def _take(self, node: int, phase: int, data: torch.Tensor) -> torch.Tensor:
+    def _take(self, node: int, phase: int, data: torch.Tensor, patience: int = 1) -> torch.Tensor:
         envelope, tolerant = self._envelope(node, phase), self._mask_late
         transfer = self.relay.recv(envelope, data, tolerant=tolerant)
-        return self.relay.wait(transfer, tolerant=tolerant)
+        return self.relay.wait(transfer, tolerant=tolerant, patience=patience if tolerant else 1)
 
     def _mask_or_raise(self, node: int) -> None:
         """Inside an except clause: mask the rail peer on ``node``, or let the error out."""

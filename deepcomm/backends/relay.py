@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -146,10 +147,17 @@ class Relay:
         with self._connection(tolerant) as rail:
             return rail.recv(of.node, data, of.tag, of.what)
 
-    def wait(self, transfer: Transfer, *, tolerant: bool = False) -> torch.Tensor:
+    def wait(
+        self, transfer: Transfer, *, tolerant: bool = False, patience: int = 1
+    ) -> torch.Tensor:
         """Wait for a transfer, count the time, and return its tensor."""
-        with self._connection(tolerant) as rail:
-            self._endpoint.counters.add_wait(transfer.peer, rail.wait(transfer))
+        start = time.perf_counter()
+        try:
+            with self._connection(tolerant) as rail:
+                rail.wait(transfer, patience)
+        finally:
+            waited_us = int((time.perf_counter() - start) * 1e6)
+            self._endpoint.counters.add_wait(transfer.peer, waited_us)
         return transfer.tensor
 
     def exchange_announcements(self, round_: cpu.Round, what: str) -> None:

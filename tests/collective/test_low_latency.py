@@ -10,7 +10,7 @@ import pytest
 import torch
 from collective.scenario import Case, Oracle, Session, case_params
 
-from deepcomm import InvalidArgument, RecvLayout
+from deepcomm import CommError, InvalidArgument, RecvLayout
 from deepcomm.testing import LocalCluster
 
 TOKEN, _, PADDED = RecvLayout
@@ -116,6 +116,30 @@ def test_buffer_without_slots_refuses_low_latency() -> None:
         session.combine(session.dispatch(0))
 
     run(Case(), body, num_low_latency_slots=0)
+
+
+@pytest.mark.parametrize("ranks_per_node", [None, 2, 1])
+def test_refusal_spares_operations_that_others_have_in_flight(ranks_per_node: int | None) -> None:
+    """Rank 0 has four flights to land when rank 1, ahead, refuses the fifth operation."""
+    case = Case(layout=PADDED, ranks_per_node=ranks_per_node)
+
+    def body(session: Session) -> None:
+        flying = [session.low_latency_dispatch(i, return_hook=True) for i in range(4)]
+        inputs = session.inputs(4)
+        x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
+        if session.rank != 1:
+            time.sleep(0.3)
+        for one in flying:
+            one.finish()
+        if session.rank == 1:
+            with pytest.raises(InvalidArgument, match="x: expected"):
+                session.buffer.low_latency_dispatch(x[:, 1:], ids)
+        else:
+            with pytest.raises(CommError, match="rank 1 refused"):
+                session.buffer.low_latency_dispatch(x, ids)
+        session.low_latency_combine(flying[3])
+
+    run(case, body)
 
 
 # ---- weights, out, events --------------------------------------------------------------------
@@ -309,6 +333,67 @@ def test_rank_that_never_comes_is_masked(case: Case, use_hook: bool) -> None:
             if use_hook:
                 back.finish()
         assert time.monotonic() - start < SHORT_S
+        session.group.barrier()
+
+    run(case, body, timeout_s=SHORT_S)
+
+
+@pytest.mark.parametrize("use_hook", [False, True])
+@pytest.mark.parametrize(
+    **case_params(
+        [
+            Case(num_ranks=4, ranks_per_node=2, layout=PADDED, routing="uniform", num_topk=4),
+            Case(num_ranks=6, ranks_per_node=2, layout=TOKEN, routing="uniform", num_topk=4),
+            Case(num_ranks=3, ranks_per_node=1, layout=PADDED, routing="uniform", num_topk=2),
+        ]
+    )
+)
+def test_rank_of_another_node_that_never_comes_is_masked_by_all(case: Case, use_hook: bool) -> None:
+    absent = case.num_ranks - 1
+    options = {"on_timeout": "mask", "return_hook": use_hook}
+
+    def body(session: Session) -> list[bool]:
+        session.low_latency_combine(session.low_latency_dispatch(0, on_timeout="mask"))
+        if session.rank != absent:
+            for round_idx in (1, 2):
+                one = session.low_latency_dispatch(round_idx, masked={absent}, **options)
+                if use_hook:
+                    one.finish()
+                for _ in range(2):
+                    back = session.low_latency_combine(one, masked={absent}, **options)
+                    if use_hook:
+                        back.finish()
+        mask = session.buffer.rank_mask().tolist()
+        session.group.barrier()
+        return mask
+
+    masks = run(case, body, timeout_s=SHORT_S)
+    assert masks[:absent] == [[rank == absent for rank in range(case.num_ranks)]] * absent
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize(
+    **case_params(
+        [
+            Case(ranks_per_node=2, layout=PADDED, routing="uniform", num_topk=4),
+            Case(layout=PADDED, routing="uniform", num_topk=4),
+        ]
+    )
+)
+def test_rank_that_leaves_after_dispatch_is_masked_by_those_who_need_it(
+    case: Case, override: bool
+) -> None:
+    absent = 3
+
+    def body(session: Session) -> None:
+        one = session.low_latency_dispatch(0)
+        if session.rank != absent:
+            for _ in range(2):
+                session.low_latency_combine(
+                    one, masked={absent}, override=override, on_timeout="mask"
+                )
+            again = session.low_latency_dispatch(1, masked={absent}, on_timeout="mask")
+            session.low_latency_combine(again, masked={absent}, on_timeout="mask")
         session.group.barrier()
 
     run(case, body, timeout_s=SHORT_S)
