@@ -85,6 +85,33 @@ def test_cache_does_not_wait_for_ever(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "locked for over 0.1 s" in caplog.text
 
 
+KILLED = """
+import sys, time
+from pathlib import Path
+from deepcomm import jit
+
+def build():
+    print("building", flush=True)
+    time.sleep(600)
+
+jit.DiskCache(Path(sys.argv[1])).get_or_build("key", build)
+"""
+
+
+def test_cache_outlives_a_process_that_is_killed_while_it_builds(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path / "cache"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        process.kill()
+    cache = jit.DiskCache(tmp_path / "cache", lock_timeout_s=1e9)
+    assert cache.get_or_build("key", lambda: b"payload") == (b"payload", True)
+
+
 # Many processes: one imports, the others are forked from it and wait for each other.
 
 PROCESSES = """
