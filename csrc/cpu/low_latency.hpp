@@ -40,9 +40,7 @@ class LowLatencyDispatchOp {
     }
 
     /// Tells this node that nothing comes from a rail peer, which is masked here.
-    void forward_absence(int32_t source) {
-        ring_.forward_absence(epoch_, source, mask_late_);
-    }
+    void forward_absence(int32_t source) { ring_.forward_absence(epoch_, source, mask_late_); }
 
     /// Waits for the blocks of all sources; received() is then valid.
     void receive();

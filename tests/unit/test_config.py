@@ -45,7 +45,7 @@ def test_config_good_one_is_accepted() -> None:
         ({"max_tokens_per_rank": 0}, r"max_tokens_per_rank: expected 1\.\.\d+, got 0"),
         ({"num_generations": 1}, r"num_generations: expected 2\.\.64, got 1"),
         ({"num_low_latency_slots": 2}, r"expected 0 or at least 3, got 2"),
-        ({"ranks_per_node": 3}, r"ranks_per_node: expected a divisor of the group's 4 ranks, got 3"),
+        ({"ranks_per_node": 3}, r"ranks_per_node: expected a divisor of .* 4 ranks, got 3"),
         ({"timeout_s": 0.0}, r"timeout_s: expected a positive number of seconds, got 0\.0"),
         ({"late_warning_s": -1.0}, r"late_warning_s: expected a positive number"),
     ],
@@ -60,7 +60,7 @@ def test_config_out_of_range_names_field_and_values(
 def test_config_local_fields_may_differ_between_ranks() -> None:
     one = replace(GOOD, timeout_s=1.0, num_threads=2).shared_fields()
     assert one == GOOD.shared_fields()
-    with pytest.raises(ConfigMismatch, match="hidden differs .* rank 0 has 64, rank 1 has 128"):
+    with pytest.raises(ConfigMismatch, match=r"hidden differs .* rank 0 has 64, rank 1 has 128"):
         check_equal("Buffer", [one, replace(GOOD, hidden=128).shared_fields()])
 
 
@@ -80,7 +80,7 @@ def test_event_of_a_finished_operation_is_complete() -> None:
 
 
 def test_group_of_another_kind_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="group: expected a torch.distributed .* got int"):
+    with pytest.raises(InvalidArgument, match=r"group: expected a torch\.distributed .* got int"):
         as_group(5)
 
 

@@ -79,7 +79,7 @@ class TorchExchange:
     def exchange_routing(
         self, routed: RoutedTokens, plan: Plan
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids and weights of the rows this rank receives, [N, K] each, in one message."""
+        """Return ids and weights of the rows this rank receives, [N, K] each, in one message."""
         num_topk = routed.topk_idx.shape[1]
         both = torch.cat((routed.topk_idx.int(), routed.topk_weights.view(torch.int32)), dim=1)
         received = self._exchange(both, plan, "routing")
