@@ -63,6 +63,7 @@ void bind_endpoint(py::module_& module) {
         .def("check_usable", &Endpoint::check_usable, py::arg("kind"))
         .def_property_readonly("failed", &Endpoint::failed)
         .def("fail", &Endpoint::fail, py::arg("message"), py::arg("culprit"))
+        .def("find_culprit", &Endpoint::find_culprit, py::call_guard<py::gil_scoped_release>())
         .def("finish_epoch", &Endpoint::finish_epoch, py::arg("epoch"))
         .def("close", &Endpoint::close)
         .def(

@@ -4,7 +4,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <new>
+#include <thread>
 
 #include "common/env.hpp"
 #include "common/error.hpp"
@@ -193,6 +195,24 @@ void Endpoint::fail(const std::string& message, int32_t culprit) {
     copy_message(own_control_->message, message);
     own_control_->state.store(PeerState::kFailed, std::memory_order_release);
     ring_all();
+}
+
+int32_t Endpoint::find_culprit() const {
+    constexpr auto kPatience = std::chrono::milliseconds(200);
+    constexpr auto kNap = std::chrono::milliseconds(2);
+    const auto start = std::chrono::steady_clock::now();
+    while (std::chrono::steady_clock::now() - start < kPatience) {
+        for (const Peer& peer : peers_) {
+            const bool told =
+                peer.rank != config_.rank && !peer.ignored &&
+                peer.control->state.load(std::memory_order_acquire) == PeerState::kFailed;
+            if (told) {
+                return peer.control->culprit;
+            }
+        }
+        std::this_thread::sleep_for(kNap);
+    }
+    return -1;
 }
 
 void Endpoint::check_usable(OpKind kind) const {

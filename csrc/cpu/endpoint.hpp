@@ -149,6 +149,9 @@ class Endpoint {
     /// Tells all peers that this rank is out; later operations raise.
     void fail(const std::string& message, int32_t culprit);
     bool failed() const { return !failure_.empty(); }
+    /// Rank that another rank of this node holds responsible for its own failure, or -1. A failure
+    /// spreads fast inside a node: waits for the news a moment.
+    int32_t find_culprit() const;
     /// Throws PeerLost where the endpoint has failed or was closed.
     void check_usable(OpKind kind) const;
     void close();

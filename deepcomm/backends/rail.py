@@ -123,9 +123,7 @@ class GlooRail:
                 if node != topology.node:
                     low, high = sorted((node, topology.node))
                     prefix = PrefixStore(f"{name}/rail{topology.local}/{low}-{high}", store)
-                    self._groups[node] = dist.ProcessGroupGloo(
-                        prefix, int(node == low), 2, options
-                    )
+                    self._groups[node] = dist.ProcessGroupGloo(prefix, int(node == low), 2, options)
         except RuntimeError as error:
             raise CommError(
                 f"rail: rank {topology.rank}: cannot connect to ranks {topology.rail_ranks} from "
@@ -171,8 +169,9 @@ class GlooRail:
                 raise self._lost(transfer.peer, transfer.what, error) from error
 
     def _lost(self, peer: int, what: str, error: RuntimeError) -> CommError:
+        reason = str(error).partition(". This is usually")[0]  # gloo guesses at causes
         message = (
-            f"{what}: rank {self._topology.rank}: the connection to rank {peer} is lost: {error}"
+            f"{what}: rank {self._topology.rank}: the connection to rank {peer} is lost: {reason}"
         )
         return CommError(message, peer)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm._C import cpu
-from deepcomm.errors import CommError
+from deepcomm.errors import CommError, CommTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,9 +133,21 @@ class Relay:
         try:
             yield self._rail
         except CommError as error:
-            if not tolerant:
-                self._endpoint.fail(str(error), -1 if error.peer is None else error.peer)
+            if tolerant:
+                raise
+            self._blame_first_failure(error)
+            self._endpoint.fail(str(error), -1 if error.peer is None else error.peer)
             raise
+
+    def _blame_first_failure(self, error: CommError) -> None:
+        """Name who failed first: a peer that drops its connections may do so for another's sake.
+
+        Some rank of this node is a rail peer of that one and knows.
+        """
+        culprit = -1 if isinstance(error, CommTimeout) else self._endpoint.find_culprit()
+        if culprit not in (-1, error.peer):
+            error.peer = culprit
+            error.args = (f"{error}; rank {culprit} failed first",)
 
     def send(self, to: Envelope, data: torch.Tensor, *, tolerant: bool = False) -> Transfer:
         """Start sending; ``tolerant`` where a lost peer is masked."""
