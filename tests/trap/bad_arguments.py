@@ -96,9 +96,13 @@ DISPATCH_CASES = (
     Case("ids-beyond-int32", "topk_idx", first_ids(0, 2**32 + 1, 2, 3), DISPATCHES),
     Case("ids-negative", "topk_idx", first_ids(0, -2, 1, 2), DISPATCHES),
     Case("ids-twice", "topk_idx", first_ids(0, 1, -1, 0), DISPATCHES),
-    Case("weights-double", "topk_weights", changed("topk_weights", torch.Tensor.double), DISPATCHES),
+    Case(
+        "weights-double", "topk_weights", changed("topk_weights", torch.Tensor.double), DISPATCHES
+    ),
     Case("weights-shape", "topk_weights", changed("topk_weights", lambda w: w[:, 1:]), DISPATCHES),
-    Case("weights-meta", "topk_weights", changed("topk_weights", lambda w: w.to("meta")), DISPATCHES),
+    Case(
+        "weights-meta", "topk_weights", changed("topk_weights", lambda w: w.to("meta")), DISPATCHES
+    ),
     Case("layout-name", "recv_layout", given(recv_layout="token"), DISPATCHES),
     Case("out-hidden", "out", given(out=rows(4, HIDDEN + 8)), DISPATCHES),
     Case("out-strides", "out", given(out=rows(999, 2 * HIDDEN)[:, ::2]), DISPATCHES),
@@ -154,15 +158,11 @@ COMBINE_CASES = (
     ),
     Case("apply-token", "apply_weights", given(apply_weights=True), ("combine",)),
     Case("on-timeout", "on_timeout", given(on_timeout="ignore"), COMBINES[1:]),
-    Case(
-        "stats-length", "wait_us_stats", given(wait_us_stats=torch.zeros(9).long()), COMBINES[1:]
-    ),
+    Case("stats-length", "wait_us_stats", given(wait_us_stats=torch.zeros(9).long()), COMBINES[1:]),
 )
 
 ALL = [
-    (operation, case)
-    for case in (*DISPATCH_CASES, *COMBINE_CASES)
-    for operation in case.operations
+    (operation, case) for case in (*DISPATCH_CASES, *COMBINE_CASES) for operation in case.operations
 ]
 
 

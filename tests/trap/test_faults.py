@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank that is killed or stalls: every survivor raises in time, naming rank and operation."""
+
+from __future__ import annotations
+
+import functools
+import signal
+
+import pytest
+from trap import faults
+from trap.faults import FAULTS, Fault, Plan, Report
+from trap.rounds import OPERATIONS, SINGLE_NODE, TWO_NODES, Place
+
+from deepcomm.testing import run_processes
+
+PLACES = [SINGLE_NODE, TWO_NODES]
+VICTIM = 2
+KILL_TIMEOUT_S = 20.0
+STALL_TIMEOUT_S = 1.0
+SLACK_S = 2.5
+
+
+def check_only_close_works(report: Report) -> None:
+    names = [*OPERATIONS, "low_latency_dispatch"]
+    for name, outcome in zip(names, report.later, strict=True):
+        assert outcome.kind in ("CommError", "InvalidArgument" if name == names[-1] else "")
+        if outcome.kind == "CommError":
+            assert outcome.message.startswith(f"{name}: the buffer can only be closed after: ")
+        assert outcome.seconds < 0.5
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_killed_rank(place: Place, fault: Fault) -> None:
+    plan = Plan(place, fault, VICTIM, KILL_TIMEOUT_S)
+    reports = run_processes(
+        faults.run_fault, place.num_ranks, plan, signal.SIGKILL, may_die=[VICTIM], timeout_s=60
+    )
+    assert reports[VICTIM] is None
+    for report in reports:
+        if report is None:
+            continue
+        outcome = report.outcome
+        assert (outcome.kind, outcome.peer) == ("CommError", VICTIM), outcome
+        assert outcome.message.startswith(f"{fault.operation}: rank {outcome.rank}: "), outcome
+        assert f"rank {VICTIM}" in outcome.message
+        assert outcome.seconds < SLACK_S  # much less than the timeout
+        check_only_close_works(report)
+    assert not faults.segments_of({report.pid for report in reports if report})
+
+
+@functools.cache
+def stalls_at(place: Place) -> list[list[Report]]:
+    """Stall in every operation, one after the other in the same processes; by rank."""
+    plan = Plan(place, FAULTS[0], VICTIM, STALL_TIMEOUT_S)
+    reports = run_processes(faults.run_stalls, place.num_ranks, plan, timeout_s=120)
+    return [entry for entry in reports if entry is not None]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_stalled_rank(place: Place, fault: Fault) -> None:
+    reports = [of_rank[FAULTS.index(fault)] for of_rank in stalls_at(place)]
+    assert len(reports) == place.num_ranks
+    for report in reports:
+        outcome = report.outcome
+        assert outcome.kind in ("CommTimeout", "CommError"), outcome
+        assert outcome.message.startswith(f"{fault.operation}: rank {outcome.rank}: "), outcome
+        check_only_close_works(report)
+        if outcome.rank == VICTIM:
+            continue
+        assert outcome.peer is not None, outcome
+        assert outcome.seconds < STALL_TIMEOUT_S + SLACK_S
+    survivors = [report for report in reports if report.outcome.rank != VICTIM]
+    assert any(report.outcome.kind == "CommTimeout" for report in survivors)
+    assert any(report.outcome.peer == VICTIM for report in survivors)
+    assert any(f"rank {VICTIM} is late" in text for report in survivors for text in report.warnings)
