@@ -139,7 +139,7 @@ void LowLatencyCombineOp::wait_weights() {
     applied_.assign(received.topk_idx.size(), 0.0F);
     args_.combine.outputs.apply_weights = applied_.data();
     FirstError error;
-    for (int32_t source = 0; source < config.num_ranks; ++source) {
+    for (const int32_t source : ring_.sources_in_wait_order()) {
         error.run([&] {
             if (!ring_.connected(source, config.rank) ||
                 !ring_.wait_weights(epoch_, source, signature_, args_.mask_late)) {

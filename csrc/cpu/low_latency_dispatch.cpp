@@ -158,18 +158,12 @@ std::vector<uint8_t> LowLatencyDispatchOp::wait_blocks() {
     const EndpointConfig& config = endpoint_.config();
     std::vector<uint8_t> arrived(static_cast<size_t>(config.num_ranks), 0);
     FirstError error;
-    // This node first: of a late rank, what it passes on need not be awaited.
-    for (const bool local : {true, false}) {
-        for (int32_t source = 0; source < config.num_ranks; ++source) {
-            if (config.is_local(source) != local) {
-                continue;
-            }
-            error.run([&] {
-                const bool came = ring_.connected(source, config.rank) &&
-                                  ring_.wait_block(epoch_, source, source, signature_, mask_late_);
-                arrived[static_cast<size_t>(source)] = came ? 1 : 0;
-            });
-        }
+    for (const int32_t source : ring_.sources_in_wait_order()) {
+        error.run([&] {
+            const bool came = ring_.connected(source, config.rank) &&
+                              ring_.wait_block(epoch_, source, source, signature_, mask_late_);
+            arrived[static_cast<size_t>(source)] = came ? 1 : 0;
+        });
     }
     if (error.any()) {
         ring_.close(epoch_);

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/slot_ring.hpp"
 
+#include <algorithm>
+#include <numeric>
+
 #include "common/error.hpp"
 
 namespace deepcomm::cpu {
@@ -21,6 +24,14 @@ bool SlotRing::connected(int32_t source, int32_t destination) const {
     const int32_t via =
         config().node_of(destination) * config().ranks_per_node + config().local_of(source);
     return !is_masked(source) && !is_masked(destination) && !is_masked(via);
+}
+
+std::vector<int32_t> SlotRing::sources_in_wait_order() const {
+    std::vector<int32_t> sources(static_cast<size_t>(config().num_ranks));
+    std::iota(sources.begin(), sources.end(), 0);
+    std::stable_partition(sources.begin(), sources.end(),
+                          [&](int32_t source) { return config().is_local(source); });
+    return sources;
 }
 
 void SlotRing::check_free(OpKind kind) const {

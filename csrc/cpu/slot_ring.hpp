@@ -55,6 +55,9 @@ class SlotRing {
     /// Whether tokens of source reach destination: both alive, and the rank that forwards them.
     bool connected(int32_t source, int32_t destination) const;
 
+    /// All ranks, this node's first: what a late one of them passes on need not be awaited.
+    std::vector<int32_t> sources_in_wait_order() const;
+
     // Operations
     /// Throws InvalidArgument where the next operation's slot is still in flight.
     void check_free(OpKind kind) const;
