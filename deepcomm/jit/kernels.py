@@ -51,6 +51,7 @@ class Kernel:
 KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_signal", "kernels/probe/signal.cuh"),
     Kernel("probe_claim", "kernels/probe/claim.cuh"),
+    Kernel("probe_bulk_copy", "kernels/probe/bulk_copy.cuh", shared="BulkCopyShared"),
     Kernel("probe_bulk_put", "kernels/probe/bulk_put.cuh", shared="BulkPutShared"),
     Kernel("probe_ring", "kernels/probe/ring.cuh"),
     Kernel("probe_packet", "kernels/probe/packet.cuh"),

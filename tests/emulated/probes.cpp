@@ -142,6 +142,42 @@ std::string bulk_put_case(Cluster& cluster) {
     return "";
 }
 
+// ---- probe_bulk_copy: 2 warps on each of 2 ranks, 6 tiles each through 4 stages
+
+std::string bulk_copy_case(Cluster& cluster) {
+    const int num_ranks = cluster.num_ranks();
+    constexpr int kTiles = 12, kTileBytes = 64, kWords = kTiles * kTileBytes / 4;
+    std::vector<ProbeParams> probes;
+    std::vector<uint32_t*> sources, received, signals, copies;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+        probes.push_back(ring_of_ranks(cluster, rank, 1, kWords));
+        sources.push_back(cluster.alloc<uint32_t>(rank, "source", kWords, Fill::kZero));
+        received.push_back(cluster.alloc<uint32_t>(rank, "received", kWords));
+        signals.push_back(cluster.alloc<uint32_t>(rank, "signal", 1, Fill::kZero));
+        copies.push_back(cluster.alloc<uint32_t>(rank, "copy", kWords));
+        for (int i = 0; i < kWords; ++i) sources.back()[i] = kernels::probe_payload(rank, 0, i);
+    }
+    for (size_t rank = 0; rank < probes.size(); ++rank) {
+        const auto dst = static_cast<size_t>(probes[rank].dst_rank);
+        const auto* src = reinterpret_cast<unsigned char*>(sources[rank]);
+        auto* to = reinterpret_cast<unsigned char*>(received[dst]);
+        const kernels::BulkCopyParams params = {
+            probes[rank],  src,          to,     signals[dst], received[rank],
+            signals[rank], copies[rank], kTiles, kTiles,       kTileBytes};
+        cluster.launch(static_cast<int>(rank), {1, 64, sizeof(kernels::BulkCopyShared),
+                                                [params] { kernels::probe_bulk_copy(params); }});
+    }
+    const std::string error = run_and_describe(cluster, probes);
+    if (!error.empty()) return error;
+    for (size_t rank = 0; rank < probes.size(); ++rank) {
+        for (int i = 0; i < kWords; ++i) {
+            DEEPCOMM_EXPECT("copy", i, kernels::probe_payload(probes[rank].src_rank, 0, i),
+                            copies[rank][i]);
+        }
+    }
+    return "";
+}
+
 // ---- probe_ring: a sender and a receiver block a rank, 6 rounds through 2 slots, over the wrap
 
 std::string ring_case(Cluster& cluster) {
@@ -254,6 +290,7 @@ const Register kSignalLarge("signal_large", 8, signal_case);
 const Register kClaim("claim", 2, claim_case);
 const Register kBulkPut("bulk_put", 2, bulk_put_case);
 const Register kBulkPutLarge("bulk_put_large", 8, bulk_put_case);
+const Register kBulkCopy("bulk_copy", 2, bulk_copy_case);
 const Register kRing("ring", 2, ring_case);
 const Register kBarrierFold("barrier_fold", 3, barrier_fold_case);
 const Register kBarrierFoldOne("barrier_fold_one_block", 3, barrier_fold_one_block_case);

@@ -10,6 +10,7 @@ from emulated.conftest import Builder
 PROBES = (
     "signal",
     "claim",
+    "bulk_copy",
     "bulk_put",
     "ring",
     "barrier_fold",

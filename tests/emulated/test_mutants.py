@@ -24,6 +24,7 @@ CASES_OF = {
     "device/group.cuh": ("primitives", ("warp",)),
     "device/wait.cuh": ("primitives", ("record",)),
     "kernels/probe/barrier_fold.cuh": ("probes", ("barrier_fold",)),
+    "kernels/probe/bulk_copy.cuh": ("probes", ("bulk_copy",)),
     "kernels/probe/bulk_put.cuh": ("probes", ("bulk_put",)),
     "kernels/probe/claim.cuh": ("probes", ("claim",)),
     "kernels/probe/ring.cuh": ("probes", ("ring",)),
@@ -65,6 +66,22 @@ TWINS = [
         find="&params.peer_claims[round]",
         part="round",
         replace="round ^ 1",
+    ),
+    Twin(
+        "bulk_copy: waits for one warp too few",
+        case="bulk_copy",
+        path="kernels/probe/bulk_copy.cuh",
+        find="params.signal, params.expected_signal",
+        part="params.expected_signal",
+        replace="params.expected_signal - 6u",
+    ),
+    Twin(
+        "bulk_copy: loads one tile too far ahead",
+        case="bulk_copy",
+        path="kernels/probe/bulk_copy.cuh",
+        find="device::bulk_wait_group_read<kMaxUnread>()",
+        part="device::bulk_wait_group_read<kMaxUnread>()",
+        replace="device::bulk_wait_group_read<kMaxUnread + 1>()",
     ),
     Twin(
         "bulk_put: waits for one block too few",
@@ -189,7 +206,7 @@ def test_twin_is_caught(mutated: Mutated, twin: Twin) -> None:
     assert result.failures == 1, f"not caught within {CATCH_WITHIN} seeds"
 
 
-PROTOCOLS = ("signal", "claim", "bulk_put", "ring", "barrier_fold", "packet")
+PROTOCOLS = ("signal", "claim", "bulk_copy", "bulk_put", "ring", "barrier_fold", "packet")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

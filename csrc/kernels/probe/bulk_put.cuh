@@ -16,21 +16,6 @@ struct BulkPutShared {
     device::Mbarrier full[kNumStages];
 };
 
-/// The tiles of one block, in the order in which it moves them.
-struct TileRange {
-    int32_t first;
-    int32_t stride;
-    int32_t count;
-
-    DEEPCOMM_DEVICE int32_t operator[](int32_t index) const { return first + index * stride; }
-};
-
-DEEPCOMM_DEVICE TileRange tiles_of(const BulkPutParams& params, const device::Block& block) {
-    const int32_t stride = block.num_blocks();
-    const int32_t first = block.block_idx();
-    return {first, stride, (params.num_tiles - first + stride - 1) / stride};
-}
-
 DEEPCOMM_DEVICE void load_tile(const BulkPutParams& params, BulkPutShared& smem,
                                const TileRange& tiles, int32_t index) {
     const int32_t stage = index % kNumStages;
@@ -109,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(256)
         device::fence_mbarrier_init();  // ORDER: the initialisation before copies complete on it
     }
     block.sync();  // ORDER: the initialisation before other threads wait on it
-    const TileRange tiles = tiles_of(params, block);
+    const TileRange tiles = tiles_of(params.num_tiles, block.block_idx(), block.num_blocks());
     if (!send_tiles(params, smem, block, tiles)) return;
     publish_tiles(params, block, tiles);
     receive_tiles(params, block, tiles);

@@ -51,6 +51,20 @@ struct BulkPutParams {
     int32_t num_tiles;
 };
 
+/// probe_bulk_copy: tiles go global -> shared -> peer as they are, as fast as the SMs can.
+struct BulkCopyParams {
+    ProbeParams probe;
+    const unsigned char* src;  ///< [num_tiles, tile_bytes]
+    unsigned char* dst;        ///< the same in dst_rank's memory
+    uint32_t* dst_signal;
+    const uint32_t* received;  ///< what src_rank writes here
+    const uint32_t* signal;    ///< tiles received in all launches so far
+    uint32_t* copy;            ///< received, read back by plain loads; null: left unread
+    uint32_t expected_signal;  ///< what this launch waits for
+    int32_t num_tiles;
+    int32_t tile_bytes;  ///< a multiple of 16, at most kCopyTileBytes
+};
+
 /// probe_ring: rounds through fewer slots than rounds; the receiver's credits free them.
 struct RingParams {
     ProbeParams probe;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/probe/barrier_fold.cuh"
+#include "kernels/probe/bulk_copy.cuh"
 #include "kernels/probe/bulk_put.cuh"
 #include "kernels/probe/claim.cuh"
 #include "kernels/probe/packet.cuh"
