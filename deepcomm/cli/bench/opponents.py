@@ -36,7 +36,7 @@ def list_baseline(workload: Workload, group: dist.ProcessGroup) -> list[Operatio
     x, routed = workload.x, workload.routed
     topk_idx = routed.topk_idx
     plan = exchange.route(topk_idx)
-    y = expert_output_(exchange.dispatch(x, routed, plan), workload.rank)
+    y = expert_output_(exchange.dispatch(x, routed, plan).clone(), workload.rank)
     calls: dict[Kind, Callable[[], Any]] = {
         Kind.DISPATCH: lambda: exchange.dispatch(x, routed, exchange.route(topk_idx)),
         Kind.DISPATCH_FP8: lambda: exchange.dispatch_fp8(x, routed, exchange.route(topk_idx)),
