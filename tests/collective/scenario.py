@@ -288,9 +288,14 @@ class Session:
             time.sleep(self._random.uniform(0, self.case.delay_ms) / 1000)
         return self._oracle.get(self._step, compute)
 
-    def rewind(self) -> None:
-        """Repeat from here what was done from the start: the reference's results are at hand."""
-        self._step = 0
+    @property
+    def step(self) -> int:
+        """Number of operations so far, or since where ``rewind`` led."""
+        return self._step
+
+    def rewind(self, step: int) -> None:
+        """Repeat from here what was done after ``step``: the reference's results are at hand."""
+        self._step = step
 
     def inputs(self, round_idx: int) -> Inputs:
         """Return what all ranks bring in a round."""

@@ -65,17 +65,19 @@ def test_instruction_sets_agree_bit_for_bit() -> None:
             assert f"threads    {rank + 1} of" in text
 
 
+@pytest.mark.parametrize("num_generations", [2, 3])
 @pytest.mark.parametrize(
     **case_params(
         [
-            Case(num_ranks=2, delay_ms=0.3, num_threads=2),
+            Case(num_ranks=2, delay_ms=0.3, num_threads=2, routing="uniform"),
             Case(num_ranks=4, delay_ms=0.3, layout=PADDED, wire="fp8"),
-            Case(num_ranks=4, ranks_per_node=2, delay_ms=0.3),
+            Case(num_ranks=4, ranks_per_node=2, delay_ms=0.3, even=True, routing="uniform"),
         ]
     )
 )
-def test_thousand_calls_with_random_delays(case: Case) -> None:
-    counts = run_processes(workers.call_many_times, case.num_ranks, case, 1000, timeout_s=120)
+def test_thousand_calls_with_random_delays(case: Case, num_generations: int) -> None:
+    arguments = (case, 1000, num_generations)
+    counts = run_processes(workers.call_many_times, case.num_ranks, *arguments, timeout_s=120)
     assert min(counts) >= 1000
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from collective.scenario import Case, Oracle, Session, exchange, low_latency_exchange
 
 from deepcomm import RecvLayout
+from deepcomm.testing.oracle import assert_dispatch_equal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,15 +35,21 @@ def exchange_with_own_threads(group: Any, cases: Sequence[Case]) -> list[str]:
     return exchange_all(group, [replace(case, num_threads=threads) for case in cases])
 
 
-def call_many_times(group: Any, case: Case, num_calls: int) -> int:
-    """Repeat a cycle of operations of both modes; return the number of operations."""
-    with Session(group, case) as session:
-        count = 0
+def call_many_times(group: Any, case: Case, num_calls: int, num_generations: int) -> int:
+    """Repeat a cycle of operations of both modes; return the number of operations.
+
+    With two generations one is leased throughout, and every operation gets the other.
+    """
+    with Session(group, case, num_generations=num_generations) as session:
+        kept = session.dispatch(20) if num_generations == 2 else None
+        start, count = session.step, 0
         while count < num_calls:
-            session.rewind()
+            session.rewind(start)
             cycle(session)
             stats = session.buffer.stats()
             count = stats.num_dispatches + stats.num_combines
+        if kept is not None:
+            assert_dispatch_equal(kept.actual, kept.expected[session.rank], rank=session.rank)
         return count
 
 
@@ -59,6 +66,8 @@ def cycle(session: Session) -> None:
     for operation in (*flying[1:], back):
         operation.finish()
     session.combine(second, has_bias=True)
+    session.combine(first)
+    session.combine(second, carried=True)
     session.combine(session.dispatch(6), in_place=in_place)
 
 
