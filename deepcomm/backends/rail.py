@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 import weakref
@@ -169,7 +170,8 @@ class GlooRail:
                 raise self._lost(transfer.peer, transfer.what, error) from error
 
     def _lost(self, peer: int, what: str, error: RuntimeError) -> CommError:
-        reason = str(error).partition(". This is usually")[0]  # gloo guesses at causes
+        # Without the place in gloo's source, and what gloo guesses at.
+        reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". This is ")[0]
         message = (
             f"{what}: rank {self._topology.rank}: the connection to rank {peer} is lost: {reason}"
         )
