@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DISPATCHES = ("dispatch", "low_latency_dispatch")
 COMBINES = ("combine", "low_latency_combine")
 TOO_MANY = MAX_TOKENS + 1
+WEIGHTS = "topk_weights"
 
 
 @dataclass(frozen=True)

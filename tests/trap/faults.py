@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import signal
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,6 @@ from trap.rounds import (
     Place,
     arguments_of,
     attempt,
-    call,
     check_round_trips,
     gather,
     open_buffer,
@@ -31,7 +30,7 @@ from trap.rounds import (
 from deepcomm._C import cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from deepcomm import Buffer
 
@@ -81,14 +80,23 @@ FAULTS = (
 )
 
 
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stall() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One fault on one rank."""
+    """What happens in the middle of an operation of some ranks."""
 
     place: Place
     fault: Fault
-    victim: int
+    victims: tuple[int, ...]
     timeout_s: float
+    action: Callable[[], None] = kill
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class Report:
 
     outcome: Outcome
     later: list[Outcome]
+    close_s: float
     warnings: list[str]
     pid: int
 
@@ -128,8 +137,8 @@ def later_calls(buffer: Buffer, valid: dict[str, dict[str, Any]], hook: Any) -> 
     return [*outcomes, outcome_of(buffer.rank, hook)]
 
 
-def run_fault(group: Any, plan: Plan, signal_number: int) -> Report:
-    """Send the victim a signal in mid-operation; survivors report how they learn of it."""
+def run_fault(group: Any, plan: Plan) -> Report:
+    """Let victims end or stop in mid-operation; survivors report how they learn of it."""
     warnings = Warnings()
     buffer = open_buffer(
         group, plan.place, timeout_s=plan.timeout_s, late_warning_s=plan.timeout_s / 4
@@ -143,15 +152,15 @@ def run_fault(group: Any, plan: Plan, signal_number: int) -> Report:
         assert pending.hook is not None
         pending.hook()
         gather(group, None)
-    if buffer.rank == plan.victim:
-        strike = plan.fault.strikes(lambda: os.kill(os.getpid(), signal_number))
+    if buffer.rank in plan.victims:
+        strike = plan.fault.strikes(plan.action)
     with strike:
         outcome = repeat_until_error(buffer, operation, valid[operation])
-    if signal_number == signal.SIGSTOP:
+    if plan.action is stall:
         resume(group, plan, pids)
     later = later_calls(buffer, valid, pending.hook)
-    buffer.close()
-    return Report(outcome, later, warnings.messages, os.getpid())
+    closing = outcome_of(buffer.rank, buffer.close)
+    return Report(outcome, later, closing.seconds, warnings.messages, os.getpid())
 
 
 def resume(group: Any, plan: Plan, pids: list[int]) -> None:
@@ -159,17 +168,18 @@ def resume(group: Any, plan: Plan, pids: list[int]) -> None:
     store = dist.PrefixStore(f"faults/{plan.fault}", group.get_group_store())
     rank = dist.get_rank(group)
     store.set(str(rank), "failed")
-    others = [str(other) for other in range(len(pids)) if other not in (rank, plan.victim)]
+    (victim,) = plan.victims
+    others = [str(other) for other in range(len(pids)) if other not in (rank, victim)]
     store.wait(others, timedelta(seconds=30))
-    if rank == (plan.victim + 1) % len(pids):
-        os.kill(pids[plan.victim], signal.SIGCONT)
+    if rank == (victim + 1) % len(pids):
+        os.kill(pids[victim], signal.SIGCONT)
 
 
 def run_stalls(group: Any, plan: Plan) -> list[Report]:
     """Stall the victim in each operation in turn, on a new buffer each time; the group survives."""
     reports = []
     for fault in FAULTS:
-        reports.append(run_fault(group, replace(plan, fault=fault), signal.SIGSTOP))
+        reports.append(run_fault(group, replace(plan, fault=fault)))
         gather(group, None)
     with open_buffer(group, plan.place) as buffer:
         check_round_trips(buffer, Inputs(buffer))
@@ -180,6 +190,18 @@ def segments_of(pids: set[int]) -> list[str]:
     """Return the names that these processes have left in shared memory."""
     return [
         path.name
-        for path in Path("/dev/shm").glob("deepcomm-*")  # noqa: S108
+        for path in Path("/dev/shm").glob("deepcomm-*")
         if any(f"-{pid}-" in path.name for pid in pids)
     ]
+
+
+def check_only_close_works(report: Report) -> None:
+    """Every operation and a pending hook have raised by name; closing took no time."""
+    names = [*OPERATIONS, "low_latency_dispatch"]
+    for name, outcome in zip(names, report.later, strict=True):
+        called_before = outcome.message.endswith("expected one call of its hook, got a second")
+        if not called_before:
+            assert outcome.kind == "CommError", outcome
+            assert outcome.message.startswith(f"{name}: the buffer can only be closed after: ")
+        assert outcome.seconds < 0.5, outcome
+    assert report.close_s < 1.0

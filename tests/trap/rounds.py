@@ -7,12 +7,10 @@ In modules of their own, imported as ``trap.NAME``: processes find functions by 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from deepcomm import Buffer, Error, Handle, RecvLayout, reference
+from deepcomm import Buffer, Error, RecvLayout, reference
 from deepcomm.group import as_group
 from deepcomm.reference import ReferenceConfig
 from deepcomm.testing import oracle
@@ -165,7 +163,3 @@ def check_round_trips(buffer: Buffer, inputs: Inputs) -> None:
 def gather(group: Any, value: Any) -> list[Any]:
     """Return every rank's value, of any kind of group."""
     return as_group(group).all_gather(value)
-
-
-def foreign_handle(handle: Handle, **changes: Any) -> Handle:
-    return replace(handle, **changes)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import functools
-import signal
 
 import pytest
 from trap import faults
-from trap.faults import FAULTS, Fault, Plan, Report
-from trap.rounds import OPERATIONS, SINGLE_NODE, TWO_NODES, Place
+from trap.faults import FAULTS, Fault, Plan, Report, check_only_close_works
+from trap.rounds import SINGLE_NODE, TWO_NODES, Place
 
 from deepcomm.testing import run_processes
 
@@ -20,22 +19,11 @@ STALL_TIMEOUT_S = 1.0
 SLACK_S = 2.5
 
 
-def check_only_close_works(report: Report) -> None:
-    names = [*OPERATIONS, "low_latency_dispatch"]
-    for name, outcome in zip(names, report.later, strict=True):
-        assert outcome.kind in ("CommError", "InvalidArgument" if name == names[-1] else "")
-        if outcome.kind == "CommError":
-            assert outcome.message.startswith(f"{name}: the buffer can only be closed after: ")
-        assert outcome.seconds < 0.5
-
-
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_killed_rank(place: Place, fault: Fault) -> None:
-    plan = Plan(place, fault, VICTIM, KILL_TIMEOUT_S)
-    reports = run_processes(
-        faults.run_fault, place.num_ranks, plan, signal.SIGKILL, may_die=[VICTIM], timeout_s=60
-    )
+    plan = Plan(place, fault, (VICTIM,), KILL_TIMEOUT_S)
+    reports = run_processes(faults.run_fault, place.num_ranks, plan, may_die=[VICTIM], timeout_s=60)
     assert reports[VICTIM] is None
     for report in reports:
         if report is None:
@@ -52,7 +40,7 @@ def test_killed_rank(place: Place, fault: Fault) -> None:
 @functools.cache
 def stalls_at(place: Place) -> list[list[Report]]:
     """Stall in every operation, one after the other in the same processes; by rank."""
-    plan = Plan(place, FAULTS[0], VICTIM, STALL_TIMEOUT_S)
+    plan = Plan(place, FAULTS[0], (VICTIM,), STALL_TIMEOUT_S, faults.stall)
     reports = run_processes(faults.run_stalls, place.num_ranks, plan, timeout_s=120)
     return [entry for entry in reports if entry is not None]
 
