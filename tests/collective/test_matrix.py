@@ -87,6 +87,14 @@ LARGE_CASES = [
     Case(num_ranks=2, ranks_per_node=1, num_tokens=320, hidden=7168, even=True, layout=layout)
     for layout in (TOKEN, EXPERT)
 ]
+# Rows so wide, and tokens so many, that a combine goes through its ring several times.
+WIDE = {"num_ranks": 3, "num_tokens": 90, "hidden": 16384}
+RING_CASES = [
+    Case(layout=TOKEN, wire="fp32", **WIDE),
+    Case(layout=TOKEN, wire="fp32", capacity=60, num_topk=3, **WIDE),
+    Case(layout=EXPERT, wire="fp32", capacity=70, num_topk=3, alignment=4, **WIDE),
+    Case(layout=EXPERT, routing="one_expert", **WIDE),
+]
 ALL_CASES = (
     WIRE_CASES
     + CLUSTER_CASES
@@ -95,8 +103,11 @@ ALL_CASES = (
     + TOPK_CASES
     + OPTION_CASES
     + LARGE_CASES
+    + RING_CASES
 )
-LOW_LATENCY_CASES = [case for case in ALL_CASES if case.layout is not EXPERT]
+LOW_LATENCY_CASES = [
+    case for case in ALL_CASES if case.layout is not EXPERT and case not in RING_CASES
+]
 
 
 @pytest.mark.parametrize(**case_params(ALL_CASES))
