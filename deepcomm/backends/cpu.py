@@ -8,6 +8,7 @@ waiting.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -30,7 +31,7 @@ from deepcomm.backends.cpu_tensors import (
 from deepcomm.backends.rail import GlooRail, RailPolicy
 from deepcomm.backends.relay import Leg, Relay
 from deepcomm.checks import check_combine, check_dispatch
-from deepcomm.errors import CommError, Error, InvalidArgument
+from deepcomm.errors import Error, InvalidArgument
 from deepcomm.event import CompletedEvent
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.sizing import native_config
@@ -38,7 +39,7 @@ from deepcomm.topology import Topology, discover
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.checks import CheckedCombine, CheckedDispatch
@@ -101,17 +102,17 @@ class CpuBackend:
             )
             return created[0].segment_name, str(Path("/proc/self/ns/pid").readlink()), os.getpid()
 
-        entries = agree(self._group, "Buffer", create)
-        endpoint = created[0]
-        own_namespace = entries[topology.rank][1]
-        local = [entries[rank] for rank in topology.node_ranks]
-        names = [name for name, _, _ in local]
-        pids = [pid if namespace == own_namespace else 0 for _, namespace, pid in local]
         try:
-            agree(self._group, "Buffer", lambda: endpoint.connect(names, pids))
-        finally:
-            endpoint.unlink()
-        return endpoint
+            entries = agree(self._group, "Buffer", create)
+            own_namespace = entries[topology.rank][1]
+            local = [entries[rank] for rank in topology.node_ranks]
+            names = [name for name, _, _ in local]
+            pids = [pid if namespace == own_namespace else 0 for _, namespace, pid in local]
+            agree(self._group, "Buffer", lambda: created[0].connect(names, pids))
+        finally:  # the name is needed no longer, even where the group itself fails
+            for endpoint in created:
+                endpoint.unlink()
+        return created[0]
 
     def _open_rail(self) -> GlooRail | None:
         if self.topology.num_nodes == 1:
@@ -163,17 +164,18 @@ class CpuBackend:
                 self._endpoint.finish_epoch(round_.epoch)
             raise
 
-    def _drop_rail_if_failed(self) -> None:
-        if self._endpoint.failed:
-            self._relay.close()
+    @contextlib.contextmanager
+    def _operation(self, kind: cpu.OpKind) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._relay.settle(error, kind.name.lower())
+            raise
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
-        try:
+        with self._operation(cpu.OpKind.DISPATCH):
             return self._dispatch(request)
-        except CommError:
-            self._drop_rail_if_failed()
-            raise
 
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
         if request.previous_event is not None:
@@ -250,11 +252,8 @@ class CpuBackend:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """High-throughput combine."""
-        try:
+        with self._operation(cpu.OpKind.COMBINE):
             return self._combine(request)
-        except CommError:
-            self._drop_rail_if_failed()
-            raise
 
     def _combine(self, request: CombineRequest) -> CombineOutput:
         if request.previous_event is not None:
@@ -314,19 +313,13 @@ class CpuBackend:
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
-        try:
+        with self._operation(cpu.OpKind.LOW_LATENCY_DISPATCH):
             return self._low_latency.dispatch(request)
-        except CommError:
-            self._drop_rail_if_failed()
-            raise
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
-        try:
+        with self._operation(cpu.OpKind.LOW_LATENCY_COMBINE):
             return self._low_latency.combine(request)
-        except CommError:
-            self._drop_rail_if_failed()
-            raise
 
     # ---- the rest --------------------------------------------------------------------------------
 

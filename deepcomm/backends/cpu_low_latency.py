@@ -92,9 +92,8 @@ class LowLatency:
             done = True
             try:
                 finish()
-            except CommError:
-                if self._endpoint.failed:
-                    self._relay.close()
+            except BaseException as error:
+                self._relay.settle(error, NAMES[kind])
                 raise
 
         return hook

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm._C import cpu
-from deepcomm.errors import CommError, CommTimeout
+from deepcomm.errors import CommError, CommTimeout, Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -215,6 +215,18 @@ class Relay:
                 leg.handle(begin, end, self.wait(transfer).data_ptr())
             for transfer in sending.pop(step, ()):
                 self.wait(transfer)
+
+    def settle(self, error: BaseException, what: str) -> None:
+        """See to what an error that leaves an operation means for the endpoint and its rails.
+
+        One that deepcomm does not raise on purpose (out of memory, Ctrl-C between two steps) has
+        left the operation unfinished: the peers must not wait for the rest.
+        """
+        if not isinstance(error, Error):
+            message = f"{what}: rank {self.rank}: interrupted by {type(error).__name__}: {error}"
+            self._endpoint.fail(message, self.rank)
+        if self._endpoint.failed:
+            self.close()
 
     def close(self) -> None:
         """Drop the connections."""
