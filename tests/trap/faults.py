@@ -88,6 +88,10 @@ def stall() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def run_out_of_memory() -> None:
+    raise MemoryError("no memory for the rows")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What happens in the middle of an operation of some ranks."""

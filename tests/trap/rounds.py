@@ -128,7 +128,7 @@ def outcome_of(rank: int, function: Callable[[], Any]) -> Outcome:
     start = time.monotonic()
     try:
         function()
-    except Error as error:
+    except (Error, MemoryError) as error:
         peer = getattr(error, "peer", None)
         kind = type(error).__name__
         return Outcome(rank, kind, str(error), peer, time.monotonic() - start)

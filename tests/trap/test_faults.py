@@ -37,6 +37,22 @@ def test_killed_rank(place: Place, fault: Fault) -> None:
     assert not faults.segments_of({report.pid for report in reports if report})
 
 
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_interrupted_rank(fault: Fault) -> None:
+    plan = Plan(TWO_NODES, fault, (VICTIM,), KILL_TIMEOUT_S, faults.run_out_of_memory)
+    reports = run_processes(faults.run_fault, TWO_NODES.num_ranks, plan, timeout_s=60)
+    for report in reports:
+        assert report is not None
+        outcome = report.outcome
+        check_only_close_works(report)
+        if outcome.rank == VICTIM:
+            assert outcome.kind == "MemoryError"
+            continue
+        assert (outcome.kind, outcome.peer) == ("CommError", VICTIM), outcome
+        assert outcome.message.startswith(f"{fault.operation}: "), outcome
+        assert outcome.seconds < SLACK_S
+
+
 @functools.cache
 def stalls_at(place: Place) -> list[list[Report]]:
     """Stall in every operation, one after the other in the same processes; by rank."""
