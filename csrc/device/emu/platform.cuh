@@ -24,7 +24,9 @@
 namespace deepcomm::device {
 
 constexpr bool kHasBulkCopies = true;
-constexpr uint32_t kPollsPerClockRead = 1;  // a failed poll parks until something has changed
+// A failed poll parks until something has changed.
+constexpr uint32_t kPollsPerClockRead = 1;
+constexpr uint32_t kPollsPerRecordRead = 1;
 
 struct alignas(16) Vec128 {
     uint32_t words[4];
