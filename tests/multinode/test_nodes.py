@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from collective.scenario import WIRES, Case
+from collective.case import WIRES, Case
 from collective.workers import exchange_all
 from multinode import netns, ranks
 

@@ -36,3 +36,19 @@ def run_cases(group: Any, place: Place) -> dict[str, tuple[int, list[Outcome]]]:
             outcomes[name] = bad_rank, found
         check_round_trips(buffer, inputs)
     return outcomes
+
+
+def combine_before_hook(group: Any, place: Place) -> Outcome:
+    """Combine with a handle whose rows rank 1 has not received yet."""
+    with open_buffer(group, place, timeout_s=8.0) as buffer:
+        inputs = Inputs(buffer)
+        flight = buffer.low_latency_dispatch(**inputs.dispatch_arguments(), return_hook=True)
+        assert flight.hook is not None
+        arguments = {"y": flight.x, "handle": flight.handle, "apply_weights": False}
+        if buffer.rank != 1:
+            flight.hook()
+        outcome = attempt(buffer, "low_latency_combine", arguments)
+        if buffer.rank == 1:
+            flight.hook()
+        check_round_trips(buffer, inputs)
+    return outcome

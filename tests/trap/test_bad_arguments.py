@@ -45,3 +45,12 @@ def test_bad_arguments_between_threads() -> None:
     outcomes = LocalCluster(3).run(lambda group: ranks.run_cases(group, Place(3)))[0]
     for operation, case in ALL:
         check(operation, case, *outcomes[ident(operation, case)])
+
+
+def test_handle_before_its_hook_is_refused() -> None:
+    outcomes = LocalCluster(3).run(lambda group: ranks.combine_before_hook(group, Place(3)))
+    assert outcomes[1].kind == "InvalidArgument"
+    assert "hook" in outcomes[1].message
+    for outcome in (outcomes[0], outcomes[2]):
+        assert (outcome.kind, outcome.peer) == ("CommError", 1), outcome
+        assert "hook" in outcome.message

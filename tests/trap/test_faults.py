@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
-from trap import faults
+from collective.case import Case
+from trap import faults, masked
 from trap.faults import FAULTS, Fault, Plan, Report, check_only_close_works
 from trap.rounds import SINGLE_NODE, TWO_NODES, Place
 
+from deepcomm import RecvLayout
 from deepcomm.testing import run_processes
 
 PLACES = [SINGLE_NODE, TWO_NODES]
@@ -79,3 +82,16 @@ def test_stalled_rank(place: Place, fault: Fault) -> None:
     assert any(report.outcome.kind == "CommTimeout" for report in survivors)
     assert any(report.outcome.peer == VICTIM for report in survivors)
     assert any(f"rank {VICTIM} is late" in text for report in survivors for text in report.warnings)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_killed_rank_is_masked_where_that_is_asked_for(place: Place) -> None:
+    case = Case(num_ranks=place.num_ranks, ranks_per_node=place.ranks_per_node)
+    case = replace(case, layout=RecvLayout.EXPERT_PADDED)
+    found = run_processes(masked.outlive, place.num_ranks, case, VICTIM, may_die=[VICTIM])
+    survivors = [survival for survival in found if survival is not None]
+    assert len(survivors) == place.num_ranks - 1
+    for survival in survivors:
+        assert survival.mask == [rank == VICTIM for rank in range(place.num_ranks)]
+        assert survival.seconds < SLACK_S
+    assert not faults.segments_of({survival.pid for survival in survivors})
