@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from collective.scenario import Case, Oracle, Session, case_params, exchange
+from collective.case import Case, case_params
+from collective.scenario import exchange
+from collective.session import Oracle, Session
 
 from deepcomm import RecvLayout
 from deepcomm.testing import LocalCluster

@@ -7,7 +7,8 @@ import threading
 from typing import Any
 
 import pytest
-from collective.scenario import Case, Oracle, Session
+from collective.case import Case
+from collective.session import Oracle, Session
 
 from deepcomm import Buffer, InvalidArgument, topology
 from deepcomm.testing import LocalCluster

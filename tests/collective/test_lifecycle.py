@@ -6,15 +6,16 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from collective.scenario import Case, Oracle, Session, case_params
+from collective.case import Case, case_params
+from collective.session import Oracle, Session
 
-from deepcomm import CommError, InvalidArgument, RecvLayout, buffer_bytes
+from deepcomm import CommError, Handle, InvalidArgument, RecvLayout, buffer_bytes
 from deepcomm.testing import LocalCluster
 
 TOKEN, EXPERT, PADDED = RecvLayout
@@ -111,6 +112,16 @@ def test_close_twice_and_use_after(case: Case) -> None:
         assert "cpu" in buffer.explain()
 
     run(case, body)
+
+
+def test_handle_is_frozen() -> None:
+    def body(session: Session) -> None:
+        handle = session.dispatch(0).actual.handle
+        assert isinstance(handle, Handle)
+        with pytest.raises(FrozenInstanceError):
+            handle.num_rows = 1
+
+    run(Case(num_ranks=1), body)
 
 
 # ---- several buffers -------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low latency beyond the matrix: hooks, flights, weights, masks, statistics."""
+"""Low latency beyond the matrix: hooks, flights, weights, statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from collective.scenario import Case, Oracle, Session, case_params
+from collective.case import Case, case_params
+from collective.scenario import spoil
+from collective.session import Oracle, Session
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 from deepcomm.testing import LocalCluster
@@ -21,7 +23,6 @@ BOTH = [
     for per_node in (None, 2)
 ]
 PLAIN = [Case(layout=PADDED, ranks_per_node=per_node) for per_node in (None, 2, 1)]
-SHORT_S = 1.0
 
 
 def run(case: Case, body: Any, **options: Any) -> list[Any]:
@@ -41,7 +42,7 @@ def run(case: Case, body: Any, **options: Any) -> list[Any]:
 @pytest.mark.parametrize(**case_params(BOTH))
 def test_operations_in_flight_equal_reference(case: Case, num_slots: int) -> None:
     def body(session: Session) -> None:
-        session.spoil(num_slots)
+        spoil(session, num_slots)
         for start in (0, num_slots):
             flying = [
                 session.low_latency_dispatch(start + i, return_hook=True) for i in range(num_slots)
@@ -49,7 +50,7 @@ def test_operations_in_flight_equal_reference(case: Case, num_slots: int) -> Non
             for one in flying:
                 one.finish()
             back = [
-                session.low_latency_combine(one, has_bias=True, return_hook=True) for one in flying
+                session.low_latency_combine(one, extras=True, return_hook=True) for one in flying
             ]
             for one in back:
                 one.finish()
@@ -149,10 +150,10 @@ def test_refusal_spares_operations_that_others_have_in_flight(ranks_per_node: in
 def test_weights_given_to_combine_replace_the_recorded(case: Case) -> None:
     def body(session: Session) -> None:
         bare = session.low_latency_dispatch(0, has_weights=False)
-        session.low_latency_combine(bare, override=True, has_bias=True)
+        session.low_latency_combine(bare, override=True, extras=True)
         full = session.low_latency_dispatch(1)
         session.low_latency_combine(full, override=True)
-        session.low_latency_combine(full, has_out=True)
+        session.low_latency_combine(full, extras=True)
         session.low_latency_combine(full, apply_weights=False, carried=True)
 
     run(case, body)
@@ -181,7 +182,7 @@ def test_out_and_event(case: Case) -> None:
         assert again.actual.event is not None
         again.actual.event.synchronize()
         assert again.actual.event.query()
-        session.low_latency_combine(again, has_out=True, previous_event=again.actual.event)
+        session.low_latency_combine(again, extras=True, previous_event=again.actual.event)
 
     run(case, body)
 
@@ -239,170 +240,3 @@ def test_wait_us_stats_name_the_late_source(case: Case) -> None:
         assert waits[late] > 200_000, waits
         assert waits[0] < 100_000, waits
         assert results[late][phase][late] < 100_000
-
-
-# ---- masks -----------------------------------------------------------------------------------
-
-MASKED = [
-    Case(layout=layout, ranks_per_node=per_node, wire=wire, num_topk=4, routing="uniform")
-    for layout in (TOKEN, PADDED)
-    for per_node in (None, 2)
-    for wire in ("bf16", "fp8")
-]
-
-
-@pytest.mark.parametrize(**case_params(MASKED))
-def test_masked_rank_counts_as_absent(case: Case) -> None:
-    absent = 2
-
-    def body(session: Session) -> None:
-        if session.rank == absent:
-            return
-        session.buffer.set_rank_mask(absent, True)
-        assert session.buffer.rank_mask().tolist() == [rank == absent for rank in range(4)]
-        for round_idx in range(6):
-            one = session.low_latency_dispatch(round_idx, masked={absent}, zero_padding=True)
-            session.low_latency_combine(one, masked={absent}, carried=True, apply_weights=False)
-
-    run(case, body)
-
-
-@pytest.mark.parametrize(**case_params(MASKED))
-def test_mask_set_between_dispatch_and_combine(case: Case) -> None:
-    absent = 3
-
-    def body(session: Session) -> None:
-        one = session.low_latency_dispatch(0)
-        if session.rank != absent:
-            session.buffer.set_rank_mask(absent, True)
-            session.low_latency_combine(one, masked={absent})
-
-    run(case, body)
-
-
-@pytest.mark.parametrize(**case_params([Case(layout=PADDED, num_topk=4, routing="uniform")]))
-def test_rank_can_be_taken_back(case: Case) -> None:
-    cut = 1
-
-    def body(session: Session) -> None:
-        session.low_latency_combine(session.low_latency_dispatch(0))
-        others = [rank for rank in range(4) if (rank == cut) != (session.rank == cut)]
-        for rank in others:
-            session.buffer.set_rank_mask(rank, True)
-        for round_idx in range(1, 4):  # both sides go on by themselves
-            inputs = session.inputs(round_idx)
-            got = session.buffer.low_latency_dispatch(
-                inputs.xs[session.rank], inputs.ids[session.rank]
-            )
-            session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-        for rank in others:
-            session.buffer.set_rank_mask(rank, False)
-        session.group.barrier()
-        for round_idx in range(4, 10):
-            session.low_latency_combine(session.low_latency_dispatch(round_idx))
-
-    run(case, body)
-
-
-@pytest.mark.parametrize("use_hook", [False, True])
-@pytest.mark.parametrize(
-    **case_params(
-        [Case(layout=layout, routing="uniform", num_topk=4) for layout in (TOKEN, PADDED)]
-    )
-)
-def test_rank_that_never_comes_is_masked(case: Case, use_hook: bool) -> None:
-    absent = 3
-    options = {"on_timeout": "mask", "return_hook": use_hook}
-
-    def body(session: Session) -> None:
-        session.low_latency_combine(session.low_latency_dispatch(0, on_timeout="mask"))
-        if session.rank == absent:
-            session.group.barrier()
-            return
-        waits = torch.zeros(case.num_ranks, dtype=torch.int64)
-        one = session.low_latency_dispatch(
-            1, masked={absent}, wait_us_stats=waits, zero_padding=True, **options
-        )
-        if use_hook:
-            one.finish()
-        assert waits[absent] > SHORT_S * 0.8e6
-        assert session.buffer.rank_mask().tolist() == [False, False, False, True]
-        start = time.monotonic()
-        for _ in range(5):
-            back = session.low_latency_combine(one, masked={absent}, **options)
-            if use_hook:
-                back.finish()
-        assert time.monotonic() - start < SHORT_S
-        session.group.barrier()
-
-    run(case, body, timeout_s=SHORT_S)
-
-
-@pytest.mark.parametrize("use_hook", [False, True])
-@pytest.mark.parametrize(
-    **case_params(
-        [
-            Case(num_ranks=4, ranks_per_node=2, layout=PADDED, routing="uniform", num_topk=4),
-            Case(num_ranks=6, ranks_per_node=2, layout=TOKEN, routing="uniform", num_topk=4),
-            Case(num_ranks=3, ranks_per_node=1, layout=PADDED, routing="uniform", num_topk=2),
-        ]
-    )
-)
-def test_rank_of_another_node_that_never_comes_is_masked_by_all(case: Case, use_hook: bool) -> None:
-    absent = case.num_ranks - 1
-    options = {"on_timeout": "mask", "return_hook": use_hook}
-
-    def body(session: Session) -> list[bool]:
-        session.low_latency_combine(session.low_latency_dispatch(0, on_timeout="mask"))
-        if session.rank != absent:
-            for round_idx in (1, 2):
-                one = session.low_latency_dispatch(round_idx, masked={absent}, **options)
-                if use_hook:
-                    one.finish()
-                for _ in range(2):
-                    back = session.low_latency_combine(one, masked={absent}, **options)
-                    if use_hook:
-                        back.finish()
-        mask = session.buffer.rank_mask().tolist()
-        session.group.barrier()
-        return mask
-
-    masks = run(case, body, timeout_s=SHORT_S)
-    assert masks[:absent] == [[rank == absent for rank in range(case.num_ranks)]] * absent
-
-
-@pytest.mark.parametrize("override", [False, True])
-@pytest.mark.parametrize(
-    **case_params(
-        [
-            Case(ranks_per_node=2, layout=PADDED, routing="uniform", num_topk=4),
-            Case(layout=PADDED, routing="uniform", num_topk=4),
-        ]
-    )
-)
-def test_rank_that_leaves_after_dispatch_is_masked_by_those_who_need_it(
-    case: Case, override: bool
-) -> None:
-    absent = 3
-
-    def body(session: Session) -> None:
-        one = session.low_latency_dispatch(0)
-        if session.rank != absent:
-            for _ in range(2):
-                session.low_latency_combine(
-                    one, masked={absent}, override=override, on_timeout="mask"
-                )
-            again = session.low_latency_dispatch(1, masked={absent}, on_timeout="mask")
-            session.low_latency_combine(again, masked={absent}, on_timeout="mask")
-        session.group.barrier()
-
-    run(case, body, timeout_s=SHORT_S)
-
-
-@pytest.mark.parametrize("rank", [-1, 4, "own"])
-def test_mask_of_no_peer_is_refused(rank: Any) -> None:
-    def body(session: Session) -> None:
-        with pytest.raises(InvalidArgument, match="rank: expected a peer"):
-            session.buffer.set_rank_mask(session.rank if rank == "own" else rank, True)
-
-    run(Case(), body)

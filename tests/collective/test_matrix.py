@@ -7,14 +7,9 @@ import itertools
 
 import pytest
 import torch
-from collective.scenario import (
-    WIRES,
-    Case,
-    Oracle,
-    case_params,
-    exchange,
-    low_latency_exchange,
-)
+from collective.case import WIRES, Case, case_params
+from collective.scenario import exchange, low_latency_exchange
+from collective.session import Oracle
 
 from deepcomm import RecvLayout
 from deepcomm.testing import LocalCluster

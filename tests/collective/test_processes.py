@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 from collective import workers
-from collective.scenario import Case, case_params
+from collective.case import Case, case_params
 
 from deepcomm import RecvLayout
 from deepcomm._C import simd

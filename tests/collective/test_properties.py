@@ -8,16 +8,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from collective.scenario import (
-    WIRES,
-    Case,
-    Inputs,
-    Oracle,
-    Session,
-    exchange,
-    low_latency_exchange,
-    make_rows,
-)
+from collective.case import WIRES, Case, Inputs, make_rows
+from collective.scenario import exchange, low_latency_exchange
+from collective.session import Oracle, Session
 from hypothesis import HealthCheck, assume, given, settings
 
 from deepcomm import RecvLayout
@@ -111,9 +104,9 @@ class Program:
         elif step.kind == "cached":
             self.known.append(session.dispatch(step.round_idx, cached=known, owned=step.flag))
         elif step.kind == "combine":
-            session.combine(known, carried=step.flag, has_bias=not step.flag)
+            session.combine(known, carried=step.flag, extras=not step.flag)
         elif step.kind == "in_place":
-            session.combine(known, in_place=True, has_out=step.flag)
+            session.combine(known, in_place=True, extras=step.flag)
         elif step.kind == "drop" and len(self.known) > 1:
             self.known.remove(known)
         elif step.kind == "send" and len(self.flying) < 4:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from collective.scenario import Case, Dispatched, Oracle, Session, case_params
+from collective.case import Case, case_params
+from collective.session import Dispatched, Oracle, Session
 
 from deepcomm import RecvLayout
 from deepcomm.testing import LocalCluster

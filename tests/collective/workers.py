@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from collective.scenario import Case, Oracle, Session, exchange, low_latency_exchange
+from collective.case import Case
+from collective.scenario import exchange, low_latency_exchange
+from collective.session import Oracle, Session
 
 from deepcomm import RecvLayout
 from deepcomm.testing.oracle import assert_dispatch_equal
@@ -65,7 +67,7 @@ def cycle(session: Session) -> None:
     back = session.low_latency_combine(flying[0], return_hook=True)
     for operation in (*flying[1:], back):
         operation.finish()
-    session.combine(second, has_bias=True)
+    session.combine(second, extras=True)
     session.combine(first)
     session.combine(second, carried=True)
     session.combine(session.dispatch(6), in_place=in_place)
