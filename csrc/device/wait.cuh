@@ -77,10 +77,10 @@ DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site
                 record_failure(context, site, FailureKind::kTimeout, expected, observed.value);
                 return false;
             }
-        }
-        if (num_polls % kPollsPerRecordRead == 0) {
-            const uint32_t state = ld_relaxed_sys(&context.record->state);
-            if (state != static_cast<uint32_t>(RecordState::kClear)) return false;
+            if (num_polls % kPollsPerRecordRead == 0) {
+                const uint32_t state = ld_relaxed_sys(&context.record->state);
+                if (state != static_cast<uint32_t>(RecordState::kClear)) return false;
+            }
         }
         pause_on(address, deadline_ns);
     }

@@ -14,25 +14,38 @@ pytestmark = [pytest.mark.nvrtc, pytest.mark.gpu(1), pytest.mark.slow]
 
 TESTS = Path(__file__).resolve().parents[1]
 FOUND_SOMETHING = 86
-NUM_PROBES = 6
+NUM_PROBES = {1: 6, 2: 7}  # a claim needs two ranks
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
-def test_sanitizer_finds_nothing(tool: str) -> None:
+def sanitize(tool: str, num_ranks: int) -> subprocess.CompletedProcess[str]:
+    """Play the probes under a tool; skips where the tool cannot run."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer of the CUDA toolkit")
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING)]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "gpu.play", "1", "3"],
+        [*command, sys.executable, "-m", "gpu.play", str(num_ranks), "3"],
         cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,
         timeout=280,
     )
-    output = done.stdout + done.stderr
-    if "Device not supported" in output:
+    if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device in this environment")
+    return done
+
+
+@pytest.mark.parametrize("num_ranks", NUM_PROBES)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_sanitizer_finds_nothing(tool: str, num_ranks: int) -> None:
+    done = sanitize(tool, num_ranks)
+    output = done.stdout + done.stderr
     assert done.returncode == 0, output[-4000:]
-    assert output.count("launches hold") == NUM_PROBES
+    assert output.count("launches hold") == NUM_PROBES[num_ranks]
+
+
+def test_sanitizer_finds_a_planted_overrun() -> None:
+    done = sanitize("memcheck", num_ranks=0)
+    assert done.returncode == FOUND_SOMETHING
+    assert "probe_claim" in done.stdout + done.stderr

@@ -19,10 +19,10 @@ constexpr bool kHasBulkCopies = true;
 /// Reading the clock costs more than a poll, so a wait reads it once in this many polls.
 constexpr uint32_t kPollsPerClockRead = 64;
 
-/// Likewise of the error record, which is in host memory: some 10 ms of polls apart, so that only
+/// Likewise the error record, which is in host memory: some 10 ms of polls apart, so that only
 /// waits that are late anyway cross PCIe. PERF(2x H200, 2026-11-22): with a look in 64 polls, 132
 /// blocks that wait for the end of a 0.7 ms exchange wait for 2 ms more; 64 blocks for 1.3 ms.
-constexpr uint32_t kPollsPerRecordRead = 1 << 14;
+constexpr uint32_t kPollsPerRecordRead = kPollsPerClockRead << 8;
 
 /// Sixteen bytes moved at once.
 struct alignas(16) Vec128 {
