@@ -170,7 +170,8 @@ class Buffer:
                 many rows, nothing is learnt by the host, and rows that do not fit are dropped and
                 flagged in ``overflow``. None: exact counts.
             zero_padding: Fill the rows that hold no token with zeros (else unspecified).
-            out: Receive into this tensor instead (at least as many rows as arrive).
+            out: Receive into this tensor instead (at least as many rows as arrive; if they do not
+                fit, InvalidArgument is raised here alone, when all ranks are done).
             owned: Return an owned tensor, never a view of symmetric memory.
             async_op: Return an event. On CPUs the work is complete when the call returns.
             previous_event: Wait for it first.

@@ -62,6 +62,11 @@ class BufferConfig:
             raise InvalidArgument(
                 f"num_topk: expected at most num_experts = {self.num_experts}, got {self.num_topk}"
             )
+        if self.num_experts * self.max_tokens_per_rank > _INT32_MAX:
+            raise InvalidArgument(
+                "max_tokens_per_rank: expected num_experts * max_tokens_per_rank < 2^31, got "
+                f"{self.num_experts} * {self.max_tokens_per_rank}"
+            )
         if self.hidden * SMALLEST_ITEM_BYTES % ROW_ALIGN_BYTES:
             raise InvalidArgument(
                 f"hidden: expected rows of a multiple of {ROW_ALIGN_BYTES} bytes "

@@ -49,6 +49,11 @@ class CommTimeout(CommError):
     """A peer did not arrive before the deadline; the buffer can only be closed."""
 
 
+def describe_error(error: BaseException) -> str:
+    """Return what peers are told of an error: its text, and its kind where it is not ours."""
+    return str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"
+
+
 class CudaError(Error):
     """A CUDA driver call failed; the message holds the call, the code and its name."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
+from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument, describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Group", "agree", "as_group"]
 
 T = TypeVar("T")
+
+LOOPBACK = "127.0.0.1"
+OUTSIDE = "192.0.2.1"  # an address of nobody (RFC 5737), to ask for the default route
 
 
 class Group(Protocol):
@@ -93,18 +96,22 @@ def serve_store(group: Group, timeout: timedelta) -> Store:
 def own_address() -> str:
     """Return an address of this host that others reach: its name's, if it resolves to one."""
     try:
-        return socket.gethostbyname(socket.gethostname())
+        address = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return "127.0.0.1"
+        address = LOOPBACK
+    if not address.startswith("127."):
+        return address
+    # Many distributions give the host name a loopback address; the default route knows better.
+    return address_towards(OUTSIDE, default=LOOPBACK)
 
 
-def address_towards(host: str) -> str:
+def address_towards(host: str, default: str | None = None) -> str:
     """Return this host's address on the route to ``host``; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
         except OSError:
-            return own_address()
+            return default or own_address()
         return str(probe.getsockname()[0])
 
 
@@ -130,16 +137,16 @@ def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
     """Run ``produce`` on every rank and gather the results; one rank's error ends it on all.
 
     Raises:
-        Error: Whatever ``produce`` raised, on the rank where it did; CommError naming that rank on
-            the others.
+        Exception: Whatever ``produce`` raised, on the rank where it did; CommError naming that rank
+            on the others.
     """
-    failure: Error | None = None
+    failure: Exception | None = None
     value: T | None = None
     try:
         value = produce()
-    except Error as error:
+    except Exception as error:  # noqa: BLE001  # raised below, once the peers know
         failure = error
-    entries = group.all_gather((value, None if failure is None else str(failure)))
+    entries = group.all_gather((value, None if failure is None else describe_error(failure)))
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(entries):

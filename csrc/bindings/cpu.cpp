@@ -62,6 +62,8 @@ void bind_endpoint(py::module_& module) {
         .def("rows_reserved", &Endpoint::rows_reserved, py::arg("generation"))
         .def("check_usable", &Endpoint::check_usable, py::arg("kind"))
         .def_property_readonly("failed", &Endpoint::failed)
+        .def_property_readonly("epoch", &Endpoint::epoch)
+        .def_property_readonly("epoch_open", &Endpoint::epoch_open)
         .def("fail", &Endpoint::fail, py::arg("message"), py::arg("culprit"))
         .def("find_culprit", &Endpoint::find_culprit, py::call_guard<py::gil_scoped_release>())
         .def("finish_epoch", &Endpoint::finish_epoch, py::arg("epoch"))

@@ -10,8 +10,12 @@
 namespace deepcomm::cpu {
 
 StagedRows::StagedRows(const Endpoint& endpoint, const Round& round, int64_t row_bytes,
-                       int32_t num_topk)
-    : row_bytes_(row_bytes), num_topk_(num_topk), config_(endpoint.config()) {
+                       const DispatchRecord& record)
+    : row_bytes_(row_bytes),
+      num_topk_(record.routing.num_topk),
+      num_slots_(record.recv_layout == RecvLayout::kToken && record.capacity >= 0 ? record.capacity
+                                                                                  : INT64_MAX),
+      config_(endpoint.config()) {
     const layout::SegmentLayout& map = endpoint.map();
     for (int32_t local = 0; local < config_.ranks_per_node; ++local) {
         const Announcement& at = round.of(config_.node() * config_.ranks_per_node + local);
@@ -134,8 +138,7 @@ int64_t CombineOp::num_rows_from(int32_t node) const {
 }
 
 void CombineOp::pack(int32_t source, int64_t begin, int64_t end, std::byte* records) {
-    const StagedRows rows(endpoint_, *round_, args_.format.row_bytes,
-                          args_.record->routing.num_topk);
+    const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, *args_.record);
     sum_node(endpoint_, forwarded(source), args_.format, rows, {begin, end}, records);
     const int64_t weights_bytes =
         args_.outputs.topk_weights != nullptr ? args_.record->routing.num_topk * 4 : 0;
@@ -148,7 +151,7 @@ void CombineOp::finish(const std::vector<const std::byte*>& partials) {
     if (ring.is_used()) {
         ring.run();
     } else {
-        const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, routing.num_topk);
+        const StagedRows rows(endpoint_, *round_, args_.format.row_bytes, *args_.record);
         const NodePartials from_nodes{
             layout::TokenRecord::make(args_.format.row_bytes, 0, routing.num_topk), partials};
         sum_tokens(endpoint_, {*args_.record, args_.format, rows, from_nodes}, args_.target,

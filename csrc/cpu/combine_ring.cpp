@@ -148,8 +148,7 @@ void CombineRing::consume(int64_t block) {
     const int64_t num_tokens = args_.record->routing.num_tokens;
     const TokenRange tokens{std::min(block * block_tokens_, num_tokens),
                             std::min((block + 1) * block_tokens_, num_tokens)};
-    const StagedRows lent(endpoint_, round_, args_.format.row_bytes,
-                          args_.record->routing.num_topk);
+    const StagedRows lent(endpoint_, round_, args_.format.row_bytes, *args_.record);
     const BlockRows rows(*this, lent, tokens, block);
     sum_tokens(endpoint_, {*args_.record, args_.format, rows, NodePartials{}}, args_.target,
                tokens);

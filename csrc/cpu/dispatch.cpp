@@ -81,7 +81,18 @@ int64_t DispatchOp::rows_offset() const {
 }
 
 void DispatchOp::plan() {
+    try {
+        assign_slots();
+    } catch (const Error&) {  // alike on all ranks, before any row is stored
+        endpoint_.finish_epoch(round_->epoch());
+        throw;
+    }
+}
+
+void DispatchOp::assign_slots() {
     const EndpointConfig& config = endpoint_.config();
+    DEEPCOMM_ASSERT(round_->max_tokens() <= config.max_tokens, "%d tokens announced for %d",
+                    round_->max_tokens(), config.max_tokens);
     if (args_.cached == nullptr) {
         table_ = round_->counts();
         SlotAssigner(config, table_, config.rank, args_.expert_alignment).assign(record_->routing);

@@ -79,6 +79,7 @@ class DispatchOp {
     std::shared_ptr<const DispatchRecord> finish();
 
   private:
+    void assign_slots();
     LandingArea area_of(int32_t local) const;
     const LandingArea& own_area() const { return store_.area(endpoint_.config().local()); }
     bool direct(int32_t local) const;

@@ -49,7 +49,7 @@ Endpoint::Endpoint(const EndpointConfig& config, WaitPolicy policy)
       segment_(Segment::create(map_.total_bytes)),
       own_control_(nullptr),
       leases_(std::make_shared<Leases>()),
-      pool_(config.num_threads),
+      pool_(std::make_unique<ThreadPool>(config.num_threads)),
       last_read_(static_cast<size_t>(config.num_generations), 0) {
     std::vector<Segment::Range> ranges{{0, map_.control_bytes()}};
     const int64_t generation_bytes = map_.reserved_generation_bytes(config_.shape());
@@ -60,11 +60,15 @@ Endpoint::Endpoint(const EndpointConfig& config, WaitPolicy policy)
     rows_reserved_.assign(static_cast<size_t>(config_.num_generations),
                           generation_bytes - map_.generation.rows);
     own_control_ = new (segment_->data()) Control{};
+    pid_ = getpid();
     leases_->segment = segment_;
     counters_.wait_us.assign(static_cast<size_t>(config_.num_ranks), 0);
 }
 
 Endpoint::~Endpoint() {
+    if (getpid() != pid_) {  // a forked child: neither the segment nor the threads are its own
+        static_cast<void>(pool_.release());
+    }
     close();
     for (const Peer& peer : peers_) {
         if (peer.pid_fd >= 0) {
@@ -227,7 +231,7 @@ void Endpoint::check_usable(OpKind kind) const {
 }
 
 void Endpoint::close() {
-    if (closed_) {
+    if (closed_ || getpid() != pid_) {
         return;
     }
     closed_ = true;

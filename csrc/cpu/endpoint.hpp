@@ -84,7 +84,7 @@ class Endpoint {
     const layout::SegmentLayout& map() const { return map_; }
     const RowOps& ops() const { return *ops_; }
     Isa isa() const { return isa_; }
-    ThreadPool& pool() { return pool_; }
+    ThreadPool& pool() { return *pool_; }
     Counters& counters() { return counters_; }
     const std::shared_ptr<Leases>& leases() const { return leases_; }
     Segment& segment() { return *segment_; }
@@ -141,6 +141,12 @@ class Endpoint {
                             counters_.wait_us[static_cast<size_t>(blamed_rank)], ready);
     }
     void ring_all();
+    /// See Waiter::set_tolerant.
+    void set_tolerant(bool tolerant) { waiter_->set_tolerant(tolerant); }
+    /// Whether an operation has been opened that is not finished.
+    bool epoch_open() const {
+        return own_control_->progress.load(std::memory_order_relaxed) != epoch_;
+    }
     /// A masked peer's end is nobody's concern.
     void set_ignored(int32_t local, bool ignored) {
         peers_[static_cast<size_t>(local)].ignored = ignored;
@@ -188,7 +194,7 @@ class Endpoint {
     std::shared_ptr<Leases> leases_;
     std::vector<Peer> peers_;
     std::unique_ptr<Waiter> waiter_;
-    ThreadPool pool_;
+    std::unique_ptr<ThreadPool> pool_;
     Counters counters_;
     uint64_t epoch_ = 0;
     int32_t last_generation_ = 0;
@@ -197,6 +203,7 @@ class Endpoint {
     std::string failure_;
     int32_t failure_culprit_ = -1;
     bool closed_ = false;
+    int32_t pid_ = 0;  ///< of the process that constructed it
 };
 
 }  // namespace deepcomm::cpu

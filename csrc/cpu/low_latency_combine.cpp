@@ -92,8 +92,8 @@ void LowLatencyCombineOp::store_weights(int32_t source, const Routing& routing,
     std::vector<float*> targets(static_cast<size_t>(config.ranks_per_node), nullptr);
     for (int32_t local = 0; local < config.ranks_per_node; ++local) {
         const int32_t rank = config.node() * config.ranks_per_node + local;
-        if (ring_.connected(source, rank) && ring_.wait_credit(local, epoch_, record_format_.stride,
-                                                               signature_.kind, args_.mask_late)) {
+        if (ring_.connected(source, rank) &&
+            ring_.wait_credit(local, epoch_, record_format_.stride, signature_, args_.mask_late)) {
             targets[static_cast<size_t>(local)] = ring_.weights(local, epoch_, source);
         }
     }
@@ -167,8 +167,12 @@ void LowLatencyCombineOp::send() {
     for (int32_t source = 0; source < config.num_ranks; ++source) {
         const int32_t target = config.local_of(source);
         if (!ring_.connected(source, config.rank) ||
-            !ring_.wait_credit(target, epoch_, record_format_.stride, signature_.kind,
+            !ring_.wait_credit(target, epoch_, record_format_.stride, signature_,
                                args_.mask_late)) {
+            if (ring_.differs(target, epoch_, signature_)) {
+                ring_.publish(target, epoch_, ring_.pair_index(source, config.local()), 0,
+                              signature_);
+            }
             continue;
         }
         const int32_t index = ring_.pair_index(source, config.local());

@@ -66,8 +66,10 @@ void LowLatencyDispatchOp::store(int32_t source, const Routing& routing, Read&& 
     for (int32_t local = 0; local < config.ranks_per_node; ++local) {
         const int32_t rank = config.node() * config.ranks_per_node + local;
         if (ring_.connected(source, rank) &&
-            ring_.wait_credit(local, epoch_, stride, signature_.kind, mask_late_)) {
+            ring_.wait_credit(local, epoch_, stride, signature_, mask_late_)) {
             blocks[static_cast<size_t>(local)] = ring_.block(local, epoch_, source, stride);
+        } else if (ring_.connected(source, rank) && ring_.differs(local, epoch_, signature_)) {
+            ring_.publish(local, epoch_, source, 0, signature_);
         }
     }
     Counters& counters = endpoint_.counters();

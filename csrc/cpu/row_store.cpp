@@ -103,16 +103,41 @@ void RowStore::copy_row(std::byte* dst, const std::byte* row) const {
 
 void RowStore::count_written(const Routing& routing, int64_t begin, int64_t end) {
     const EndpointConfig& config = endpoint_.config();
-    int64_t own_rows = 0;
-    int64_t node_rows = 0;
-    for (int32_t index = routing.first_destination[static_cast<size_t>(begin)];
-         index < routing.first_destination[static_cast<size_t>(end)]; ++index) {
-        const int32_t rank = routing.destinations[static_cast<size_t>(index)].rank;
-        own_rows += rank == config.rank;
-        node_rows += rank != config.rank && config.is_local(rank);
+    int64_t own_bytes = 0;
+    int64_t node_bytes = 0;
+    for (int64_t token = begin; token < end; ++token) {
+        const auto at = static_cast<size_t>(token);
+        for (int32_t index = routing.first_destination[at];
+             index < routing.first_destination[at + 1]; ++index) {
+            const Destination& to = routing.destinations[static_cast<size_t>(index)];
+            if (config.is_local(to.rank)) {
+                (to.rank == config.rank ? own_bytes : node_bytes) +=
+                    bytes_written(routing, token, to);
+            }
+        }
     }
-    endpoint_.counters().bytes_local += own_rows * format_.bytes();
-    endpoint_.counters().bytes_node += node_rows * format_.bytes();
+    endpoint_.counters().bytes_local += own_bytes;
+    endpoint_.counters().bytes_node += node_bytes;
+}
+
+int64_t RowStore::bytes_written(const Routing& routing, int64_t token,
+                                const Destination& to) const {
+    const LandingArea& target = area(endpoint_.config().local_of(to.rank));
+    if (to.slot >= target.num_slots) {
+        return 0;
+    }
+    if (format_.recv_layout != RecvLayout::kExpert || !target.direct) {
+        return format_.bytes();
+    }
+    const int32_t* const ids = routing.ids(token);
+    const int32_t* const slots = routing.expert_slots.data() + token * format_.num_topk;
+    int64_t num_rows = 0;
+    for (int32_t column = 0; column < format_.num_topk; ++column) {
+        num_rows += ids[column] >= 0 &&
+                    ids[column] / endpoint_.config().num_local_experts() == to.rank &&
+                    (format_.capacity < 0 || slots[column] < format_.capacity);
+    }
+    return num_rows * format_.row.row_bytes + format_.metadata_bytes();
 }
 
 }  // namespace deepcomm::cpu

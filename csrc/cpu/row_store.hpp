@@ -70,6 +70,7 @@ class RowStore {
                       const std::byte* row) const;
     void copy_row(std::byte* dst, const std::byte* row) const;
     void count_written(const Routing& routing, int64_t begin, int64_t end);
+    int64_t bytes_written(const Routing& routing, int64_t token, const Destination& to) const;
 
     Endpoint& endpoint_;
     StoreFormat format_;

@@ -135,15 +135,17 @@ void SlotRing::abort(uint64_t epoch, OpKind kind, const std::string& message) {
         if (!wait_room(local, epoch, kind)) {
             continue;
         }
+        const bool combines = kind == OpKind::kLowLatencyCombine;
+        // All flags before any header: who waits for weights takes a header without a flag for a
+        // rank that gives none.
+        for (int32_t node = 0; combines && node < config().num_nodes(); ++node) {
+            publish_weights(local, epoch, node * config().ranks_per_node + config().local());
+        }
         for (int32_t node = 0; node < config().num_nodes(); ++node) {
             const int32_t first = node * config().ranks_per_node;
-            const int32_t on_my_rail = first + config().local();
-            if (kind == OpKind::kLowLatencyDispatch) {
-                publish_abort(local, epoch, on_my_rail, refusal);
-            } else {
-                publish_weights(local, epoch, on_my_rail);
-                publish_abort(local, epoch, pair_index(first + local, config().local()), refusal);
-            }
+            const int32_t index =
+                combines ? pair_index(first + local, config().local()) : first + config().local();
+            publish_abort(local, epoch, index, refusal);
         }
     }
 }
@@ -182,6 +184,7 @@ bool SlotRing::wait_or_mask(int32_t source, OpKind kind, const char* what, bool 
     const auto wait = [&] {
         endpoint_.wait_on(config().local_of(source), source, kind, what, ready);
     };
+    endpoint_.set_tolerant(mask_late);  // another rank's failure is no reason to mask this one
     try {
         try {
             wait();
@@ -192,12 +195,17 @@ bool SlotRing::wait_or_mask(int32_t source, OpKind kind, const char* what, bool 
             wait();  // until now the sender may have waited for source
         }
     } catch (const CommError&) {  // late or lost
+        endpoint_.set_tolerant(false);
         if (!mask_late) {
             throw;
         }
         set_masked(sender_of(source), true);
         return false;
+    } catch (...) {
+        endpoint_.set_tolerant(false);
+        throw;
     }
+    endpoint_.set_tolerant(false);
     return true;
 }
 
@@ -221,8 +229,18 @@ bool SlotRing::wait_room(int32_t local, uint64_t epoch, OpKind kind, bool mask_l
                                             [&] { return has_room(local, epoch); });
 }
 
-bool SlotRing::wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind kind,
-                           bool mask_late) {
+bool SlotRing::differs(int32_t local, uint64_t epoch, const OpSignature& signature) const {
+    const int32_t rank = config().node() * config().ranks_per_node + local;
+    const int32_t index =
+        signature.kind == OpKind::kLowLatencyDispatch ? rank : pair_index(config().rank, local);
+    const BlockHeader& head = header(config().local(), epoch, index);
+    return head.epoch.load(std::memory_order_acquire) == epoch && head.status == OpStatus::kOk &&
+           head.signature.dtype != signature.dtype;
+}
+
+bool SlotRing::wait_credit(int32_t local, uint64_t epoch, int64_t stride,
+                           const OpSignature& signature, bool mask_late) {
+    const OpKind kind = signature.kind;
     const Control& target = endpoint_.control(local);
     const int32_t rank = config().node() * config().ranks_per_node + local;
     if (is_masked(rank)) {
@@ -232,7 +250,10 @@ bool SlotRing::wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind
     const bool came = wait_or_mask(rank, kind, "room in its slot", mask_late, [&] {
         const bool reserved =
             target.block_stride.load(std::memory_order_acquire) >= static_cast<uint64_t>(stride);
-        refused = has_refused(local, epoch, kind);
+        // A slot that is done with this epoch takes nothing more: this rank was masked there.
+        const uint64_t done = target.slot_done[slot_of(epoch)].load(std::memory_order_acquire);
+        refused =
+            has_refused(local, epoch, kind) || differs(local, epoch, signature) || done >= epoch;
         return refused || (reserved && has_room(local, epoch));
     });
     return came && !refused;

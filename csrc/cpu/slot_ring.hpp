@@ -71,8 +71,13 @@ class SlotRing {
     /// Reserves this rank's blocks for records of stride bytes; throws where memory is full.
     void reserve(int64_t stride);
     /// Waits until local rank local has room for epoch's records of stride bytes. False where it is,
-    /// or becomes, masked, or has refused the operation: then nothing is to be stored there.
-    bool wait_credit(int32_t local, uint64_t epoch, int64_t stride, OpKind kind, bool mask_late);
+    /// or becomes, masked, has refused the operation, differs, or is done with it: then nothing is to
+    /// be stored there.
+    bool wait_credit(int32_t local, uint64_t epoch, int64_t stride, const OpSignature& signature,
+                     bool mask_late);
+    /// Whether local rank local has sent rows of another dtype for epoch: it may never reserve room
+    /// for ours, but must see our signature.
+    bool differs(int32_t local, uint64_t epoch, const OpSignature& signature) const;
 
     // Blocks: index is the source rank (dispatch) or pair_index (combine)
     int32_t pair_index(int32_t source, int32_t returning_local) const {

@@ -11,9 +11,14 @@ namespace deepcomm::cpu {
 
 class StagedRows : public RowSource {
   public:
-    StagedRows(const Endpoint& endpoint, const Round& round, int64_t row_bytes, int32_t num_topk);
+    /// Rows of TOKEN layout beyond capacity (-1: none) were lost, and are not there.
+    StagedRows(const Endpoint& endpoint, const Round& round, int64_t row_bytes,
+               const DispatchRecord& record);
 
     const std::byte* row(const Destination& at) const override {
+        if (at.slot >= num_slots_) {
+            return nullptr;
+        }
         return rows_[static_cast<size_t>(config_.local_of(at.rank))] + at.slot * row_bytes_;
     }
     const float* weights(const Destination& at) const override {
@@ -24,6 +29,7 @@ class StagedRows : public RowSource {
   private:
     int64_t row_bytes_;
     int32_t num_topk_;
+    int64_t num_slots_;
     const EndpointConfig& config_;
     std::vector<const std::byte*> rows_;
     std::vector<const float*> weights_;

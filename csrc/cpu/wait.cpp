@@ -55,7 +55,11 @@ void Waiter::sleep(uint32_t seen) {
 }
 
 void Waiter::check_lost(int32_t awaited, const char* operation, const char* what) const {
+    const int32_t awaited_rank = peers_[static_cast<size_t>(awaited)].rank;
     for (const Peer& peer : peers_) {
+        if (tolerant_ && peer.rank != awaited_rank) {
+            continue;
+        }
         if (peer.rank != rank_ && !peer.ignored &&
             peer.control->state.load(std::memory_order_acquire) == PeerState::kFailed) {
             throw PeerLost(format("%s: rank %d: peer rank %d failed while waiting for %s: %s",

@@ -68,6 +68,9 @@ class Waiter {
         }
     }
 
+    /// Whether the failure of a peer other than the awaited one is none of this wait's concern.
+    void set_tolerant(bool tolerant) { tolerant_ = tolerant; }
+
   private:
     using Clock = std::chrono::steady_clock;
 
@@ -123,6 +126,7 @@ class Waiter {
     Control& own_;
     const std::vector<Peer>& peers_;
     WaitPolicy policy_;
+    bool tolerant_ = false;
 };
 
 }  // namespace deepcomm::cpu

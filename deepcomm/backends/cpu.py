@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepcomm._C import cpu
-from deepcomm.backends.cpu_low_latency import LowLatency
+from deepcomm.backends.cpu_low_latency import LowLatency, Place
 from deepcomm.backends.cpu_tensors import (
     CpuRecord,
     DispatchTensors,
@@ -27,11 +27,12 @@ from deepcomm.backends.cpu_tensors import (
     combine_output,
     dispatch_args,
     make_handle,
+    native_record,
 )
 from deepcomm.backends.rail import GlooRail, RailPolicy
 from deepcomm.backends.relay import Leg, Relay
 from deepcomm.checks import check_combine, check_dispatch
-from deepcomm.errors import Error, InvalidArgument
+from deepcomm.errors import InvalidArgument, describe_error
 from deepcomm.event import CompletedEvent
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.sizing import native_config
@@ -54,6 +55,11 @@ PROTOCOL_VERSION = 1
 GROWTH = 1.5
 
 
+def late_after_s(config: BufferConfig) -> float:
+    """Return when a late peer is logged: in any case before it is fatal."""
+    return min(config.late_warning_s, config.timeout_s / 2)
+
+
 class CpuBackend:
     """One rank's buffer in shared memory, with gloo rails between nodes."""
 
@@ -72,7 +78,8 @@ class CpuBackend:
         self._num_threads = config.num_threads or max(
             1, self._num_cores // self.topology.ranks_per_node
         )
-        self._endpoint = self._open_endpoint()
+        self._buffer_id = self._group.all_gather(os.urandom(8))[0]
+        self._endpoint = self._open_endpoint(self.config)
         self._rail = self._open_rail()
         self._adopt_endpoint(None)
         self._closed = False
@@ -82,11 +89,11 @@ class CpuBackend:
         if config.rail not in ("auto", "gloo"):
             raise InvalidArgument(f"rail: expected 'auto' or 'gloo' on CPUs, got {config.rail!r}")
 
-    def _open_endpoint(self) -> cpu.Endpoint:
+    def _open_endpoint(self, config: BufferConfig) -> cpu.Endpoint:
         """Create this rank's segment and map those of its node."""
         topology = self.topology
         native = native_config(
-            self.config,
+            config,
             rank=topology.rank,
             num_ranks=topology.num_ranks,
             num_threads=self._num_threads,
@@ -96,9 +103,7 @@ class CpuBackend:
 
         def create() -> tuple[str, str, int]:
             created.append(
-                cpu.Endpoint(
-                    native, self.config.timeout_s, self.config.late_warning_s, may_spin, LOG.warning
-                )
+                cpu.Endpoint(native, config.timeout_s, late_after_s(config), may_spin, LOG.warning)
             )
             return created[0].segment_name, str(Path("/proc/self/ns/pid").readlink()), os.getpid()
 
@@ -117,7 +122,7 @@ class CpuBackend:
     def _open_rail(self) -> GlooRail | None:
         if self.topology.num_nodes == 1:
             return None
-        policy = RailPolicy(self.config.timeout_s, self.config.late_warning_s)
+        policy = RailPolicy(self.config.timeout_s, late_after_s(self.config))
         name = self._group.all_gather(f"deepcomm/{os.urandom(8).hex()}")[0]
         rails: list[GlooRail] = []
         agree(
@@ -130,7 +135,9 @@ class CpuBackend:
     def _adopt_endpoint(self, previous: LowLatency | None) -> None:
         self._relay = Relay(self._rail, self.topology, self._endpoint)
         self._low_latency = LowLatency(
-            self._endpoint, self._relay, self.topology, self.config, previous
+            Place(self._endpoint, self._relay, self.topology, self._buffer_id),
+            self.config,
+            previous,
         )
 
     def _grow(self, num_tokens: int) -> None:
@@ -139,10 +146,10 @@ class CpuBackend:
         LOG.info(
             "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
         )
-        self.config = replace(self.config, max_tokens_per_rank=wanted)
-        old = self._endpoint
-        self._endpoint = self._open_endpoint()
-        self._endpoint.continue_from(old)
+        config = replace(self.config, max_tokens_per_rank=wanted)
+        endpoint = self._open_endpoint(config)  # where this fails, the old one stays in use
+        endpoint.continue_from(self._endpoint)
+        self.config, self._endpoint = config, endpoint
         self._adopt_endpoint(self._low_latency)
 
     @property
@@ -157,9 +164,9 @@ class CpuBackend:
         self._endpoint.check_usable(kind)
         try:
             return prepare()
-        except Error as error:
-            if not self._endpoint.failed:
-                round_ = cpu.Round.refuse(self._endpoint, kind, str(error))
+        except Exception as error:
+            if not self._endpoint.failed and not self._endpoint.epoch_open:
+                round_ = cpu.Round.refuse(self._endpoint, kind, describe_error(error))
                 self._relay.exchange_announcements(round_, kind.name.lower())
                 self._endpoint.finish_epoch(round_.epoch)
             raise
@@ -169,7 +176,8 @@ class CpuBackend:
         try:
             yield
         except BaseException as error:
-            self._relay.settle(error, kind.name.lower())
+            unfinished = self._endpoint.epoch_open
+            self._relay.settle(error, kind.name.lower(), unfinished=unfinished)
             raise
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -191,12 +199,18 @@ class CpuBackend:
         op.push(self._endpoint)
         self._relay_dispatch(op)
         op.receive(self._endpoint)
-        tensors = DispatchTensors.of_dispatch(op, request, checked, self._endpoint)
+        try:
+            tensors = DispatchTensors.of_dispatch(op, request, checked, self._endpoint)
+        except Exception:  # no memory, say; the peers are done with this rank
+            op.finish()
+            raise
         op.deliver_to(tensors.target())
         record = op.finish()
         tensors.check_out()
         num_rows = op.received.out_rows
-        handle = make_handle(request.handle, checked, num_rows, CpuRecord(record, checked.id_dtype))
+        handle = make_handle(
+            request.handle, checked, num_rows, CpuRecord(record, checked.id_dtype, self._buffer_id)
+        )
         return DispatchOutput(
             x=tensors.x,
             scales=tensors.scales,
@@ -217,7 +231,7 @@ class CpuBackend:
         args = dispatch_args(checked, self.config.hidden)
         args.growable = self.config.growable
         if request.handle is not None:
-            args.cached = request.handle.records.native
+            args.cached = native_record(request.handle, self._buffer_id)
         op = cpu.DispatchOp(self._endpoint, args)
         op.announce(self._endpoint)
         self._relay.exchange_announcements(op.round, "dispatch")
@@ -272,6 +286,7 @@ class CpuBackend:
         self, request: CombineRequest
     ) -> tuple[CheckedCombine, CombineOutput, cpu.CombineOp]:
         checked = check_combine(request, self.config, self._num_local_experts, self.device)
+        native_record(request.handle, self._buffer_id)
         output = combine_output(request, checked, self.config.hidden)
         op = cpu.CombineOp(self._endpoint, combine_args(request, checked, output))
         op.stage(self._endpoint)

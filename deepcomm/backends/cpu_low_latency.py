@@ -8,7 +8,7 @@ it is collective over the node and called in the same order on its ranks.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from deepcomm.backends.cpu_tensors import (
     dispatch_args,
     fill_combine_args,
     make_handle,
+    native_record,
 )
 from deepcomm.backends.rail_operation import RailOperation
 from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS
@@ -45,6 +46,16 @@ NAMES = {DISPATCH: "low_latency_dispatch", COMBINE: "low_latency_combine"}
 FIRST_PHASE = {DISPATCH: LL_ROWS, COMBINE: LL_WEIGHTS}
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the operations of one buffer take place."""
+
+    endpoint: cpu.Endpoint
+    relay: Relay
+    topology: Topology
+    buffer_id: bytes
+
+
 class LowLatency:
     """Low-latency operations of one endpoint."""
 
@@ -52,19 +63,18 @@ class LowLatency:
 
     def __init__(
         self,
-        endpoint: cpu.Endpoint,
-        relay: Relay,
-        topology: Topology,
+        place: Place,
         config: BufferConfig,
         previous: LowLatency | None,
     ) -> None:
         """Open the slots; ``previous`` hands over its rank mask."""
-        self._endpoint = endpoint
-        self._relay = relay
-        self._topology = topology
+        self._endpoint = place.endpoint
+        self._relay = place.relay
+        self._topology = place.topology
+        self._buffer_id = place.buffer_id
         self._config = config
-        self._num_local = config.num_experts // topology.num_ranks
-        self.ring = cpu.SlotRing(endpoint)
+        self._num_local = config.num_experts // place.topology.num_ranks
+        self.ring = cpu.SlotRing(place.endpoint)
         if previous is not None:
             self.ring.continue_from(previous.ring)
 
@@ -173,7 +183,9 @@ class LowLatency:
         op: cpu.LowLatencyDispatchOp,
     ) -> DispatchOutput:
         num_rows = tensors.x.numel() // self._config.hidden
-        handle = make_handle(None, checked, num_rows, CpuRecord(op.record, checked.id_dtype))
+        handle = make_handle(
+            None, checked, num_rows, CpuRecord(op.record, checked.id_dtype, self._buffer_id)
+        )
         return DispatchOutput(
             x=tensors.x,
             scales=tensors.scales,
@@ -197,11 +209,14 @@ class LowLatency:
         output: DispatchOutput,
     ) -> None:
         problem: Error | None = None
+        passed_on = set()
         for node in rail.nodes:
             source = self._relay.peer(node)
             header, data = rail.receive(node, LL_ROWS)
             found = rail.problem(node, header)
             problem = problem or found
+            if not self.ring.is_masked(source):
+                passed_on.add(source)
             if header.refusal:
                 op.forward_abort(self._endpoint, source, header.refused_by, header.refusal)
             elif found is not None:
@@ -211,7 +226,7 @@ class LowLatency:
                 op.forward(self._endpoint, source, header.num_rows, address)
         rail.finish()
         for source in map(self._relay.peer, self._relay.other_nodes):
-            if self.ring.is_masked(source):
+            if source not in passed_on:
                 op.forward_absence(self._endpoint, source)
         try:
             op.receive(self._endpoint)
@@ -235,6 +250,7 @@ class LowLatency:
             self.ring.check_free(COMBINE)
             checked = check_combine(request, self._config, self._num_local, self.device)
             check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
+            native_record(request.handle, self._buffer_id)
             output = combine_output(request, checked, self._config.hidden)
             op = self._combine_op(request, checked, output, mask_late)
         except Error as error:
@@ -252,9 +268,12 @@ class LowLatency:
         with self._waits_added_to(request.wait_us_stats):
             problem = self._send_combine(request, checked, op, rail)
 
+        keep_alive = [output]  # the native code holds its addresses until the hook is done
+
         def finish() -> None:
             with self._waits_added_to(request.wait_us_stats):
                 self._receive_combine(checked, op, rail, problem)
+                del keep_alive[:]
 
         if request.return_hook:
             return replace(output, hook=self._hook(COMBINE, finish))
@@ -294,7 +313,9 @@ class LowLatency:
         problem = self._take_weights(op, rail, given) if given else None
         try:
             op.wait_weights(self._endpoint)
-        except ConfigMismatch as error:
+        except (CommError, ConfigMismatch) as error:
+            if self._endpoint.failed:
+                raise
             problem = problem or error  # the hook raises it: the peers need this rank till then
         op.send(self._endpoint)
         return problem

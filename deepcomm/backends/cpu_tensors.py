@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.dlpack import from_dlpack
 
 from deepcomm._C import cpu
 from deepcomm.checks import check_out_shape
+from deepcomm.errors import InvalidArgument
 from deepcomm.types import CombineOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
@@ -54,10 +55,24 @@ class CpuRecord:
     Attributes:
         native: The native record.
         id_dtype: Of ``topk_idx`` as the user gave it; outputs of cached dispatches follow it.
+        buffer_id: Of the buffer, alike on its ranks: its slots mean nothing to another.
     """
 
     native: cpu.DispatchRecord
     id_dtype: torch.dtype
+    buffer_id: bytes
+
+
+def native_record(handle: Handle, buffer_id: bytes) -> cpu.DispatchRecord:
+    """Return a handle's record, if it is one of the buffer's.
+
+    Raises:
+        InvalidArgument: The handle comes from another buffer.
+    """
+    record = handle.records
+    if not isinstance(record, CpuRecord) or record.buffer_id != buffer_id:
+        raise InvalidArgument("handle: expected one of this buffer, got one of another")
+    return record.native
 
 
 def row_dtype(checked: CheckedDispatch) -> torch.dtype:
@@ -104,7 +119,7 @@ def make_handle(
     weights = None if checked.topk_weights is None else checked.topk_weights.clone()
     if cached is not None:
         topk_idx = cached.topk_idx
-        record = CpuRecord(record.native, cached.records.id_dtype)
+        record = replace(record, id_dtype=cached.records.id_dtype)
     else:
         assert checked.topk_idx is not None
         topk_idx = checked.topk_idx.to(torch.int32, copy=True)
@@ -371,8 +386,8 @@ def fill_combine_args(
     if checked.carried is not None:
         args.outputs.topk_weights = address_of(checked.carried)
     args.target.out = address_of(output.x)
-    if request.bias is not None:
-        args.target.bias = address_of(request.bias)
-        args.target.bias_stride = request.bias.stride(0) * request.bias.element_size()
+    if checked.bias is not None:
+        args.target.bias = address_of(checked.bias)
+        args.target.bias_stride = checked.bias.stride(0) * checked.bias.element_size()
     if output.topk_weights is not None:
         args.target.topk_weights = address_of(output.topk_weights)

@@ -216,13 +216,14 @@ class Relay:
             for transfer in sending.pop(step, ()):
                 self.wait(transfer)
 
-    def settle(self, error: BaseException, what: str) -> None:
+    def settle(self, error: BaseException, what: str, *, unfinished: bool = True) -> None:
         """See to what an error that leaves an operation means for the endpoint and its rails.
 
-        One that deepcomm does not raise on purpose (out of memory, Ctrl-C between two steps) has
-        left the operation unfinished: the peers must not wait for the rest.
+        One that deepcomm does not raise on purpose (out of memory, Ctrl-C between two steps) and
+        that leaves the operation unfinished fails the endpoint: the peers must not wait for the
+        rest.
         """
-        if not isinstance(error, Error):
+        if unfinished and not isinstance(error, Error):
             message = f"{what}: rank {self.rank}: interrupted by {type(error).__name__}: {error}"
             self._endpoint.fail(message, self.rank)
         if self._endpoint.failed:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,12 +34,14 @@ class CheckedCombine:
         carried: Contiguous float32 weights to bring back, or None.
         source_weights: Contiguous float32 [T, K] that replace the recorded ones, or None.
         apply_weights: Whether rows are multiplied.
+        bias: [T, H], last dimension contiguous, or None.
     """
 
     rows: torch.Tensor
     carried: torch.Tensor | None
     source_weights: torch.Tensor | None
     apply_weights: bool
+    bias: torch.Tensor | None = None
 
 
 def check_combine(
@@ -65,7 +67,10 @@ def check_combine(
         check_like_output(name, value, rows.dtype, bias_shape, device)
     check_on_timeout(request.on_timeout)
     check_statistic("wait_us_stats", request.wait_us_stats, (torch.int64,), device)
-    return check_combine_weights(request, rows, num_local_experts, device)
+    checked = check_combine_weights(request, rows, num_local_experts, device)
+    if request.bias is None:
+        return checked
+    return replace(checked, bias=contiguous_rows(request.bias.detach()))
 
 
 def outputs_shape(handle: Handle, hidden: int, num_local_experts: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepcomm.config import BufferConfig
 
 FP8_ALIGN = 16
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -211,8 +212,11 @@ def check_alignment(alignment: int | None, layout: RecvLayout) -> int:
     """Return the alignment of the groups."""
     if alignment is None:
         return 1
-    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1:
-        raise InvalidArgument(f"expert_alignment: expected an int of at least 1, got {alignment!r}")
+    is_int = isinstance(alignment, int) and not isinstance(alignment, bool)
+    if not is_int or not 1 <= alignment <= INT32_MAX:
+        raise InvalidArgument(
+            f"expert_alignment: expected an int in 1..{INT32_MAX}, got {alignment!r}"
+        )
     if alignment != 1 and layout is not RecvLayout.EXPERT:
         raise InvalidArgument(
             f"expert_alignment: expected 1 for {layout.name}, which has no groups, got {alignment}"
@@ -224,8 +228,11 @@ def check_capacity(capacity: int | None, layout: RecvLayout) -> int | None:
     """Return the capacity in rows."""
     if capacity is None:
         return None
-    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
-        raise InvalidArgument(f"num_recv_tokens: expected None or an int >= 0, got {capacity!r}")
+    is_int = isinstance(capacity, int) and not isinstance(capacity, bool)
+    if not is_int or not 0 <= capacity <= INT32_MAX:
+        raise InvalidArgument(
+            f"num_recv_tokens: expected None or an int in 0..{INT32_MAX}, got {capacity!r}"
+        )
     if layout is RecvLayout.EXPERT_PADDED:
         raise InvalidArgument(
             "num_recv_tokens: expected None for EXPERT_PADDED, whose shape is fixed, "

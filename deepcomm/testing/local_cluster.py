@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -112,6 +114,9 @@ class LocalCluster:
             except BaseException as error:  # noqa: BLE001  # re-raised below, in the caller
                 failures.append((rank, error))
                 meeting.barrier.abort()
+                # The rank is dead: so are its buffers, and its peers shall notice.
+                traceback.clear_frames(error.__traceback__)
+                gc.collect()
 
         threads = [
             threading.Thread(target=work, args=(rank,), name=f"rank{rank}", daemon=True)
