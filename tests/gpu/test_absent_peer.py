@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.nvrtc
-
 TESTS = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 0.25  # as in absent_peer.py
 MARGIN_S = 0.25

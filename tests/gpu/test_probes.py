@@ -11,8 +11,6 @@ import pytest
 from gpu.launch import World
 from gpu.probes import FIXED_RANKS, PROBES, Setup, run_probe
 
-pytestmark = pytest.mark.nvrtc
-
 REPEATS = 300
 ONE_DEVICE_RANKS = (2, 3, 8)
 

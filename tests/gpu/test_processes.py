@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gpu.probes import PROBES
 
-pytestmark = [pytest.mark.nvrtc, pytest.mark.gpu(2)]
+pytestmark = pytest.mark.gpu(2)
 
 TESTS = Path(__file__).resolve().parents[1]
 
