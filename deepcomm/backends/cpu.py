@@ -51,6 +51,7 @@ __all__ = ["CpuBackend"]
 T = TypeVar("T")
 
 LOG = logging.getLogger("deepcomm")
+LOW_LATENCY_KINDS = (cpu.OpKind.LOW_LATENCY_DISPATCH, cpu.OpKind.LOW_LATENCY_COMBINE)
 PROTOCOL_VERSION = 1
 GROWTH = 1.5
 
@@ -176,7 +177,8 @@ class CpuBackend:
         try:
             yield
         except BaseException as error:
-            unfinished = self._endpoint.epoch_open
+            # Low-latency operations have no opening that could still refuse them everywhere.
+            unfinished = self._endpoint.epoch_open or kind in LOW_LATENCY_KINDS
             self._relay.settle(error, kind.name.lower(), unfinished=unfinished)
             raise
 
