@@ -19,7 +19,6 @@ PLACES = [SINGLE_NODE, TWO_NODES]
 VICTIM = 2
 KILL_TIMEOUT_S = 20.0
 STALL_TIMEOUT_S = 1.0
-REFUSED_STEPS = ("announce", "stage")  # errors before these are refusals, which all ranks survive
 SLACK_S = 2.5
 BEFORE_PEERS_WAIT = ("announce", "stage")
 
