@@ -26,7 +26,7 @@ from deepcomm.backends.cpu_tensors import (
 from deepcomm.backends.rail_operation import RailOperation
 from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS
 from deepcomm.checks import check_combine, check_dispatch, check_length
-from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
+from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument, describe_error
 from deepcomm.event import CompletedEvent
 from deepcomm.types import CombineOutput, DispatchOutput
 
@@ -78,13 +78,13 @@ class LowLatency:
         if previous is not None:
             self.ring.continue_from(previous.ring)
 
-    def _refuse(self, kind: cpu.OpKind, error: Error) -> None:
+    def _refuse(self, kind: cpu.OpKind, error: Exception) -> None:
         """Tell every rank that this one refuses the operation, and drop what they send."""
         epoch, phase = self.ring.open(), FIRST_PHASE[kind]
         rail = RailOperation(self._relay, self.ring, NAMES[kind], epoch)
         for node in rail.nodes:
             rail.refuse(node, phase, error)
-        self.ring.abort(self._endpoint, epoch, kind, str(error))
+        self.ring.abort(self._endpoint, epoch, kind, describe_error(error))
         self.ring.close(epoch)
         for node in rail.nodes:
             rail.receive(node, phase)
@@ -100,13 +100,19 @@ class LowLatency:
                 raise InvalidArgument(f"{NAMES[kind]}: expected one call of its hook, got a second")
             self._endpoint.check_usable(kind)
             done = True
-            try:
+            with self._settled(kind):
                 finish()
-            except BaseException as error:
-                self._relay.settle(error, NAMES[kind])
-                raise
 
         return hook
+
+    @contextlib.contextmanager
+    def _settled(self, kind: cpu.OpKind) -> Iterator[None]:
+        """Part of an operation that the peers count on."""
+        try:
+            yield
+        except BaseException as error:
+            self._relay.settle(error, NAMES[kind])
+            raise
 
     @contextlib.contextmanager
     def _waits_added_to(self, stats: torch.Tensor | None) -> Iterator[None]:
@@ -125,43 +131,42 @@ class LowLatency:
         self._endpoint.check_usable(DISPATCH)
         mask_late = request.on_timeout == "mask"
         try:
-            self.ring.check_free(DISPATCH)
-            checked = check_dispatch(request, self._config, self.device)
-            self._check_statistics(request)
+            checked = self._check_dispatch(request)
             max_rows = self._topology.num_ranks * self._config.max_tokens_per_rank
             tensors = DispatchTensors.of_low_latency(request, checked, self._num_local, max_rows)
             args = dispatch_args(checked, self._config.hidden)
             op = cpu.LowLatencyDispatchOp(self._endpoint, self.ring, args, mask_late)
-        except Error as error:
+        except Exception as error:
             self._refuse_if_open(DISPATCH, error)
             raise
-        with self._waits_added_to(request.wait_us_stats):
-            op.send(self._endpoint)
-        rail = RailOperation(
-            self._relay,
-            self.ring,
-            NAMES[DISPATCH],
-            op.epoch,
-            signature=op.signature,
-            mask_late=mask_late,
-        )
-        for node in rail.nodes:
-            num_rows = op.num_rows_to(node)
-            data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
-            op.pack(node, data.data_ptr())
-            rail.send(node, LL_ROWS, data, num_rows)
-        output = self._dispatch_output(request, checked, tensors, op)
-
-        def finish() -> None:
+        with self._settled(DISPATCH):
             with self._waits_added_to(request.wait_us_stats):
-                self._receive_dispatch(request, checked, tensors, op, rail, output)
+                op.send(self._endpoint)
+            rail = RailOperation(
+                self._relay,
+                self.ring,
+                NAMES[DISPATCH],
+                op.epoch,
+                signature=op.signature,
+                mask_late=mask_late,
+            )
+            for node in rail.nodes:
+                num_rows = op.num_rows_to(node)
+                data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
+                op.pack(node, data.data_ptr())
+                rail.send(node, LL_ROWS, data, num_rows)
+            output = self._dispatch_output(request, checked, tensors, op)
 
-        if request.return_hook:
-            return replace(output, hook=self._hook(DISPATCH, finish))
-        finish()
-        return output
+            def finish() -> None:
+                with self._waits_added_to(request.wait_us_stats):
+                    self._receive_dispatch(request, checked, tensors, op, rail, output)
 
-    def _refuse_if_open(self, kind: cpu.OpKind, error: Error) -> None:
+            if request.return_hook:
+                return replace(output, hook=self._hook(DISPATCH, finish))
+            finish()
+            return output
+
+    def _refuse_if_open(self, kind: cpu.OpKind, error: Exception) -> None:
         """Refuse an operation on all ranks, unless there is no free slot here to do so."""
         if self._endpoint.failed:
             return
@@ -171,9 +176,12 @@ class LowLatency:
             return
         self._refuse(kind, error)
 
-    def _check_statistics(self, request: DispatchRequest) -> None:
+    def _check_dispatch(self, request: DispatchRequest) -> CheckedDispatch:
+        self.ring.check_free(DISPATCH)
+        checked = check_dispatch(request, self._config, self.device)
         check_length("expert_token_stats", request.expert_token_stats, self._num_local)
         check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
+        return checked
 
     def _dispatch_output(
         self,
@@ -253,32 +261,33 @@ class LowLatency:
             native_record(request.handle, self._buffer_id)
             output = combine_output(request, checked, self._config.hidden)
             op = self._combine_op(request, checked, output, mask_late)
-        except Error as error:
+        except Exception as error:
             self._refuse_if_open(COMBINE, error)
             raise
-        op.open(self._endpoint)
-        rail = RailOperation(
-            self._relay,
-            self.ring,
-            NAMES[COMBINE],
-            op.epoch,
-            signature=op.signature,
-            mask_late=mask_late,
-        )
-        with self._waits_added_to(request.wait_us_stats):
-            problem = self._send_combine(request, checked, op, rail)
-
-        keep_alive = [output]  # the native code holds its addresses until the hook is done
-
-        def finish() -> None:
+        with self._settled(COMBINE):
+            op.open(self._endpoint)
+            rail = RailOperation(
+                self._relay,
+                self.ring,
+                NAMES[COMBINE],
+                op.epoch,
+                signature=op.signature,
+                mask_late=mask_late,
+            )
             with self._waits_added_to(request.wait_us_stats):
-                self._receive_combine(checked, op, rail, problem)
-                del keep_alive[:]
+                problem = self._send_combine(request, checked, op, rail)
 
-        if request.return_hook:
-            return replace(output, hook=self._hook(COMBINE, finish))
-        finish()
-        return output
+            keep_alive = [output]  # the native code holds its addresses until the hook is done
+
+            def finish() -> None:
+                with self._waits_added_to(request.wait_us_stats):
+                    self._receive_combine(checked, op, rail, problem)
+                    del keep_alive[:]
+
+            if request.return_hook:
+                return replace(output, hook=self._hook(COMBINE, finish))
+            finish()
+            return output
 
     def _combine_op(
         self,

@@ -9,7 +9,7 @@ import torch
 
 from deepcomm._C import cpu
 from deepcomm.backends.relay import Envelope, Header
-from deepcomm.errors import CommError, ConfigMismatch, Error
+from deepcomm.errors import CommError, ConfigMismatch, Error, describe_error
 
 if TYPE_CHECKING:
     from deepcomm.backends.rail import Transfer
@@ -52,14 +52,16 @@ class RailOperation:
         if num_rows:
             self._start(node, phase + 1, data)
 
-    def refuse(self, node: int, phase: int, error: Error) -> None:
+    def refuse(self, node: int, phase: int, error: Exception) -> None:
         """Send instead why the operation is refused, by this rank or another of its node."""
         refused_by = self.relay.rank
         if isinstance(error, ConfigMismatch):
             refused_by = -1
         elif isinstance(error, CommError) and error.peer is not None:
             refused_by = error.peer
-        self._start(node, phase, Header(refusal=str(error), refused_by=refused_by).pack())
+        self._start(
+            node, phase, Header(refusal=describe_error(error), refused_by=refused_by).pack()
+        )
 
     def _envelope(self, node: int, phase: int) -> Envelope:
         return Envelope(node, self._epoch, phase, self._name)
