@@ -53,6 +53,10 @@ class BufferConfig:
                 raise InvalidArgument(f"{name}: expected an int, got {value!r}")
             if not low <= value <= high:
                 raise InvalidArgument(f"{name}: expected {low}..{high}, got {value}")
+        self._check_together(num_ranks)
+
+    def _check_together(self, num_ranks: int) -> None:
+        """Raise InvalidArgument for fields that are good alone but not together."""
         if self.num_experts % num_ranks:
             raise InvalidArgument(
                 f"num_experts: expected a multiple of the group's {num_ranks} ranks, "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepcomm._C import cpu
+from deepcomm.backends.cpu_explain import Choices, explain
 from deepcomm.backends.cpu_low_latency import LowLatency, Place
 from deepcomm.backends.cpu_tensors import (
     CpuRecord,
@@ -370,30 +371,17 @@ class CpuBackend:
 
     def explain(self) -> str:
         """Return what was chosen and why."""
-        config, topology = self.config, self.topology
-        threads = "as asked" if config.num_threads else "cores / ranks of the node"
-        lines = [
-            "backend    cpu: POSIX shared memory inside a node",
-            f"topology   rank {topology.rank} of {topology.num_ranks}, "
-            f"{topology.num_nodes} node(s) of {topology.ranks_per_node} "
-            "(ranks that see each other's shared memory, or ranks_per_node)",
-            f"rail       {self._explain_rail()}",
-            f"isa        {self._endpoint.isa} (best of this machine, or DEEPCOMM_CPU_ISA)",
-            f"threads    {self._num_threads} of {self._num_cores} cores ({threads})",
-            f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
-            "which can be leased to views",
-            f"slots      {config.num_low_latency_slots} low-latency operations in flight",
-            f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
-            f"{config.max_tokens_per_rank} tokens a rank{' (growable)' if config.growable else ''}",
-            f"timeout    {config.timeout_s:g} s; late peers are logged after "
-            f"{config.late_warning_s:g} s",
-        ]
-        return "\n".join(lines)
-
-    def _explain_rail(self) -> str:
-        if self._rail is None:
-            return "none: one node"
-        return f"gloo over {self._rail.address} to ranks {self.topology.rail_ranks}"
+        return explain(
+            Choices(
+                config=self.config,
+                topology=self.topology,
+                rail=self._rail,
+                isa=self._endpoint.isa,
+                num_threads=self._num_threads,
+                num_cores=self._num_cores,
+                num_bytes=self.num_bytes,
+            )
+        )
 
     def close(self) -> None:
         """Release everything; idempotent."""
