@@ -52,7 +52,6 @@ __all__ = ["CpuBackend"]
 T = TypeVar("T")
 
 LOG = logging.getLogger("deepcomm")
-LOW_LATENCY_KINDS = (cpu.OpKind.LOW_LATENCY_DISPATCH, cpu.OpKind.LOW_LATENCY_COMBINE)
 PROTOCOL_VERSION = 1
 GROWTH = 1.5
 
@@ -178,9 +177,7 @@ class CpuBackend:
         try:
             yield
         except BaseException as error:
-            # Low-latency operations have no opening that could still refuse them everywhere.
-            unfinished = self._endpoint.epoch_open or kind in LOW_LATENCY_KINDS
-            self._relay.settle(error, kind.name.lower(), unfinished=unfinished)
+            self._relay.settle(error, kind.name.lower(), unfinished=self._endpoint.epoch_open)
             raise
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
