@@ -79,6 +79,11 @@ FAULTS = (
     Fault("low_latency_combine", "LowLatencyCombineOp", "finish"),
 )
 
+BEFORE_OPENING = tuple(
+    Fault(operation, "SlotRing", "check_free")
+    for operation in ("low_latency_dispatch", "low_latency_combine")
+)
+
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
