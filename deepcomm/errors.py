@@ -3,7 +3,7 @@
 
 ``InvalidArgument`` and ``ConfigMismatch`` leave a ``Buffer`` usable. So does a ``CommError`` that
 reports a peer's argument error. After ``CommTimeout``, or a ``CommError`` that reports a lost peer,
-only ``Buffer.close()`` works; every other call raises ``CommError`` naming what happened.
+every operation raises ``CommError`` naming what happened: the buffer can only be closed.
 """
 
 from __future__ import annotations
