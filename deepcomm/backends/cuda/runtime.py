@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA backend asks of a machine: memory, kernels, streams. One GPU, or the emulator.
+
+``device.py`` implements it with the driver. Tests implement it with the SIMT emulator, so that the
+backend's own host code runs there too. Addresses are integers; kernels get them in their arguments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from deepcomm.group import Group
+    from deepcomm.types import Event
+
+__all__ = ["Function", "HostMemory", "KernelParams", "Memory", "Runtime", "SymmetricMemory"]
+
+
+class KernelParams(Protocol):
+    """A kernel's argument: a native struct of ``deepcomm._C.kernels``, copied at launch."""
+
+    @property
+    def address(self) -> int:
+        """Where the struct is in host memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+
+
+class Function(Protocol):
+    """A kernel, loaded."""
+
+    name: str
+    max_threads: int
+    """Threads of a block it is launched with."""
+    blocks_per_sm: int
+    """Blocks that are resident on one SM at the same time."""
+
+
+class Memory(Protocol):
+    """Memory of this rank's device, zeroed when it was made; freed with the object."""
+
+    address: int
+    num_bytes: int
+
+
+class HostMemory(Protocol):
+    """Zeroed host memory that kernels can read and write; freed with the object."""
+
+    address: int
+    """As the host sees it."""
+    device_address: int
+    """As kernels see it."""
+    num_bytes: int
+
+
+class SymmetricMemory(Protocol):
+    """One block of memory on every rank, zeroed, mapped by all of them.
+
+    ``bases[r]`` is where rank r's block is in this rank's address space. The memory lives until
+    the object is closed and all leases have ended.
+    """
+
+    bases: tuple[int, ...]
+    num_bytes: int
+
+    def lease(self, generation: int, offset: int, num_bytes: int) -> Any:
+        """Return a DLPack capsule of bytes of the own block; its storage's end ends the lease."""
+
+    def num_leases(self, generation: int) -> int:
+        """Return how many leases of a generation have not ended."""
+
+    def close(self) -> None:
+        """Unmap and free, once no lease is left; idempotent."""
+
+
+class Runtime(Protocol):
+    """One rank's device."""
+
+    device: torch.device
+    """Where tensors live."""
+    num_sms: int
+
+    def symmetric_memory(self, group: Group, num_bytes: int) -> SymmetricMemory:
+        """Reserve the same amount on every rank and map the peers'; collective over ``group``.
+
+        Raises:
+            CudaError: The driver refused.
+            CommError: A peer failed; names it.
+        """
+
+    def memory(self, num_bytes: int) -> Memory:
+        """Return zeroed memory of this device."""
+
+    def upload(self, content: bytes) -> Memory:
+        """Return memory of this device that holds ``content``."""
+
+    def host_memory(self, num_bytes: int) -> HostMemory:
+        """Return zeroed memory shared by host and device."""
+
+    def load(self, kernel: str, spec: Mapping[str, int]) -> Function:
+        """Compile (or find in the cache) and load a kernel of the list, ready to launch."""
+
+    def launch(self, function: Function, grid: int, params: KernelParams) -> None:
+        """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
+
+    def wait_word(
+        self, address: int, expected: int, record_address: int, timeout_s: float
+    ) -> bool:
+        """Poll a 64-bit word of host memory until it equals ``expected``; acquires.
+
+        Returns:
+            False once ``timeout_s`` has passed or the error record there is complete.
+        """
+
+    def flush(self) -> None:
+        """See to it that what was launched makes progress by itself; nothing to do on a GPU."""
+
+    def is_capturing(self) -> bool:
+        """Return whether the current stream records a graph."""
+
+    def on_stream(self, previous_event: Event | None) -> AbstractContextManager[None]:
+        """Make the communication stream current for a while.
+
+        It first waits for ``previous_event``, or without one for all work of the stream that was
+        current before.
+        """
+
+    def wait_event(self, event: Event) -> None:
+        """Make the current stream wait for an event."""
+
+    def record_event(self) -> Event:
+        """Return the completion of all work of the current stream so far."""
+
+    def keep_alive(self, tensor: torch.Tensor) -> None:
+        """Do not reuse a tensor's memory before the work so far of the current stream is done."""
