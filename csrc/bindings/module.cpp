@@ -45,4 +45,5 @@ PYBIND11_MODULE(_C, module) {
     py::register_exception_translator(&deepcomm::translate);
     deepcomm::bind_simd(module);
     deepcomm::bind_cpu(module);
+    deepcomm::bind_kernels(module);
 }
