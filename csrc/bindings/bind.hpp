@@ -7,6 +7,7 @@
 namespace deepcomm {
 
 void bind_cpu(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_simd(pybind11::module_& module);
 
 }  // namespace deepcomm
