@@ -30,6 +30,8 @@ void translate(std::exception_ptr pointer) {
         raise("ConfigMismatch", error);
     } catch (const InternalError& error) {
         raise("InternalError", error);
+    } catch (const CudaError& error) {
+        raise("CudaError", error);
     } catch (const CommTimeout& error) {
         raise("CommTimeout", error);
     } catch (const CommError& error) {
@@ -46,4 +48,5 @@ PYBIND11_MODULE(_C, module) {
     deepcomm::bind_simd(module);
     deepcomm::bind_cpu(module);
     deepcomm::bind_kernels(module);
+    deepcomm::bind_cuda(module);
 }
