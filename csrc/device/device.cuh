@@ -9,6 +9,7 @@
 
 #include "device/barrier.cuh"
 #include "device/check.cuh"
+#include "device/convert.cuh"
 #include "device/epoch.cuh"
 #include "device/group.cuh"
 #include "device/primitives.cuh"

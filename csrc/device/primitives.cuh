@@ -3,11 +3,13 @@
 #pragma once
 
 #if defined(__CUDACC__)
+#include "device/cuda/arithmetic.cuh"
 #include "device/cuda/bulk.cuh"
 #include "device/cuda/collective.cuh"
 #include "device/cuda/memory.cuh"
 #include "device/cuda/platform.cuh"
 #else
+#include "device/emu/arithmetic.cuh"
 #include "device/emu/bulk.cuh"
 #include "device/emu/collective.cuh"
 #include "device/emu/memory.cuh"

@@ -52,8 +52,17 @@ void sleep_ns(uint64_t duration_ns);
 bool block_barrier(bool flag);
 bool named_barrier(int barrier_idx, int num_threads, bool flag);
 
-enum class Collective : uint8_t { kSync, kBallot, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown };
-/// Returns the ballot or the value received; argument is a lane, a mask or a distance.
+enum class Collective : uint8_t {
+    kSync,
+    kBallot,
+    kMatch,
+    kShuffle,
+    kShuffleXor,
+    kShuffleUp,
+    kShuffleDown,
+};
+/// Returns the ballot, the lanes that match or the value received; argument is a lane, a mask or a
+/// distance.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, uint32_t argument);
 
 // ---- shared memory, mbarriers, bulk copies

@@ -10,7 +10,7 @@ namespace deepcomm::emu {
 namespace {
 
 const char* name_of(Collective kind) {
-    constexpr const char* kNames[] = {"syncwarp",    "ballot",     "shuffle",
+    constexpr const char* kNames[] = {"syncwarp",    "ballot",     "match",       "shuffle",
                                       "shuffle_xor", "shuffle_up", "shuffle_down"};
     return kNames[static_cast<int>(kind)];
 }
@@ -38,17 +38,22 @@ void meet(Thread* const* threads, size_t count) {
                        machine->actor_name(threads[0]->id).c_str());
 }
 
+/// The lanes that have brought this value.
+uint64_t lanes_with(const WarpRendezvous& meeting, uint64_t value) {
+    uint64_t lanes = 0;
+    for (int i = 0; i < 32; ++i) {
+        const bool is_here = meeting.arrived >> i & 1;
+        if (is_here && meeting.values[i] == value) lanes |= uint64_t{1} << i;
+    }
+    return lanes;
+}
+
 uint64_t result_for(const WarpRendezvous& meeting, int lane) {
     int source = lane;
     switch (meeting.kind) {
         case Collective::kSync: return 0;
-        case Collective::kBallot: {
-            uint64_t ballot = 0;
-            for (int i = 0; i < 32; ++i) {
-                if (meeting.arrived >> i & 1) ballot |= (meeting.values[i] & 1) << i;
-            }
-            return ballot;
-        }
+        case Collective::kBallot: return lanes_with(meeting, 1);
+        case Collective::kMatch: return lanes_with(meeting, meeting.values[lane]);
         case Collective::kShuffle: source = static_cast<int>(meeting.argument & 31); break;
         case Collective::kShuffleXor: source = lane ^ static_cast<int>(meeting.argument); break;
         case Collective::kShuffleUp: source = lane - static_cast<int>(meeting.argument); break;

@@ -25,7 +25,14 @@ COMPILER = "g++"
 MAX_PARALLEL_COMPILES = 2
 MAX_CACHED_BYTES = 200 << 20
 
-BASE_FLAGS = ("-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror")
+BASE_FLAGS = (
+    "-std=c++17",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",  # device/emu/arithmetic.cuh rounds after every operation
+)
 HOOK_FLAGS = (
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
@@ -126,6 +133,18 @@ def build(name: str, variant: Variant = PLAIN) -> Program:
         run_compiler([*map(str, objects), *sanitizer], program)
     program.touch()
     return Program(program)
+
+
+def build_library(name: str) -> Path:
+    """Compile ``tests/emulated/<name>.cpp`` alone as a shared library: no fibers, no hooks."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    flags = (*BASE_FLAGS, "-O1", "-fPIC", f"-I{CSRC}")
+    unit = compile_unit(HERE / f"{name}.cpp", flags)
+    library = unit.with_suffix(".so")
+    if not library.exists():
+        run_compiler(["-shared", str(unit)], library)
+    library.touch()
+    return library
 
 
 def prune() -> None:

@@ -11,7 +11,7 @@ from emulated.build import CSRC, HERE
 
 KERNELS = sorted((CSRC / "kernels").rglob("*.cuh"))
 PORTABLE = sorted((CSRC / "device").glob("*.cuh")) + KERNELS
-PAIRS = ("platform", "memory", "bulk", "collective")
+PAIRS = ("platform", "memory", "bulk", "collective", "arithmetic")
 
 # What belongs to device/cuda alone: everything else would not run under the emulator.
 FORBIDDEN = {

@@ -59,6 +59,11 @@ DEEPCOMM_DEVICE T warp_shuffle_down(T value, int32_t distance, uint32_t mask = k
     return __shfl_down_sync(mask, value, distance);
 }
 
+/// The mask's lanes whose value equals the caller's.
+DEEPCOMM_DEVICE uint32_t warp_match(uint32_t value, uint32_t mask = kFullMask) {
+    return __match_any_sync(mask, value);
+}
+
 DEEPCOMM_DEVICE int32_t popcount(uint32_t bits) { return __popc(bits); }
 /// Index of the lowest set bit; bits != 0.
 DEEPCOMM_DEVICE int32_t lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }

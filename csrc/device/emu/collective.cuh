@@ -66,6 +66,10 @@ inline T warp_shuffle_down(T value, int32_t distance, uint32_t mask = kFullMask)
     return emulated::shuffle(emu::Collective::kShuffleDown, value, distance, mask);
 }
 
+inline uint32_t warp_match(uint32_t value, uint32_t mask = kFullMask) {
+    return static_cast<uint32_t>(emu::warp_collective(emu::Collective::kMatch, mask, value, 0));
+}
+
 inline int32_t popcount(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline int32_t lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
