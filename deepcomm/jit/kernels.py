@@ -48,6 +48,10 @@ class Kernel:
     options: tuple[str, ...] = ()
 
 
+NUM_RANKS = SpecParameter("num_ranks", (2, 8))
+HIDDEN = SpecParameter("hidden", (7168,))
+BY_EXPERT = SpecParameter("by_expert", (False, True))
+
 KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_signal", "kernels/probe/signal.cuh"),
     Kernel("probe_claim", "kernels/probe/claim.cuh"),
@@ -56,6 +60,24 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_ring", "kernels/probe/ring.cuh"),
     Kernel("probe_packet", "kernels/probe/packet.cuh"),
     Kernel("probe_barrier_fold", "kernels/probe/barrier_fold.cuh"),
+    Kernel(
+        "dispatch_count",
+        "kernels/dispatch/count.cuh",
+        shared="CountShared",
+        spec=(NUM_RANKS, SpecParameter("num_experts", (256,))),
+    ),
+    Kernel(
+        "dispatch_send",
+        "kernels/dispatch/kernel.cuh",
+        shared="SendShared",
+        spec=(NUM_RANKS, HIDDEN, SpecParameter("wire", (0, 1, 2)), BY_EXPERT),
+    ),
+    Kernel(
+        "combine",
+        "kernels/combine/kernel.cuh",
+        shared="CombineShared",
+        spec=(NUM_RANKS, HIDDEN, BY_EXPERT),
+    ),
 )
 
 
