@@ -17,7 +17,7 @@ using layout::Role;
 
 /// What all waits of a kernel share.
 struct WaitContext {
-    ErrorRecord* record;  ///< of this rank
+    ErrorRecord* record;  ///< of this rank; null: tells nobody, and hears of no other failure
     uint64_t timeout_ns;  ///< of each wait, from its first look at the clock
     int32_t rank;
 };
@@ -74,10 +74,12 @@ DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site
             const uint64_t now_ns = globaltimer_ns();
             if (deadline_ns == 0) deadline_ns = now_ns + context.timeout_ns;
             if (now_ns >= deadline_ns) {
-                record_failure(context, site, FailureKind::kTimeout, expected, observed.value);
+                if (context.record != nullptr) {
+                    record_failure(context, site, FailureKind::kTimeout, expected, observed.value);
+                }
                 return false;
             }
-            if (num_polls % kPollsPerRecordRead == 0) {
+            if (context.record != nullptr && num_polls % kPollsPerRecordRead == 0) {
                 const uint32_t state = ld_relaxed_sys(&context.record->state);
                 if (state != static_cast<uint32_t>(RecordState::kClear)) return false;
             }

@@ -82,9 +82,9 @@ struct Thread : ThreadIdentity {
 struct WarpRendezvous {
     Collective kind;
     uint32_t mask;
-    uint32_t argument;
     uint32_t arrived;
     uint64_t values[32];
+    uint32_t arguments[32];  ///< a lane, a mask or a distance, each lane's own
 };
 
 struct Warp {
