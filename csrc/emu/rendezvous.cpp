@@ -49,15 +49,16 @@ uint64_t lanes_with(const WarpRendezvous& meeting, uint64_t value) {
 }
 
 uint64_t result_for(const WarpRendezvous& meeting, int lane) {
+    const auto argument = static_cast<int>(meeting.arguments[lane]);
     int source = lane;
     switch (meeting.kind) {
         case Collective::kSync: return 0;
         case Collective::kBallot: return lanes_with(meeting, 1);
         case Collective::kMatch: return lanes_with(meeting, meeting.values[lane]);
-        case Collective::kShuffle: source = static_cast<int>(meeting.arguments[lane] & 31); break;
-        case Collective::kShuffleXor: source = lane ^ static_cast<int>(meeting.arguments[lane]); break;
-        case Collective::kShuffleUp: source = lane - static_cast<int>(meeting.arguments[lane]); break;
-        case Collective::kShuffleDown: source = lane + static_cast<int>(meeting.arguments[lane]); break;
+        case Collective::kShuffle: source = argument & 31; break;
+        case Collective::kShuffleXor: source = lane ^ argument; break;
+        case Collective::kShuffleUp: source = lane - argument; break;
+        case Collective::kShuffleDown: source = lane + argument; break;
     }
     if (source < 0 || source > 31) return meeting.values[lane];
     constexpr uint64_t kGarbage = 0xDEADBEEFDEADBEEFull;  // reading an absent lane is undefined
