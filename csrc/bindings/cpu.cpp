@@ -71,10 +71,22 @@ void bind_endpoint(py::module_& module) {
         .def(
             "lease",
             [](const Endpoint& self, int32_t generation, int64_t offset, int64_t num_bytes) {
-                return lease_capsule(self.leases(), generation, offset, num_bytes);
+                return bytes_capsule(self.lease(generation, offset), num_bytes);
             },
             py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
-            "DLPack capsule of bytes; the generation is leased until its storage is freed.");
+            "DLPack capsule of bytes; the generation is leased until its storage is freed.")
+        .def(
+            "take_result",
+            [](const Endpoint& self, int64_t num_bytes) {
+                return bytes_capsule(self.results().take(num_bytes), num_bytes);
+            },
+            py::arg("num_bytes"),
+            "DLPack capsule of uninitialised bytes, used again once its storage is freed.")
+        .def_property_readonly("idle_result_bytes",
+                               [](const Endpoint& self) { return self.results().idle_bytes(); })
+        .def_property_readonly("max_idle_result_bytes", [](const Endpoint& self) {
+            return self.results().max_idle_bytes();
+        });
 }
 
 }  // namespace

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Leased bytes of symmetric memory as a DLPack capsule: the storage's deleter ends the lease. The
-// structures are DLPack's public C ABI, version 0.8 (dlpack.h), as far as bytes on CPUs need it.
+// Bytes as a DLPack capsule: the storage's deleter lets go of their owner. The structures are DLPack's
+// public C ABI, version 0.8 (dlpack.h), as far as bytes on CPUs need it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
-
-#include "cpu/endpoint.hpp"
+#include <utility>
 
 namespace deepcomm {
 
@@ -39,39 +39,31 @@ struct DlManagedTensor {
     void (*deleter)(DlManagedTensor*);
 };
 
-/// One lease and the tensor that stands for it.
-struct LeasedBytes {
+/// Bytes and the tensor that stands for them.
+struct SharedBytes {
     DlManagedTensor managed{};
-    int64_t shape = 0;
-    std::shared_ptr<cpu::Leases> leases;
-    int32_t generation = 0;
+    int64_t num_bytes = 0;
+    std::shared_ptr<std::byte> data;
 
     static void end(DlManagedTensor* managed) {
-        auto* const self = static_cast<LeasedBytes*>(managed->manager_ctx);
-        // ORDER: pairs with the acquire in Endpoint::choose_landing: the reader is done first.
-        self->leases->count[static_cast<size_t>(self->generation)].fetch_sub(
-            1, std::memory_order_release);
-        delete self;
+        delete static_cast<SharedBytes*>(managed->manager_ctx);
     }
 };
 
-inline pybind11::capsule lease_capsule(const std::shared_ptr<cpu::Leases>& leases,
-                                       int32_t generation, int64_t offset, int64_t num_bytes) {
+inline pybind11::capsule bytes_capsule(std::shared_ptr<std::byte> data, int64_t num_bytes) {
     constexpr int32_t kCpu = 1;
     constexpr uint8_t kUint = 1;
-    auto* const leased = new LeasedBytes;
-    leased->leases = leases;
-    leased->generation = generation;
-    leased->shape = num_bytes;
-    leased->managed.tensor.data = leases->segment->data() + offset;
-    leased->managed.tensor.device = {kCpu, 0};
-    leased->managed.tensor.ndim = 1;
-    leased->managed.tensor.dtype = {kUint, 8, 1};
-    leased->managed.tensor.shape = &leased->shape;
-    leased->managed.manager_ctx = leased;
-    leased->managed.deleter = &LeasedBytes::end;
-    leases->count[static_cast<size_t>(generation)].fetch_add(1, std::memory_order_relaxed);
-    return pybind11::capsule(&leased->managed, "dltensor", [](PyObject* object) {
+    auto* const bytes = new SharedBytes;
+    bytes->num_bytes = num_bytes;
+    bytes->managed.tensor.data = data.get();
+    bytes->managed.tensor.device = {kCpu, 0};
+    bytes->managed.tensor.ndim = 1;
+    bytes->managed.tensor.dtype = {kUint, 8, 1};
+    bytes->managed.tensor.shape = &bytes->num_bytes;
+    bytes->managed.manager_ctx = bytes;
+    bytes->managed.deleter = &SharedBytes::end;
+    bytes->data = std::move(data);
+    return pybind11::capsule(&bytes->managed, "dltensor", [](PyObject* object) {
         // A consumer renames the capsule and owns the tensor from then on.
         if (PyCapsule_IsValid(object, "dltensor") != 0) {
             auto* const managed =

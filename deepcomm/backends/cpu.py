@@ -21,11 +21,11 @@ import torch
 from deepcomm._C import cpu
 from deepcomm.backends.cpu_explain import Choices, explain
 from deepcomm.backends.cpu_low_latency import LowLatency, Place
+from deepcomm.backends.cpu_results import combine_output
 from deepcomm.backends.cpu_tensors import (
     CpuRecord,
     DispatchTensors,
     combine_args,
-    combine_output,
     dispatch_args,
     make_handle,
     native_record,
@@ -287,7 +287,7 @@ class CpuBackend:
     ) -> tuple[CheckedCombine, CombineOutput, cpu.CombineOp]:
         checked = check_combine(request, self.config, self._num_local_experts, self.device)
         native_record(request.handle, self._buffer_id)
-        output = combine_output(request, checked, self.config.hidden)
+        output = combine_output(self._endpoint, request, checked)
         op = cpu.CombineOp(self._endpoint, combine_args(request, checked, output))
         op.stage(self._endpoint)
         self._relay.exchange_announcements(op.round, "combine")
@@ -377,6 +377,7 @@ class CpuBackend:
                 num_threads=self._num_threads,
                 num_cores=self._num_cores,
                 num_bytes=self.num_bytes,
+                max_idle_result_bytes=self._endpoint.max_idle_result_bytes,
             )
         )
 
