@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -237,14 +238,23 @@ class CpuBackend:
         self._relay.exchange_announcements(op.round, "dispatch")
         return checked, op
 
-    def _relay_dispatch(self, op: cpu.DispatchOp) -> None:
-        def packer(node: int) -> Leg:
-            return Leg(
-                node,
-                op.num_rows_to(node),
-                lambda begin, end, address: op.pack(node, begin, end, address),
-            )
+    def _relay_records(
+        self,
+        op: cpu.DispatchOp | cpu.CombineOp,
+        name: str,
+        packed_for: Callable[[int], int],
+        take: Callable[[int], Leg],
+    ) -> None:
+        """Exchange records with the rail peer on each node: ``op.pack`` knows it as packed_for."""
+        nodes = list(self._relay.other_nodes)
+        packers = [
+            Leg(node, op.num_rows_to(packed_for(node)), partial(op.pack, packed_for(node)))
+            for node in nodes
+        ]
+        takers = [take(node) for node in nodes]
+        self._relay.exchange_records(packers, takers, op.record_bytes, op.round.epoch, name)
 
+    def _relay_dispatch(self, op: cpu.DispatchOp) -> None:
         def forwarder(node: int) -> Leg:
             source = self._relay.peer(node)
             return Leg(
@@ -253,15 +263,8 @@ class CpuBackend:
                 lambda begin, end, address: op.forward(source, end - begin, address),
             )
 
-        nodes = list(self._relay.other_nodes)
-        self._relay.exchange_records(
-            [packer(node) for node in nodes],
-            [forwarder(node) for node in nodes],
-            op.record_bytes,
-            op.round.epoch,
-            "dispatch",
-        )
-        for node in nodes:
+        self._relay_records(op, "dispatch", lambda node: node, forwarder)
+        for node in self._relay.other_nodes:
             op.publish(self._relay.peer(node))
 
     def combine(self, request: CombineRequest) -> CombineOutput:
@@ -297,14 +300,6 @@ class CpuBackend:
         """Exchange the nodes' partial sums; returns those for this rank's tokens, by node."""
         partials: list[torch.Tensor | None] = [None] * self.topology.num_nodes
 
-        def packer(node: int) -> Leg:
-            source = self._relay.peer(node)
-            return Leg(
-                node,
-                op.num_rows_to(source),
-                lambda begin, end, address: op.pack(source, begin, end, address),
-            )
-
         def collector(node: int) -> Leg:
             num_rows = op.num_rows_from(node)
             data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
@@ -316,14 +311,7 @@ class CpuBackend:
 
             return Leg(node, num_rows, collect)
 
-        nodes = list(self._relay.other_nodes)
-        self._relay.exchange_records(
-            [packer(node) for node in nodes],
-            [collector(node) for node in nodes],
-            op.record_bytes,
-            op.round.epoch,
-            "combine",
-        )
+        self._relay_records(op, "combine", self._relay.peer, collector)
         return partials
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
