@@ -95,6 +95,8 @@ void bind_cpu(py::module_& parent) {
     py::module_ module = parent.def_submodule("cpu", "The CPU backend.");
     bind_cpu_args(module);
     bind_endpoint(module);
+    module.def("remove_stale_segments", &cpu::Segment::remove_stale,
+               "Removes the names of segments whose owners died while constructing.");
     bind_cpu_operations(module);
 }
 

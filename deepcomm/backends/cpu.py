@@ -116,6 +116,9 @@ class CpuBackend:
             names = [name for name, _, _ in local]
             pids = [pid if namespace == own_namespace else 0 for _, namespace, pid in local]
             agree(self._group, "Buffer", lambda: created[0].connect(names, pids))
+        except BaseException:
+            cpu.remove_stale_segments()  # of a peer that was killed
+            raise
         finally:  # the name is needed no longer, even where the group itself fails
             for endpoint in created:
                 endpoint.unlink()
