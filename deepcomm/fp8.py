@@ -70,7 +70,9 @@ def dequantize_fp8(x: ScaledTensor) -> torch.Tensor:
 
 def unpack_ue8m0(scales: torch.Tensor, num_tiles: int) -> torch.Tensor:
     """Return packed UE8M0 scales, int32 [..., ceil(S / 4)], as float32 [..., S]."""
-    return _ue8m0_value(scales.contiguous().view(torch.uint8)[..., :num_tiles])
+    # NOTE: contiguous() keeps the stride of an axis of length 1, which view() then refuses.
+    words = scales.clone(memory_format=torch.contiguous_format)
+    return _ue8m0_value(words.view(torch.uint8)[..., :num_tiles])
 
 
 def _round_up_to_ue8m0(scales: torch.Tensor) -> torch.Tensor:
