@@ -66,8 +66,8 @@ class LowLatencyHandle(_HandleTuple):
 class EPHandle:
     """Record of one V2 dispatch; every field may be read and assigned.
 
-    What is counted is computed when it is first read, so that an asynchronous dispatch is not
-    waited for before the client does.
+    What is counted is computed when it is first read: an asynchronous dispatch is not waited for
+    before the client does.
 
     Attributes:
         do_expand: Whether rows are grouped by expert.
@@ -76,11 +76,22 @@ class EPHandle:
         num_max_tokens_per_rank: Largest T that rows are laid out for, or None.
         num_sms: As asked for.
         topk_idx: The ids of the dispatch.
-        recv_src_metadata: The key of the routing; opaque.
-        dst_buffer_slot_idx: Empty.
         token_metadata_at_forward: None.
         channel_linked_list: None.
     """
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int | None
+    num_sms: int
+    topk_idx: torch.Tensor
+    token_metadata_at_forward: torch.Tensor | None
+    channel_linked_list: torch.Tensor | None
+    _routing: Routing
+    _counts: torch.Tensor
+    _num_recv: torch.Tensor
+    _event: Event | None
 
     def __init__(
         self,
@@ -102,6 +113,7 @@ class EPHandle:
         channel_linked_list: torch.Tensor | None,
     ) -> None:
         """Assemble a handle from the fields of another."""
+        # Into the dictionary, where the computed properties would keep what they compute.
         self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
 
     @classmethod
@@ -110,8 +122,6 @@ class EPHandle:
         handle = cls.__new__(cls)
         handle.__dict__.update(
             fields,
-            recv_src_metadata=make_key(routing),
-            dst_buffer_slot_idx=routing.handle.topk_idx.new_empty(0),
             token_metadata_at_forward=None,
             channel_linked_list=None,
             _routing=routing,
@@ -121,20 +131,15 @@ class EPHandle:
         )
         return handle
 
-    do_expand: bool
-    num_experts: int
-    expert_alignment: int
-    num_max_tokens_per_rank: int | None
-    num_sms: int
-    topk_idx: torch.Tensor
-    recv_src_metadata: torch.Tensor
-    dst_buffer_slot_idx: torch.Tensor
-    token_metadata_at_forward: torch.Tensor | None
-    channel_linked_list: torch.Tensor | None
-    _routing: Routing
-    _counts: torch.Tensor
-    _num_recv: torch.Tensor
-    _event: Event | None
+    @cached_property
+    def recv_src_metadata(self) -> torch.Tensor:
+        """The key of the routing; opaque."""
+        return make_key(self._routing)
+
+    @cached_property
+    def dst_buffer_slot_idx(self) -> torch.Tensor:
+        """Empty."""
+        return self.topk_idx.new_empty(0)
 
     @cached_property
     def num_unaligned_recv_tokens_per_expert(self) -> torch.Tensor:

@@ -42,26 +42,21 @@ def dispatch_layout(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) ->
         )
     if topk_idx.ndim != 2:
         raise InvalidArgument(f"topk_idx: expected [T, K], got {list(topk_idx.shape)}")
-    num_local = num_experts // num_ranks
-    # Ids outside 0..E-1 count for nobody: they fall into one more column, which is cut off.
-    known = (topk_idx >= 0) & (topk_idx < num_experts)
-    expert = torch.where(known, topk_idx, num_experts).long()
-    rank = torch.where(known, expert // num_local, num_ranks)
-    in_rank = _one_more(topk_idx, num_ranks, torch.bool).scatter_(1, rank, value=True)
-    in_rank = in_rank[:, :num_ranks].contiguous()
-    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
-    ones = torch.ones_like(expert, dtype=torch.int32)
-    per_expert.scatter_add_(0, expert.reshape(-1), ones.reshape(-1))
+    # -1 becomes E, and so falls into one more column, which is cut off.
+    expert = topk_idx.long().remainder(num_experts + 1)
+    rank = expert.div(num_experts // num_ranks, rounding_mode="floor")
+    device = topk_idx.device
+    in_rank = torch.zeros(topk_idx.shape[0], num_ranks + 1, dtype=torch.bool, device=device)
+    in_rank = in_rank.scatter_(1, rank, value=True)[:, :num_ranks].contiguous()
+    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+    one = torch.ones((), dtype=torch.int32, device=device)
+    per_expert.scatter_add_(0, expert.reshape(-1), one.expand(expert.numel()))
     return DispatchLayout(
         num_tokens_per_rank=in_rank.sum(0, dtype=torch.int32),
         num_tokens_per_rdma_rank=_per_node(in_rank, num_ranks),
-        num_tokens_per_expert=per_expert[:num_experts].contiguous(),
+        num_tokens_per_expert=per_expert[:num_experts],
         is_token_in_rank=in_rank,
     )
-
-
-def _one_more(topk_idx: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(topk_idx.shape[0], width + 1, dtype=dtype, device=topk_idx.device)
 
 
 def _per_node(in_rank: torch.Tensor, num_ranks: int) -> torch.Tensor | None:

@@ -32,6 +32,8 @@ class LowLatencyOperations:
     """Low-latency operations, masks and their buffers; ``Buffer`` adds the rest."""
 
     enable_shrink: bool
+    group_size: int
+    rank: int
     _native: NativeBuffers
 
     @staticmethod
@@ -146,7 +148,9 @@ class LowLatencyOperations:
         Args:
             x: [L, R * tokens, H].
             topk_idx: [T, K] as dispatched. An id that is -1 now counts as none; the sum of a token
-                with any other id than dispatched is NaN.
+                with any other id than dispatched is NaN. The very tensor that was dispatched is
+                not looked at again unless torch has counted a change of it, which it does not in
+                inference mode.
             topk_weights: float32 [T, K].
             handle: Of the dispatch.
             use_logfmt: Not supported.
@@ -216,7 +220,16 @@ class LowLatencyOperations:
         return "mask" if self.enable_shrink else "raise"
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Mark a peer dead, or alive again, for low-latency operations."""
+        """Mark a peer dead, or alive again, for low-latency operations.
+
+        Raises:
+            InvalidArgument: It is no peer.
+        """
+        if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
+            raise InvalidArgument(
+                f"rank_to_mask: expected a peer in 0..{self.group_size - 1} other than "
+                f"{self.rank}, got {rank_to_mask}"
+            )
         self._native.set_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
@@ -258,8 +271,7 @@ def _cast(
 def _weights(routing: Routing, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     """Return the weights to apply, given the ids that the caller now has."""
     sent = routing.handle.topk_idx
-    known = topk_idx is routing.topk_idx and version_of(topk_idx) == routing.topk_version
-    if known and routing.topk_version >= 0:
+    if topk_idx is routing.topk_idx and version_of(topk_idx) == routing.topk_version:
         return topk_weights
     if topk_idx.shape != sent.shape:
         raise InvalidArgument(

@@ -204,6 +204,24 @@ def test_combine_with_ids_of_its_own(device: str) -> None:
     play(cases(device), run, low_latency=True)
 
 
+def test_combine_in_inference_mode(device: str) -> None:
+    def run(rank: Rank) -> None:
+        with torch.inference_mode():
+            buffer = Buffer(rank.group)
+            ids = rank.ids.clone()
+            assert ids.is_inference()
+            _, _, handle, *_ = buffer.low_latency_dispatch(
+                rank.x, ids, rank.case.num_tokens, rank.case.num_experts, use_fp8=False
+            )
+            ys = rank.outputs()
+            expected = rank.combined(ys, source_weights=rank.inputs.weights)
+            for given in (ids, ids.clone()):
+                total, *_ = buffer.low_latency_combine(rank.own(ys), given, rank.weights, handle)
+                assert torch.equal(total.cpu(), expected.x)
+
+    play(cases(device), run, low_latency=True)
+
+
 def test_operations_in_flight(device: str) -> None:
     """Two batches overlap: the hooks of one run after the sends of the other."""
 
@@ -301,6 +319,9 @@ def test_masks_are_kept_queried_and_cleaned(device: str) -> None:
         status = torch.full((4,), 9, dtype=torch.int32, device=device)
         buffer.low_latency_query_mask_buffer(status)
         assert status.tolist() == [0, 0, 0, 0]
+        for wrong in (rank.rank, 4, -1):
+            with pytest.raises(InvalidArgument, match="rank_to_mask: expected a peer"):
+                buffer.low_latency_update_mask_buffer(wrong, True)
         if rank.rank == 3:
             return
         buffer.low_latency_update_mask_buffer(3, True)
