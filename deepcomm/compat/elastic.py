@@ -359,7 +359,9 @@ def _add_counts(stats: torch.Tensor, output: DispatchOutput) -> None:
 def _all_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Return as many rows as the handle has; those left out are NaN, should one hold a token."""
     given = rows.shape[0]
-    if given >= num_rows:
+    if given == num_rows:
+        return rows
+    if given > num_rows:
         return rows[:num_rows]
     padded = rows.new_empty((num_rows, *rows.shape[1:]))
     padded[:given] = rows
