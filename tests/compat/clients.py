@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from compat.dense import Experts, Problem, run_layer
-
-from deepcomm.compat import install_as_deep_ep
+from compat.dense import Experts, Problem, enter, run_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,13 +21,12 @@ if TYPE_CHECKING:
 
 def megatron(group: Any, problem: Problem) -> None:
     """Megatron-Core's flex dispatcher and fused all-to-all, asynchronous as by default."""
-    install_as_deep_ep()
+    rank = enter(group, problem)
     from megatron.core.transformer.moe import fused_a2a
     from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 
     assert fused_a2a.HAVE_DEEP_EP
     assert not fused_a2a.HAVE_HYBRIDEP
-    rank = dist.get_rank(group)
     config = SimpleNamespace(
         moe_flex_dispatcher_backend="deepep",
         moe_router_topk=problem.topk,
@@ -65,7 +62,7 @@ def megatron(group: Any, problem: Problem) -> None:
 
 def automodel(group: Any, problem: Problem) -> None:
     """NeMo Automodel's flex dispatcher, synchronous and asynchronous, and its replay."""
-    install_as_deep_ep()
+    rank = enter(group, problem)
     from nemo_automodel.components.moe.megatron import fused_a2a
     from nemo_automodel.components.moe.megatron.token_dispatcher import (
         MoEFlexTokenDispatcher,
@@ -73,7 +70,6 @@ def automodel(group: Any, problem: Problem) -> None:
     )
 
     assert fused_a2a.HAVE_DEEP_EP
-    rank = dist.get_rank(group)
     local = list(range(rank * problem.num_local, (rank + 1) * problem.num_local))
 
     def layer_of(dispatcher: Any) -> Callable[..., torch.Tensor]:
@@ -105,13 +101,12 @@ def automodel(group: Any, problem: Problem) -> None:
 
 def torchtitan(group: Any, problem: Problem) -> None:
     """Torchtitan's DeepEP operators, registered for CUDA alone, here for CPUs as well."""
-    install_as_deep_ep()
+    rank = enter(group, problem)
     from torchtitan.distributed.deepep import deepep
 
     if problem.device == "cpu":
         torch.library.impl("deepep::dispatch", "CPU")(deepep._dispatch_op_impl)
         torch.library.impl("deepep::combine", "CPU")(deepep._combine_op_impl)
-    rank = dist.get_rank(group)
     sizes = {
         "hidden": problem.hidden,
         "num_max_tokens_per_rank": problem.tokens,
@@ -151,10 +146,9 @@ def deepspeed(group: Any, problem: Problem) -> None:
 
     The exchange is made before the route asks for it, whose barrier names a CUDA device.
     """
-    install_as_deep_ep()
+    rank = enter(group, problem)
     from deepspeed.module_inject import auto_ep_comm, auto_ep_layer
 
-    rank = dist.get_rank(group)
     scope = auto_ep_comm.new_exchange_scope()
     sizes = (problem.experts, problem.topk, problem.hidden, problem.tokens)
     exchange = auto_ep_comm.shared_exchange(scope, group, *sizes)

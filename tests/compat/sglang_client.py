@@ -18,10 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from compat.dense import Experts, Problem, run_layer
-
-from deepcomm.compat import install_as_deep_ep
+from compat.dense import Experts, Problem, enter, run_layer
 
 PACKAGES = ("", ".srt", ".srt.layers", ".srt.layers.moe", ".srt.layers.moe.token_dispatcher")
 
@@ -142,14 +139,13 @@ def import_dispatcher(server: Server) -> Any:
 
 def sglang(group: Any, problem: Problem) -> None:
     """Prefill and decode in turns through one dispatcher, without gradients."""
-    install_as_deep_ep()
+    rank = enter(group, problem)
     server = Server(problem.tokens)
     deepep = import_dispatcher(server)
     assert deepep.use_deepep, deepep._deepep_import_error
     if problem.device == "cpu":
         properties = SimpleNamespace(multi_processor_count=132)
         torch.cuda.get_device_properties = lambda **_: properties
-    rank = dist.get_rank(group)
     dispatcher = deepep.DeepEPDispatcher(
         group=group,
         router_topk=problem.topk,
