@@ -39,7 +39,8 @@ def test_heap_is_mapped_by_the_ranks_of_a_process(fake: FakeCuda, num_ranks: int
     driver, descriptors = fake.driver(), open_descriptors()
     words = LocalCluster(num_ranks, device="cpu").run(lambda group: exchange_words(group, driver))
     assert words == expected_words(num_ranks)
-    assert fake.num_calls("cuMemExportToShareableHandle") == 0, "they share the allocation"
+    assert fake.num_calls("cuMemExportToShareableHandle") == 0
+    assert fake.num_calls("cuMemMap") == num_ranks, "they share the addresses"
     assert fake.live() == {}
     assert open_descriptors() == descriptors
     assert heaps._shared == {}
