@@ -146,8 +146,8 @@ def test_every_kernel_of_the_backend_is_run(
         launch(self, function, grid, params)
 
     monkeypatch.setattr(EmulatedRuntime, "launch", remember)
-    for layout in RecvLayout:
-        play(schedules()[0], replace(SMALL, layout=layout), Oracle())
+    for layout, wire in itertools.product(RecvLayout, ("bf16", "fp8")):
+        play(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
     assert launched == {
         kernel.name for kernel in KERNELS if not kernel.source.startswith("kernels/probe/")
     }
