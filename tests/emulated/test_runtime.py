@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,11 +146,16 @@ def test_runtime_checks_tensors_of_the_host_while_kernels_use_them() -> None:
         run_emulated(take_turns, 3, Settings(seed))
 
 
-def test_runtime_finds_memory_that_is_freed_too_early() -> None:
+def test_runtime_frees_memory_after_the_kernels_launched_before() -> None:
     def free_record(group: LocalGroup) -> None:
         ring = Ring(group)
         ring.launch()
-        del ring.record
+        address = ring.record.device_address
+        ring.record = None  # type: ignore[assignment]
+        ring.runtime.flush()
+        group.barrier()
+        ring.record = SimpleNamespace(device_address=address)  # type: ignore[assignment]
+        ring.launch()
         ring.runtime.flush()
 
     pattern = r"(?s)out of bounds: (read|write) of host:r\d:test_runtime:\d+\+0x0 by r"
@@ -345,3 +351,15 @@ def test_runtime_of_an_earlier_cluster_is_refused() -> None:
     run_emulated(lambda _: None, 1)
     with pytest.raises(EmulatorError, match="taken by a later one"):
         earlier.memory(8)
+
+
+@pytest.mark.parametrize("address", [8, 1 << 46, -4096], ids=["null", "unmapped", "negative"])
+def test_runtime_reports_wild_pointers(address: int) -> None:
+    def use(group: LocalGroup) -> None:
+        ring = Ring(group)
+        ring.folds = SimpleNamespace(data_ptr=lambda: address)  # type: ignore[assignment]
+        ring.launch()
+        ring.runtime.flush()
+
+    with pytest.raises(EmulatorError, match=r"wild pointer: 0x[0-9a-f]+ is memory of nobody"):
+        run_emulated(use, 1)
