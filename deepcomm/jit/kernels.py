@@ -48,6 +48,13 @@ class Kernel:
     options: tuple[str, ...] = ()
 
 
+HIDDEN = SpecParameter("hidden", (2048, 4096, 5120, 7168))
+THREADS = SpecParameter("num_threads", (256,))
+SEND, RECEIVE, BOTH = 1, 2, 3
+"""Phases of a low-latency launch."""
+ONE_FORMAT = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1))
+"""Scale format (0 none, 1 FP32, 2 UE8M0) and whether the rows are cast on the way."""
+
 KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_signal", "kernels/probe/signal.cuh"),
     Kernel("probe_claim", "kernels/probe/claim.cuh"),
@@ -56,6 +63,17 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_ring", "kernels/probe/ring.cuh"),
     Kernel("probe_packet", "kernels/probe/packet.cuh"),
     Kernel("probe_barrier_fold", "kernels/probe/barrier_fold.cuh"),
+    Kernel(
+        "low_latency_dispatch",
+        "kernels/low_latency/dispatch.cuh",
+        shared="LowLatencyDispatchShared",
+        spec=(
+            HIDDEN,
+            SpecParameter("row_format", (0, 1, 2, 3, 4)),
+            SpecParameter("phases", (SEND, RECEIVE, BOTH)),
+            THREADS,
+        ),
+    ),
 )
 
 
