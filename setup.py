@@ -10,7 +10,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SOURCE_FOLDERS = ("csrc/common", "csrc/cpu", "csrc/cpu/simd", "csrc/bindings")
+SOURCE_FOLDERS = ("csrc/common", "csrc/cpu", "csrc/cpu/simd", "csrc/host", "csrc/bindings")
 KERNEL_FOLDERS = ("csrc/common", "csrc/layout", "csrc/device", "csrc/kernels")
 NO_KERNEL = Path("csrc/device/emu")  # the emulator's half of the device layer
 FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility=hidden"]
@@ -48,7 +48,7 @@ setup(
             depends=headers,
             cxx_std=17,
             extra_compile_args=FLAGS,
-            extra_link_args=["-lrt", "-lpthread"],
+            extra_link_args=["-lrt", "-lpthread", "-ldl"],
         )
     ],
     cmdclass={"build_ext": build_ext, "build_py": BuildWithKernels},

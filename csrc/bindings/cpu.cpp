@@ -23,6 +23,34 @@ void check_signals() {
     }
 }
 
+/// Keeps a generation from being reused.
+class GenerationLease {
+  public:
+    GenerationLease(std::shared_ptr<cpu::Leases> leases, int32_t generation)
+        : leases_(std::move(leases)), generation_(generation) {
+        count().fetch_add(1, std::memory_order_relaxed);
+    }
+    GenerationLease(GenerationLease&& other) = default;
+    ~GenerationLease() {
+        if (leases_ != nullptr) {
+            // ORDER: pairs with the acquire in Endpoint::choose_landing: the reader is done first.
+            count().fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+  private:
+    std::atomic<int32_t>& count() { return leases_->count[static_cast<size_t>(generation_)]; }
+
+    std::shared_ptr<cpu::Leases> leases_;
+    int32_t generation_;
+};
+
+py::capsule lease(const Endpoint& endpoint, int32_t generation, int64_t offset, int64_t num_bytes) {
+    const std::shared_ptr<cpu::Leases>& leases = endpoint.leases();
+    std::byte* const data = leases->segment->data() + offset;
+    return lease_capsule(GenerationLease(leases, generation), {kDlCpu, 0}, data, num_bytes);
+}
+
 void bind_endpoint(py::module_& module) {
     py::class_<cpu::Counters>(module, "Counters")
         .def_readonly("num_dispatches", &cpu::Counters::num_dispatches)
@@ -68,13 +96,8 @@ void bind_endpoint(py::module_& module) {
         .def("find_culprit", &Endpoint::find_culprit, py::call_guard<py::gil_scoped_release>())
         .def("finish_epoch", &Endpoint::finish_epoch, py::arg("epoch"))
         .def("close", &Endpoint::close)
-        .def(
-            "lease",
-            [](const Endpoint& self, int32_t generation, int64_t offset, int64_t num_bytes) {
-                return lease_capsule(self.leases(), generation, offset, num_bytes);
-            },
-            py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
-            "DLPack capsule of bytes; the generation is leased until its storage is freed.");
+        .def("lease", &lease, py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
+             "DLPack capsule of bytes; the generation is leased until its storage is freed.");
 }
 
 }  // namespace

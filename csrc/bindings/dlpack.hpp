@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Leased bytes of symmetric memory as a DLPack capsule: the storage's deleter ends the lease. The
-// structures are DLPack's public C ABI, version 0.8 (dlpack.h), as far as bytes on CPUs need it.
+// structures are DLPack's public C ABI, version 0.8 (dlpack.h), as far as bytes need it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <atomic>
-#include <memory>
-
-#include "cpu/endpoint.hpp"
+#include <cstdint>
+#include <utility>
 
 namespace deepcomm {
 
@@ -39,38 +37,36 @@ struct DlManagedTensor {
     void (*deleter)(DlManagedTensor*);
 };
 
-/// One lease and the tensor that stands for it.
+constexpr int32_t kDlCpu = 1;
+constexpr int32_t kDlCuda = 2;
+
+/// One lease and the tensor that stands for it. The lease ends with the last storage.
+template <typename Lease>
 struct LeasedBytes {
     DlManagedTensor managed{};
     int64_t shape = 0;
-    std::shared_ptr<cpu::Leases> leases;
-    int32_t generation = 0;
+    Lease lease;
+
+    explicit LeasedBytes(Lease held) : lease(std::move(held)) {}
 
     static void end(DlManagedTensor* managed) {
-        auto* const self = static_cast<LeasedBytes*>(managed->manager_ctx);
-        // ORDER: pairs with the acquire in Endpoint::choose_landing: the reader is done first.
-        self->leases->count[static_cast<size_t>(self->generation)].fetch_sub(
-            1, std::memory_order_release);
-        delete self;
+        delete static_cast<LeasedBytes*>(managed->manager_ctx);
     }
 };
 
-inline pybind11::capsule lease_capsule(const std::shared_ptr<cpu::Leases>& leases,
-                                       int32_t generation, int64_t offset, int64_t num_bytes) {
-    constexpr int32_t kCpu = 1;
+/// Returns num_bytes bytes at data as a capsule that keeps lease until its storage is freed.
+template <typename Lease>
+pybind11::capsule lease_capsule(Lease lease, DlDevice device, void* data, int64_t num_bytes) {
     constexpr uint8_t kUint = 1;
-    auto* const leased = new LeasedBytes;
-    leased->leases = leases;
-    leased->generation = generation;
+    auto* const leased = new LeasedBytes<Lease>(std::move(lease));
     leased->shape = num_bytes;
-    leased->managed.tensor.data = leases->segment->data() + offset;
-    leased->managed.tensor.device = {kCpu, 0};
+    leased->managed.tensor.data = data;
+    leased->managed.tensor.device = device;
     leased->managed.tensor.ndim = 1;
     leased->managed.tensor.dtype = {kUint, 8, 1};
     leased->managed.tensor.shape = &leased->shape;
     leased->managed.manager_ctx = leased;
-    leased->managed.deleter = &LeasedBytes::end;
-    leases->count[static_cast<size_t>(generation)].fetch_add(1, std::memory_order_relaxed);
+    leased->managed.deleter = &LeasedBytes<Lease>::end;
     return pybind11::capsule(&leased->managed, "dltensor", [](PyObject* object) {
         // A consumer renames the capsule and owns the tensor from then on.
         if (PyCapsule_IsValid(object, "dltensor") != 0) {

@@ -30,6 +30,8 @@ void translate(std::exception_ptr pointer) {
         raise("ConfigMismatch", error);
     } catch (const InternalError& error) {
         raise("InternalError", error);
+    } catch (const CudaError& error) {
+        raise("CudaError", error);
     } catch (const CommTimeout& error) {
         raise("CommTimeout", error);
     } catch (const CommError& error) {
@@ -45,4 +47,6 @@ PYBIND11_MODULE(_C, module) {
     py::register_exception_translator(&deepcomm::translate);
     deepcomm::bind_simd(module);
     deepcomm::bind_cpu(module);
+    deepcomm::bind_kernels(module);
+    deepcomm::bind_cuda(module);
 }

@@ -30,6 +30,12 @@ class InternalError : public Error {
     using Error::Error;
 };
 
+/// A call of CUDA's driver failed: the call, the code and its name.
+class CudaError : public Error {
+  public:
+    using Error::Error;
+};
+
 /// A peer failed or refused; peer is -1 where no single one is at fault.
 class CommError : public Error {
   public:

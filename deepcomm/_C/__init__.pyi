@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 # Generated from the built extension by `python .ci/stub.py`; do not edit.
 from . import cpu as cpu
+from . import cuda as cuda
 from . import simd as simd

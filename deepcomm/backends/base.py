@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from deepcomm.errors import InvalidArgument
+from deepcomm.group import agree, as_group
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
     from deepcomm.types import (
@@ -109,7 +113,13 @@ class Backend(Protocol):
 
 
 def open_backend(group: Any, config: BufferConfig, device: torch.device | str | None) -> Backend:
-    """Construct the backend that serves ``device``; collective over ``group``."""
+    """Construct the backend that serves ``device``; collective over ``group``.
+
+    A group may bring the machine to run on itself (``runtime``).
+    """
+    runtime = getattr(group, "runtime", None)
+    if runtime is not None:
+        return _open_cuda(group, config, lambda: runtime)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -117,4 +127,21 @@ def open_backend(group: Any, config: BufferConfig, device: torch.device | str | 
         from deepcomm.backends.cpu import CpuBackend
 
         return CpuBackend(group, config)
-    raise InvalidArgument(f"device: expected cpu, got {device}")
+    if device.type == "cuda":
+        from deepcomm.backends.cuda.device import CudaRuntime
+
+        return _open_cuda(group, config, lambda: CudaRuntime(device))
+    raise InvalidArgument(f"device: expected cpu or cuda, got {device}")
+
+
+def _open_cuda(group: Any, config: BufferConfig, make: Callable[[], Runtime]) -> Backend:
+    # The host code of the kernels' operations is loaded only where it is used.
+    from deepcomm.backends.cuda.backend import (  # type: ignore[import-not-found,unused-ignore]
+        CudaBackend,
+    )
+
+    control = as_group(group)
+    runtimes: list[Runtime] = []
+    agree(control, "Buffer", lambda: runtimes.append(make()))
+    backend: Backend = CudaBackend(group, config, runtimes[0])
+    return backend

@@ -48,12 +48,12 @@ class Kernel:
     options: tuple[str, ...] = ()
 
 
-HIDDEN = SpecParameter("hidden", (2048, 4096, 5120, 7168))
-THREADS = SpecParameter("num_threads", (256,))
-SEND, RECEIVE, BOTH = 1, 2, 3
-"""Phases of a low-latency launch."""
-ONE_FORMAT = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1))
-"""Scale format (0 none, 1 FP32, 2 UE8M0) and whether the rows are cast on the way."""
+NUM_RANKS = SpecParameter("num_ranks", (2, 8))
+HIDDEN = SpecParameter("hidden", (7168,))
+BY_EXPERT = SpecParameter("by_expert", (False, True))
+PHASES = SpecParameter("phases", (1, 2, 3))
+"""Of a low-latency launch: send, receive, both."""
+NUM_THREADS = SpecParameter("num_threads", (256,))
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_signal", "kernels/probe/signal.cuh"),
@@ -64,15 +64,28 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_packet", "kernels/probe/packet.cuh"),
     Kernel("probe_barrier_fold", "kernels/probe/barrier_fold.cuh"),
     Kernel(
+        "dispatch_count",
+        "kernels/dispatch/count.cuh",
+        shared="CountShared",
+        spec=(NUM_RANKS, SpecParameter("num_experts", (256,))),
+    ),
+    Kernel(
+        "dispatch_send",
+        "kernels/dispatch/kernel.cuh",
+        shared="SendShared",
+        spec=(NUM_RANKS, HIDDEN, SpecParameter("wire", (0, 1, 2)), BY_EXPERT),
+    ),
+    Kernel(
+        "combine",
+        "kernels/combine/kernel.cuh",
+        shared="CombineShared",
+        spec=(NUM_RANKS, HIDDEN, BY_EXPERT),
+    ),
+    Kernel(
         "low_latency_dispatch",
         "kernels/low_latency/dispatch.cuh",
         shared="LowLatencyDispatchShared",
-        spec=(
-            HIDDEN,
-            SpecParameter("row_format", (0, 1, 2, 3, 4)),
-            SpecParameter("phases", (SEND, RECEIVE, BOTH)),
-            THREADS,
-        ),
+        spec=(HIDDEN, SpecParameter("rows", (0, 1, 2, 3, 4)), PHASES, NUM_THREADS),
     ),
 )
 

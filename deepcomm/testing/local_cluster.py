@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch._C._distributed_c10d import HashStore, Store
 
 from deepcomm.errors import CommError, CommTimeout, InvalidArgument
+from deepcomm.testing.local_devices import current_device, place_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import timedelta
+
+    import torch
+
+    from deepcomm.backends.cuda.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -50,11 +55,13 @@ class LocalGroup:
     Attributes:
         rank: This rank's index.
         size: R, ranks of the cluster.
+        runtime: What a buffer of this rank runs on, where the cluster chooses it.
     """
 
     rank: int
     size: int
     _meeting: _Meeting
+    runtime: Runtime | None = None
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank."""
@@ -77,25 +84,42 @@ class LocalGroup:
 class LocalCluster:
     """R ranks as threads of one process: for notebooks, debuggers and tests.
 
+    On GPUs each thread has its device and a stream of its own as torch's current ones.
+
     Example:
         >>> LocalCluster(4).run(lambda group: group.rank)
         [0, 1, 2, 3]
     """
 
-    def __init__(self, num_ranks: int, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        timeout_s: float = 60.0,
+        device: torch.device | str | None = None,
+        runtime: Callable[[int, int], Runtime] | None = None,
+    ) -> None:
         """Prepare a cluster.
 
         Args:
             num_ranks: R, one thread each.
             timeout_s: Seconds a rank may wait for the others in the control plane.
+            device: "cpu", one GPU for all ranks, or "cuda": rank i on GPU i, starting again where
+                there are more ranks than GPUs. None is "cuda" where there are GPUs. Ranks can only
+                share a GPU if the driver has been told so before CUDA is first used, which this
+                constructor does.
+            runtime: Called in each rank's thread with rank and size; makes what the rank's buffers
+                run on instead of a device.
 
         Raises:
-            InvalidArgument: ``num_ranks`` is less than 1.
+            InvalidArgument: ``num_ranks`` is less than 1, or there is no such device.
         """
         if num_ranks < 1:
             raise InvalidArgument(f"num_ranks: expected at least 1, got {num_ranks}")
         self.num_ranks = num_ranks
         self._timeout_s = timeout_s
+        self._runtime = runtime
+        self._devices = place_ranks("cpu" if runtime is not None else device, num_ranks)
 
     def run(self, function: Callable[[LocalGroup], T]) -> list[T]:
         """Call ``function(group)`` on every rank and return the results, by rank.
@@ -110,7 +134,8 @@ class LocalCluster:
 
         def work(rank: int) -> None:
             try:
-                results[rank] = function(LocalGroup(rank, self.num_ranks, meeting))
+                with current_device(self._devices[rank]):
+                    results[rank] = function(self._group(rank, meeting))
             except BaseException as error:  # noqa: BLE001  # re-raised below, in the caller
                 failures.append((rank, error))
                 meeting.barrier.abort()
@@ -132,3 +157,7 @@ class LocalCluster:
                 error.add_note(f"raised on rank {rank} of {self.num_ranks}")
             raise error
         return results
+
+    def _group(self, rank: int, meeting: _Meeting) -> LocalGroup:
+        runtime = self._runtime(rank, self.num_ranks) if self._runtime else None
+        return LocalGroup(rank, self.num_ranks, meeting, runtime)

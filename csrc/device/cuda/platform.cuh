@@ -5,8 +5,6 @@
 #include "common/int.hpp"
 
 #define DEEPCOMM_DEVICE __device__ __forceinline__
-/// Unrolls the loop that follows: its trip count is a constant.
-#define DEEPCOMM_UNROLL _Pragma("unroll")
 
 namespace deepcomm::device {
 

@@ -132,7 +132,7 @@ struct PacketBatch {
     Vec128 packets[kCount];
 
     DEEPCOMM_DEVICE void load(const PacketRange& range, int32_t first) {
-    DEEPCOMM_UNROLL
+#pragma unroll
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * range.stride;
             if (index < range.num) packets[i] = device::ld_relaxed_sys(range.packets + index);
@@ -143,7 +143,7 @@ struct PacketBatch {
     DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
                                  const PacketRange& range, int32_t first, uint32_t tag) {
         Arrival arrival = Arrival::kHere;
-    DEEPCOMM_UNROLL
+#pragma unroll
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * range.stride;
             if (index >= range.num || packets[i].words[3] == tag) continue;

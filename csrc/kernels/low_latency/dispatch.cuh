@@ -8,10 +8,10 @@
 
 namespace deepcomm::kernels {
 
-template <int kHidden, int kFormat, int kQuantize, int kPhases, int kThreads>
+template <int kHidden, int kRows, int kPhases, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     low_latency_dispatch(const __grid_constant__ LowLatencyDispatchParams params) {
-    using Shared = LowLatencyDispatchShared<kHidden, kFormat, kQuantize, kPhases, kThreads>;
+    using Shared = LowLatencyDispatchShared<kHidden, kRows, kPhases, kThreads>;
     const device::Block block;
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;

@@ -5,43 +5,24 @@
 #pragma once
 
 #include "kernels/low_latency/dispatch_header.cuh"
+#include "kernels/rows/cast.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
-constexpr int32_t kLanesPerTile = kScaleTile / 8;  ///< of 8 BF16 each
-
-/// Casts 8 channels of a lane; the 16 lanes of a tile agree on its scale.
+/// Casts 8 channels of a lane; the lanes of a tile agree on its scale. All lanes call it.
 template <typename Shared>
 DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& shared) {
     using Spec = typename Shared::Spec;
-    float values[8];
-    uint32_t amax = device::kAmaxFloorBits;
-    DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < 8; ++i) {
-        const uint32_t pair = input.words[i / 2];
-        values[i] = i % 2 ? device::bf16x2_high(pair) : device::bf16x2_low(pair);
-        const uint32_t magnitude = device::magnitude_bits(values[i]);
-        amax = magnitude > amax ? magnitude : amax;
-    }
-    DEEPCOMM_UNROLL
-    for (int32_t distance = kLanesPerTile / 2; distance > 0; distance /= 2) {
-        const uint32_t other = device::warp_shuffle_xor(amax, distance);
-        amax = other > amax ? other : amax;
-    }
-    if (vector >= Spec::kInputVectors) return;
     constexpr bool kIsFp32 = Spec::kScaleFormat == ScaleFormat::kFp32;
+    const uint32_t amax = tile_amax(input);
+    if (vector >= Spec::kInputVectors) return;
     const device::TileScale scale =
         kIsFp32 ? device::fp32_tile_scale(amax) : device::ue8m0_tile_scale(amax);
-    DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < 8; ++i) values[i] = device::fmul_rn(values[i], scale.inverse);
-    shared.row[2 * vector] =
-        device::e4m3x4_from_floats(values[0], values[1], values[2], values[3]);
-    shared.row[2 * vector + 1] =
-        device::e4m3x4_from_floats(values[4], values[5], values[6], values[7]);
+    reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(input, scale.inverse);
     if (vector % kLanesPerTile != 0) return;
     uint32_t* scales = shared.row + Spec::kRowWords;
     const int32_t tile = vector / kLanesPerTile;
-    if (kIsFp32) {
+    if constexpr (kIsFp32) {
         scales[tile] = scale.stored;
     } else {
         reinterpret_cast<uint8_t*>(scales)[tile] = static_cast<uint8_t>(scale.stored);
@@ -59,7 +40,7 @@ struct RowInput {
     Vec128 vectors[kCount];
 
     DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
-    DEEPCOMM_UNROLL
+#pragma unroll
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t vector = first + i * Spec::kNumThreads;
             vectors[i] = vector < Spec::kInputVectors
@@ -69,7 +50,7 @@ struct RowInput {
     }
 
     DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
-    DEEPCOMM_UNROLL
+#pragma unroll
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t vector = first + i * Spec::kNumThreads;
             if constexpr (Spec::kCasts) {

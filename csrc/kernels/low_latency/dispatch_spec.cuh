@@ -7,11 +7,17 @@
 
 namespace deepcomm::kernels {
 
-/// kFormat: ScaleFormat of the rows as they travel; kQuantize: they come as BF16 and are cast here.
-template <int kHidden, int kFormat, int kQuantize, int kThreads>
+/// What a kernel is compiled for. Its receive phase sees only what travels.
+template <int kHidden, int kRows, int kThreads>
 struct LowLatencyDispatchSpec {
-    static constexpr auto kScaleFormat = static_cast<ScaleFormat>(kFormat);
-    static constexpr bool kCasts = kQuantize != 0;
+    static constexpr auto kKind = static_cast<LowLatencyRows>(kRows);
+    static constexpr bool kCasts =
+        kKind == LowLatencyRows::kCastFp32 || kKind == LowLatencyRows::kCastUe8m0;
+    static constexpr ScaleFormat kScaleFormat =
+        kKind == LowLatencyRows::kBf16 ? ScaleFormat::kNone
+        : kKind == LowLatencyRows::kFp8Fp32 || kKind == LowLatencyRows::kCastFp32
+            ? ScaleFormat::kFp32
+            : ScaleFormat::kUe8m0;
     static constexpr int kNumThreads = kThreads;
     static constexpr int kTiles = static_cast<int>(ceil_div(kHidden, kScaleTile));
     static constexpr int kRowBytes = kScaleFormat == ScaleFormat::kNone ? 2 * kHidden : kHidden;
@@ -26,7 +32,6 @@ struct LowLatencyDispatchSpec {
     static constexpr int kRowVectors = kRowBytes / 16;
 
     static_assert(kHidden <= layout::kMaxLowLatencyHidden, "a row is staged in shared memory");
-    static_assert(!kCasts || kScaleFormat != ScaleFormat::kNone, "a cast gives scales");
     static_assert(kRowBytes % 16 == 0, "rows move in 16-byte vectors");
     static_assert(kThreads % 32 == 0 && kThreads >= 64, "the last warp has a role of its own");
 };
@@ -39,9 +44,9 @@ struct LowLatencyEntry {
     float weight;
 };
 
-template <int kHidden, int kFormat, int kQuantize, int kPhases, int kThreads>
+template <int kHidden, int kRows, int kPhases, int kThreads>
 struct LowLatencyDispatchShared {
-    using Spec = LowLatencyDispatchSpec<kHidden, kFormat, kQuantize, kThreads>;
+    using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales
     low_latency::Peers peers;

@@ -11,6 +11,15 @@ namespace deepcomm::kernels {
 /// Which part of an operation a launch does: a template argument of dispatch and combine.
 enum LowLatencyPhase : int32_t { kSendPhase = 1, kReceivePhase = 2, kBothPhases = 3 };
 
+/// Rows of a dispatch, as given and as they travel: a template argument.
+enum class LowLatencyRows : int32_t {
+    kBf16 = 0,
+    kFp8Fp32 = 1,   ///< FP8 as given, FP32 scales
+    kFp8Ue8m0 = 2,  ///< likewise UE8M0
+    kCastFp32 = 3,  ///< BF16 given, cast to FP8
+    kCastUe8m0 = 4,
+};
+
 /// What all of them have.
 struct LowLatencyParams {
     CommParams comm;

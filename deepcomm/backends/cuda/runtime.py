@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     import torch
@@ -36,28 +36,45 @@ class KernelParams(Protocol):
 class Function(Protocol):
     """A kernel, loaded."""
 
-    name: str
-    max_threads: int
-    """Threads of a block it is launched with."""
-    blocks_per_sm: int
-    """Blocks that are resident on one SM at the same time."""
+    @property
+    def name(self) -> str:
+        """As in the list of kernels."""
+
+    @property
+    def max_threads(self) -> int:
+        """Threads of a block it is launched with."""
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that are resident on one SM at the same time."""
 
 
 class Memory(Protocol):
     """Memory of this rank's device, zeroed when it was made; freed with the object."""
 
-    address: int
-    num_bytes: int
+    @property
+    def address(self) -> int:
+        """As kernels see it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
 
 
 class HostMemory(Protocol):
     """Zeroed host memory that kernels can read and write; freed with the object."""
 
-    address: int
-    """As the host sees it."""
-    device_address: int
-    """As kernels see it."""
-    num_bytes: int
+    @property
+    def address(self) -> int:
+        """As the host sees it."""
+
+    @property
+    def device_address(self) -> int:
+        """As kernels see it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
 
 
 class SymmetricMemory(Protocol):
@@ -110,9 +127,7 @@ class Runtime(Protocol):
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
 
-    def wait_word(
-        self, address: int, expected: int, record_address: int, timeout_s: float
-    ) -> bool:
+    def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires.
 
         Returns:
@@ -135,8 +150,12 @@ class Runtime(Protocol):
     def wait_event(self, event: Event) -> None:
         """Make the current stream wait for an event."""
 
-    def record_event(self) -> Event:
-        """Return the completion of all work of the current stream so far."""
+    def record_event(self, check: Callable[[], None] | None = None) -> Event:
+        """Return the completion of all work of the current stream so far.
+
+        ``synchronize`` of the event then calls ``check``, which raises what the work has found to
+        be wrong.
+        """
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""

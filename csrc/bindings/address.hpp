@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Addresses as Python's integers, and structs that kernels take as their argument.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace deepcomm {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+/// Writable property of a struct that holds an address.
+template <typename Class, typename Struct, typename T>
+void def_address(Class& bound, const char* name, T* Struct::* member) {
+    bound.def_property(
+        name, [member](const Struct& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+        [member](Struct& self, uintptr_t value) { self.*member = pointer<T>(value); });
+}
+
+/// A zeroed struct that a kernel takes by value.
+template <typename Struct>
+pybind11::class_<Struct> kernel_params(pybind11::module_& module, const char* name) {
+    pybind11::class_<Struct> bound(module, name);
+    bound.def(pybind11::init([] { return Struct{}; }))
+        .def_property_readonly(
+            "address", [](const Struct& self) { return reinterpret_cast<uintptr_t>(&self); })
+        .def_property_readonly("num_bytes", [](const Struct& /*self*/) { return sizeof(Struct); });
+    return bound;
+}
+
+}  // namespace deepcomm

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// deepcomm._C.kernels: the kernels' arguments, which Python fills, and the maps of their memory.
+#include <pybind11/pybind11.h>
+
+#include "bindings/address.hpp"
+#include "bindings/bind.hpp"
+#include "kernels/combine/params.hpp"
+#include "kernels/dispatch/params.hpp"
+#include "layout/plan.hpp"
+
+namespace py = pybind11;
+
+namespace deepcomm {
+namespace {
+
+using kernels::CombineParams;
+using kernels::CombineTarget;
+using kernels::CommParams;
+using kernels::CountParams;
+using kernels::ExpertOutputs;
+using kernels::ExpertTarget;
+using kernels::Header;
+using kernels::MeetParams;
+using kernels::RoutingTable;
+using kernels::RowSource;
+using kernels::SendParams;
+using layout::ExchangeLayout;
+using layout::ExchangeShape;
+using layout::LandingOffsets;
+
+void bind_layout(py::module_& module) {
+    py::class_<ExchangeShape>(module, "ExchangeShape")
+        .def(py::init<>())
+        .def_readwrite("num_ranks", &ExchangeShape::num_ranks)
+        .def_readwrite("num_experts", &ExchangeShape::num_experts)
+        .def_readwrite("num_topk", &ExchangeShape::num_topk)
+        .def_readwrite("hidden", &ExchangeShape::hidden)
+        .def_readwrite("max_tokens", &ExchangeShape::max_tokens)
+        .def_readwrite("num_generations", &ExchangeShape::num_generations)
+        .def_property_readonly("num_counters", &ExchangeShape::num_counters)
+        .def_property_readonly("max_rows", &ExchangeShape::max_rows);
+    py::class_<LandingOffsets>(module, "LandingOffsets")
+        .def_readonly("rows", &LandingOffsets::rows)
+        .def_readonly("scales", &LandingOffsets::scales)
+        .def_readonly("topk_idx", &LandingOffsets::topk_idx)
+        .def_readonly("topk_weights", &LandingOffsets::topk_weights);
+    py::class_<ExchangeLayout>(module, "ExchangeLayout")
+        .def_static("make", &ExchangeLayout::make, py::arg("shape"))
+        .def_readonly("landing", &ExchangeLayout::landing)
+        .def_readonly("total_bytes", &ExchangeLayout::total_bytes)
+        .def("generation", &ExchangeLayout::generation, py::arg("index"));
+    module.def(
+        "plan_words", [](int32_t num_ranks) { return layout::PlanLayout{num_ranks}.num_words(); },
+        py::arg("num_ranks"), "32-bit words of a handle's plan.");
+}
+
+void bind_meet(py::module_& module) {
+    py::class_<CommParams> comm(module, "CommParams");
+    comm.def_readwrite("rank", &CommParams::rank)
+        .def_readwrite("num_ranks", &CommParams::num_ranks)
+        .def_readwrite("timeout_ns", &CommParams::timeout_ns);
+    def_address(comm, "record", &CommParams::record);
+    comm.def_property(
+        "bases", [](const CommParams& self) { return reinterpret_cast<uintptr_t>(self.bases); },
+        [](CommParams& self, uintptr_t value) {
+            self.bases = pointer<unsigned char* const>(value);
+        });
+    py::class_<Header>(module, "Header")
+        .def(py::init([](uint32_t signature, int32_t capacity, int32_t num_tokens, uint32_t landing,
+                         int32_t alignment, uint32_t refusal) {
+                 return Header{signature, capacity, num_tokens, landing, alignment, refusal};
+             }),
+             py::arg("signature"), py::arg("capacity"), py::arg("num_tokens"), py::arg("landing"),
+             py::arg("alignment"), py::arg("refusal"));
+    py::class_<MeetParams> meet(module, "MeetParams");
+    meet.def(py::init([] { return MeetParams{}; }))
+        .def_readonly("comm", &MeetParams::comm)
+        .def_readwrite("layout", &MeetParams::layout)
+        .def_readwrite("header", &MeetParams::header)
+        .def_readwrite("max_tokens", &MeetParams::max_tokens);
+    def_address(meet, "epoch", &MeetParams::epoch);
+    def_address(meet, "trouble", &MeetParams::trouble);
+    py::class_<RoutingTable> table(module, "RoutingTable");
+    table.def(py::init([] { return RoutingTable{}; }));
+    def_address(table, "topk_idx", &RoutingTable::topk_idx);
+    def_address(table, "token_slot", &RoutingTable::token_slot);
+    def_address(table, "pair_slot", &RoutingTable::pair_slot);
+    def_address(table, "plan", &RoutingTable::plan);
+}
+
+void bind_count(py::module_& module) {
+    auto count = kernel_params<CountParams>(module, "CountParams");
+    count.def_readwrite("meet", &CountParams::meet)
+        .def_readwrite("table", &CountParams::table)
+        .def_readwrite("ids_are_64", &CountParams::ids_are_64)
+        .def_readwrite("num_tokens", &CountParams::num_tokens)
+        .def_readwrite("num_topk", &CountParams::num_topk)
+        .def_property(
+            "recv_layout",
+            [](const CountParams& self) { return static_cast<int32_t>(self.recv_layout); },
+            [](CountParams& self, int32_t value) {
+                self.recv_layout = static_cast<RecvLayout>(value);
+            })
+        .def_readwrite("report_tag", &CountParams::report_tag);
+    def_address(count, "topk_idx", &CountParams::topk_idx);
+    def_address(count, "partials", &CountParams::partials);
+    def_address(count, "counts", &CountParams::counts);
+    def_address(count, "offsets", &CountParams::offsets);
+    def_address(count, "num_recv", &CountParams::num_recv);
+    def_address(count, "overflow", &CountParams::overflow);
+    def_address(count, "report", &CountParams::report);
+}
+
+void bind_send(py::module_& module) {
+    py::class_<RowSource> source(module, "RowSource");
+    source.def_readwrite("row_stride", &RowSource::row_stride)
+        .def_readwrite("scale_stride", &RowSource::scale_stride);
+    def_address(source, "rows", &RowSource::rows);
+    def_address(source, "scales", &RowSource::scales);
+    py::class_<ExpertTarget> target(module, "ExpertTarget");
+    target.def_readwrite("scale_stride", &ExpertTarget::scale_stride)
+        .def_readwrite("scale_block", &ExpertTarget::scale_block)
+        .def_readwrite("block_rows", &ExpertTarget::block_rows);
+    def_address(target, "rows", &ExpertTarget::rows);
+    def_address(target, "scales", &ExpertTarget::scales);
+    def_address(target, "topk_weights", &ExpertTarget::topk_weights);
+    def_address(target, "row_slots", &ExpertTarget::row_slots);
+    def_address(target, "row_weights", &ExpertTarget::row_weights);
+    auto send = kernel_params<SendParams>(module, "SendParams");
+    send.def_readwrite("meet", &SendParams::meet)
+        .def_readwrite("table", &SendParams::table)
+        .def_readonly("source", &SendParams::source)
+        .def_readonly("target", &SendParams::target)
+        .def_readwrite("num_tokens", &SendParams::num_tokens)
+        .def_readwrite("num_topk", &SendParams::num_topk)
+        .def_readwrite("opens", &SendParams::opens)
+        .def_readwrite("zero_padding", &SendParams::zero_padding)
+        .def_readwrite("scale_words", &SendParams::scale_words)
+        .def_readwrite("scales_are_ue8m0", &SendParams::scales_are_ue8m0);
+    def_address(send, "topk_weights", &SendParams::topk_weights);
+    def_address(send, "round", &SendParams::round);
+    def_address(send, "counts", &SendParams::counts);
+}
+
+void bind_combine(py::module_& module) {
+    py::class_<ExpertOutputs> outputs(module, "ExpertOutputs");
+    outputs.def_readwrite("row_stride", &ExpertOutputs::row_stride);
+    def_address(outputs, "rows", &ExpertOutputs::rows);
+    def_address(outputs, "row_slots", &ExpertOutputs::row_slots);
+    def_address(outputs, "row_weights", &ExpertOutputs::row_weights);
+    def_address(outputs, "carried", &ExpertOutputs::carried);
+    py::class_<CombineTarget> target(module, "CombineTarget");
+    target.def_readwrite("bias_stride", &CombineTarget::bias_stride);
+    def_address(target, "out", &CombineTarget::out);
+    def_address(target, "bias", &CombineTarget::bias);
+    def_address(target, "topk_weights", &CombineTarget::topk_weights);
+    auto combine = kernel_params<CombineParams>(module, "CombineParams");
+    combine.def_readwrite("meet", &CombineParams::meet)
+        .def_readwrite("table", &CombineParams::table)
+        .def_readonly("outputs", &CombineParams::outputs)
+        .def_readonly("target", &CombineParams::target)
+        .def_readwrite("num_tokens", &CombineParams::num_tokens)
+        .def_readwrite("num_topk", &CombineParams::num_topk);
+    def_address(combine, "topk_weights", &CombineParams::topk_weights);
+}
+
+}  // namespace
+
+void bind_kernels(py::module_& parent) {
+    py::module_ module = parent.def_submodule("kernels", "Arguments of the CUDA kernels.");
+    bind_layout(module);
+    bind_meet(module);
+    bind_count(module);
+    bind_send(module);
+    bind_combine(module);
+}
+
+}  // namespace deepcomm

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// A kernel in a device's context, fully loaded: launching it later waits for nothing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "host/device.hpp"
+
+namespace deepcomm::host {
+
+/// What the compiler knows of a kernel.
+struct KernelImage {
+    std::string cubin;
+    std::string symbol;
+    int shared_bytes = 0;  ///< dynamic shared memory
+    int max_threads = 0;   ///< of a block; 0: the device's limit
+};
+
+class Function {
+  public:
+    Function(std::shared_ptr<Device> device, const KernelImage& image);
+    ~Function();
+    Function(const Function&) = delete;
+    Function& operator=(const Function&) = delete;
+
+    int max_threads() const { return max_threads_; }
+    /// Blocks of max_threads threads that are resident on one SM at the same time.
+    int blocks_per_sm() const { return blocks_per_sm_; }
+
+    /// Launches grid blocks of max_threads threads. The kernel's only argument, a struct of
+    /// num_bytes bytes, is copied before this returns.
+    void launch(int grid, const void* params, int64_t num_bytes, cu::Stream stream) const;
+
+  private:
+    void load(const KernelImage& image);
+
+    std::shared_ptr<Device> device_;
+    std::string symbol_;
+    int shared_bytes_;
+    cu::Module module_ = nullptr;
+    cu::Function function_ = nullptr;
+    int max_threads_ = 0;
+    int blocks_per_sm_ = 0;
+    int64_t params_bytes_ = -1;  ///< -1: this driver does not tell
+};
+
+}  // namespace deepcomm::host

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "host/memory.hpp"
+
+#include <cstring>
+
+namespace deepcomm::host {
+
+DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes)
+    : device_(std::move(device)), num_bytes_(num_bytes) {
+    DEEPCOMM_CHECK_ARG(num_bytes > 0, "num_bytes: expected more than 0, got %lld",
+                       static_cast<long long>(num_bytes));
+    const Device::Current current(*device_);
+    // NOTE: in the order of a stream: cuMemAlloc and cuMemFree may wait for kernels of other ranks
+    // on this device, which may wait for this rank.
+    DEEPCOMM_CUDA_CHECK(
+        device_->driver(),
+        cuMemAllocAsync(&address_, static_cast<size_t>(num_bytes), device_->setup_stream()));
+    try {
+        device_->zero(address_, num_bytes);
+    } catch (const Error&) {
+        free();
+        throw;
+    }
+}
+
+DeviceMemory::~DeviceMemory() {
+    try {
+        const Device::Current current(*device_);
+        free();
+    } catch (const Error&) {  // the process is ending: the memory goes with the context
+    }
+}
+
+void DeviceMemory::free() noexcept {
+    DEEPCOMM_CUDA_LOG(device_->driver(), cuMemFreeAsync(address_, device_->setup_stream()));
+}
+
+void DeviceMemory::copy_from_host(const void* from, int64_t num_bytes) {
+    DEEPCOMM_CHECK_ARG(num_bytes <= num_bytes_, "content: expected at most %lld bytes, got %lld",
+                       static_cast<long long>(num_bytes_), static_cast<long long>(num_bytes));
+    device_->copy_from_host(address_, from, num_bytes);
+}
+
+HostMemory::HostMemory(std::shared_ptr<Device> device, int64_t num_bytes)
+    : device_(std::move(device)), num_bytes_(num_bytes) {
+    DEEPCOMM_CHECK_ARG(num_bytes > 0, "num_bytes: expected more than 0, got %lld",
+                       static_cast<long long>(num_bytes));
+    const Device::Current current(*device_);
+    DEEPCOMM_CUDA_CHECK(device_->driver(), cuMemHostAlloc(&address_, static_cast<size_t>(num_bytes),
+                                                          cu::kHostPortable | cu::kHostDeviceMap));
+    try {
+        DEEPCOMM_CUDA_CHECK(device_->driver(),
+                            cuMemHostGetDevicePointer(&device_address_, address_, 0));
+    } catch (const Error&) {
+        free();
+        throw;
+    }
+    std::memset(address_, 0, static_cast<size_t>(num_bytes));
+}
+
+HostMemory::~HostMemory() {
+    try {
+        const Device::Current current(*device_);
+        free();
+    } catch (const Error&) {  // the process is ending: the memory goes with the context
+    }
+}
+
+void HostMemory::free() noexcept { DEEPCOMM_CUDA_LOG(device_->driver(), cuMemFreeHost(address_)); }
+
+}  // namespace deepcomm::host

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Owners of memory that one rank uses alone: of the device, and of the host for both to see. Both
+// are zeroed.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "host/device.hpp"
+
+namespace deepcomm::host {
+
+class DeviceMemory {
+  public:
+    DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes);
+    ~DeviceMemory();
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+    cu::DevicePtr address() const { return address_; }
+    int64_t num_bytes() const { return num_bytes_; }
+    void copy_from_host(const void* from, int64_t num_bytes);
+
+  private:
+    void free() noexcept;
+
+    std::shared_ptr<Device> device_;
+    int64_t num_bytes_;
+    cu::DevicePtr address_ = 0;
+};
+
+class HostMemory {
+  public:
+    HostMemory(std::shared_ptr<Device> device, int64_t num_bytes);
+    ~HostMemory();
+    HostMemory(const HostMemory&) = delete;
+    HostMemory& operator=(const HostMemory&) = delete;
+
+    void* address() const { return address_; }
+    cu::DevicePtr device_address() const { return device_address_; }
+    int64_t num_bytes() const { return num_bytes_; }
+
+  private:
+    void free() noexcept;
+
+    std::shared_ptr<Device> device_;
+    int64_t num_bytes_;
+    void* address_ = nullptr;
+    cu::DevicePtr device_address_ = 0;
+};
+
+}  // namespace deepcomm::host

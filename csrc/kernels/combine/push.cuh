@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role push: rows that came from peers go back to them, in the order in which they came: copied
+// (TOKEN), or summed over the experts of this rank. PROTOCOLS.md: combine.
+#pragma once
+
+#include "kernels/combine/shared.cuh"
+
+namespace deepcomm::kernels {
+
+/// The chunks of one worker: all peers in turn, beginning with the rank after this one.
+template <typename Spec>
+struct PushCursor {
+    const CombineBlock<Spec>& my;
+    int32_t next_chunk;  ///< over all peers: chunk * (R - 1) + step
+    int32_t peer = 0;
+    int32_t chunk = 0;
+    int32_t row = 0;  ///< in the peer's block
+    int32_t end = 0;  ///< of the chunk at hand
+
+    DEEPCOMM_DEVICE explicit PushCursor(const CombineBlock<Spec>& block)
+        : my(block),
+          next_chunk(block.block.block_idx() * Spec::kPushWarps + block.warp.warp_idx()) {}
+
+    DEEPCOMM_DEVICE bool is_alive() const { return true; }
+
+    /// Moves to the next chunk that has rows; false when there is none.
+    DEEPCOMM_DEVICE bool open_chunk() {
+        constexpr int32_t kNumPeers = Spec::kNumRanks - 1;
+        const int32_t end_chunk = my.params.meet.layout.shape.max_push_chunks();
+        while (kNumPeers > 0 && next_chunk / kNumPeers < end_chunk) {
+            peer = (my.rank() + 1 + next_chunk % kNumPeers) % Spec::kNumRanks;
+            chunk = next_chunk / kNumPeers;
+            next_chunk += my.block.num_blocks() * Spec::kPushWarps;
+            const int32_t num_rows = my.num_rows_of(peer);
+            row = chunk * layout::kPushChunk;
+            if (row >= num_rows) continue;
+            end = row + layout::kPushChunk < num_rows ? row + layout::kPushChunk : num_rows;
+            return true;
+        }
+        return false;
+    }
+    DEEPCOMM_DEVICE bool next(RowPiece* piece) {
+        if (row == end && !open_chunk()) return false;
+        piece->row = my.output_row(my.rows_from(peer) + row);
+        ++row;
+        return true;
+    }
+};
+
+/// The weights of one row that are carried back, a lane a pair.
+template <typename Spec>
+DEEPCOMM_DEVICE void push_carried(const CombineBlock<Spec>& my, int32_t peer, int32_t row,
+                                  int32_t slot) {
+    const int32_t k = my.warp.thread_idx();
+    if (my.params.outputs.carried == nullptr || k >= my.params.num_topk) return;
+    float value = 0;
+    if (!Spec::kByExpert) {
+        const int64_t here = my.rows_from(peer) + row;
+        value = my.params.outputs.carried[here * my.params.num_topk + k];
+    } else if (slot >= 0) {
+        value = my.params.outputs.carried[slot];
+    }
+    my.combine_weights(peer, my.push_base(peer) + row)[k] = value;
+}
+
+/// All lanes' stores of the chunk are complete.
+template <typename Spec>
+DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, int32_t peer, int32_t chunk) {
+    my.warp.sync();  // ORDER: the stores of all lanes before the leader's release
+    if (!my.warp.is_leader()) return;
+    // ORDER: pairs with the wait of the peer's reduce
+    device::st_release_sys(my.pushed_word(peer, my.rank(), chunk), my.epoch);
+}
+
+/// TOKEN: bulk copies; a chunk is announced when the stores of the next one have been issued.
+template <typename Spec>
+DEEPCOMM_DEVICE bool push_rows(const CombineBlock<Spec>& my, typename Spec::Pipe& pipe) {
+    PushCursor<Spec> loads(my);
+    PushCursor<Spec> rows(my);
+    int32_t last_peer = layout::kNoPeer, last_chunk = 0;
+    const bool is_complete = move_rows(pipe, loads, [&]() {
+        if (rows.row == rows.end && !rows.open_chunk()) return false;
+        const device::WaitSite site = {device::Operation::kCombine, device::Role::kSend, rows.peer,
+                                       rows.row};
+        if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
+        if (my.warp.is_leader()) {
+            device::bulk_store(my.combine_row(rows.peer, my.push_base(rows.peer) + rows.row),
+                               pipe.current(), Spec::kRowBytes);
+        }
+        push_carried(my, rows.peer, rows.row, -1);
+        ++rows.row;
+        if (rows.row != rows.end) return true;
+        if (last_peer != layout::kNoPeer) {
+            // All newer groups are of this chunk, whose last row is in the open one.
+            if (rows.end % layout::kPushChunk == 0) {
+                device::bulk_wait_group<layout::kPushChunk - 1>();  // ORDER: the chunk before
+            } else {
+                device::bulk_wait_group<0>();  // ORDER: likewise, after a chunk of fewer rows
+            }
+            announce_pushed(my, last_peer, last_chunk);
+        }
+        last_peer = rows.peer;
+        last_chunk = rows.chunk;
+        return true;
+    });
+    device::bulk_wait_group<0>();  // ORDER: all stores before the last announcement
+    if (!is_complete) return false;
+    if (last_peer != layout::kNoPeer) announce_pushed(my, last_peer, last_chunk);
+    return true;
+}
+
+/// Expert layouts: one row, summed over this rank's experts, straight to the peer.
+template <typename Spec>
+DEEPCOMM_DEVICE void push_sum(const CombineBlock<Spec>& my, int32_t peer, int32_t row) {
+    const int32_t k = my.warp.thread_idx();
+    const ExpertOutputs& outputs = my.params.outputs;
+    Term term = {nullptr, -1, 0.0f, false};
+    if (k < my.params.num_topk) {
+        const int64_t index =
+            static_cast<int64_t>(my.rows_from(peer) + row) * my.params.num_topk + k;
+        term.key = outputs.row_slots[index];
+        if (term.key >= 0) {
+            term.row = my.output_row(term.key);
+            if (outputs.row_weights != nullptr) term.weight = outputs.row_weights[index];
+        }
+    }
+    push_carried(my, peer, row, term.key);
+    const TermOrder order = order_terms(term.key);
+    term.ends_rank = order.position == order.count - 1;
+    unsigned char* out = my.combine_row(peer, my.push_base(peer) + row);
+    sum_terms<Spec::kHidden, true>(term, order, outputs.row_weights != nullptr,
+                                   {out, nullptr, false});
+}
+
+template <typename Spec>
+DEEPCOMM_DEVICE void push_sums(const CombineBlock<Spec>& my) {
+    PushCursor<Spec> rows(my);
+    while (rows.open_chunk()) {
+        for (; rows.row < rows.end; ++rows.row) push_sum(my, rows.peer, rows.row);
+        announce_pushed(my, rows.peer, rows.chunk);
+    }
+}
+
+}  // namespace deepcomm::kernels

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role reduce: each token of this rank is summed over its ranks as soon as their rows are here; the
+// own rank's rows are read where they are. PROTOCOLS.md: combine.
+#pragma once
+
+#include "kernels/combine/shared.cuh"
+
+namespace deepcomm::kernels {
+
+/// A lane's pair of the token at hand.
+struct ReducePair {
+    Term term;
+    int32_t dst;
+    int32_t row_back;  ///< row of the combine region that holds what dst sent for the token, or -1
+    int32_t slot;      ///< row here where this rank owns the expert, or -1
+    bool is_first;     ///< of its token for its rank
+    bool is_lost;
+};
+
+template <typename Spec>
+DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token) {
+    ReducePair pair = {{nullptr, -1, 0.0f, false}, -1, -1, -1, false, false};
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk) return pair;
+    const RoutingTable& table = my.params.table;
+    const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + k;
+    const int32_t expert = table.topk_idx[index];
+    if (expert < 0) return pair;
+    pair.dst = expert / (my.params.meet.layout.shape.num_experts / Spec::kNumRanks);
+    const int32_t token_slot = table.token_slot[index];
+    const int32_t pair_slot = Spec::kByExpert ? table.pair_slot[index] : token_slot;
+    pair.is_first = token_slot >= 0;
+    pair.is_lost = pair_slot >= my.capacity(pair.dst);
+    if (pair.dst == my.rank()) {
+        if (pair_slot < 0 || pair.is_lost) return pair;
+        pair.slot = pair_slot;
+        pair.term.key = expert;
+        pair.term.row = my.output_row(pair_slot);
+        if (my.params.topk_weights != nullptr) pair.term.weight = my.params.topk_weights[index];
+    } else if (token_slot >= 0 && (Spec::kByExpert || !pair.is_lost)) {
+        pair.row_back = token_slot - my.sent_base(pair.dst) + my.combine_base(pair.dst);
+        pair.term.key = expert;
+        pair.term.row = my.combine_row(my.rank(), pair.row_back);
+        pair.term.weight = 1.0f;
+    }
+    return pair;
+}
+
+/// Until every rank's row of the token is here; a lane a rank.
+template <typename Spec>
+DEEPCOMM_DEVICE bool await_rows(const CombineBlock<Spec>& my, const ReducePair& pair) {
+    bool is_there = true;
+    if (pair.row_back >= 0) {
+        const int32_t row = pair.row_back - my.combine_base(pair.dst);
+        const int32_t chunk = row / layout::kPushChunk;
+        const uint32_t* word = my.pushed_word(my.rank(), pair.dst, chunk);
+        const device::WaitSite site = {device::Operation::kCombine, device::Role::kReduce, pair.dst,
+                                       row};
+        is_there = device::wait_until(wait_context(my.params.meet.comm), site, my.epoch, word,
+                                      [&]() -> device::Observed {
+                                          // ORDER: pairs with the release of announce_pushed
+                                          const uint32_t value = device::ld_acquire_sys(word);
+                                          return {value, value == my.epoch};
+                                      });
+    }
+    return my.warp.sync_and(is_there);  // ORDER: the lanes' acquires before all lanes' reads
+}
+
+/// What the ranks of the token's experts gave in the pairs' places.
+template <typename Spec>
+DEEPCOMM_DEVICE void bring_weights(const CombineBlock<Spec>& my, const ReducePair& pair,
+                                   int32_t token) {
+    if (my.params.target.topk_weights == nullptr) return;
+    // The first pair of a rank knows the row that all its pairs share.
+    const int32_t k = my.warp.thread_idx();
+    const uint32_t firsts = device::warp_ballot(pair.is_first) &
+                            device::warp_match(static_cast<uint32_t>(pair.dst));
+    const int32_t first = firsts == 0 ? k : device::lowest_bit(firsts);
+    const int32_t row_back = device::warp_shuffle(pair.row_back, first);
+    const int32_t token_row = device::warp_shuffle(pair.slot, first);
+    const bool has_lost_row = device::warp_shuffle(static_cast<int32_t>(pair.is_lost), first) != 0;
+    if (k >= my.params.num_topk) return;
+    const float* carried = my.params.outputs.carried;
+    const int32_t num_topk = my.params.num_topk;
+    float value = 0;
+    if (Spec::kByExpert ? pair.is_lost : pair.dst >= 0 && has_lost_row) {
+        value = device::float_from_bits(kNanBits);
+    } else if (pair.dst == my.rank()) {
+        value = Spec::kByExpert ? carried[pair.slot]
+                                : carried[static_cast<int64_t>(token_row) * num_topk + k];
+    } else if (pair.dst >= 0) {
+        value = my.combine_weights(my.rank(), row_back)[k];
+    }
+    my.params.target.topk_weights[static_cast<int64_t>(token) * num_topk + k] = value;
+}
+
+template <typename Spec>
+DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
+    ReducePair pair = load_pair(my, token);
+    const TermOrder order = order_terms(pair.term.key);
+    // The own rank's terms are neighbours; the others are alone with their rank.
+    const int32_t num_lower =
+        device::popcount(device::warp_ballot(pair.term.key >= 0 && pair.dst < my.rank()));
+    const int32_t num_own = device::popcount(device::warp_ballot(pair.slot >= 0));
+    pair.term.ends_rank = pair.slot < 0 || order.position == num_lower + num_own - 1;
+    const bool is_lost = device::warp_ballot(pair.is_lost) != 0;
+    if (!await_rows(my, pair)) return false;
+    bring_weights(my, pair, token);
+    const CombineTarget& target = my.params.target;
+    const SumTarget sum = {
+        target.out + static_cast<int64_t>(token) * Spec::kRowBytes,
+        target.bias == nullptr ? nullptr : target.bias + token * target.bias_stride, is_lost};
+    sum_terms<Spec::kHidden, Spec::kByExpert>(pair.term, order, my.params.topk_weights != nullptr,
+                                              sum);
+    return true;
+}
+
+/// Tokens worker, worker + workers, ... False when a rank did not come.
+template <typename Spec>
+DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
+    const int32_t num_workers = my.block.num_blocks() * Spec::kReduceWarps;
+    const int32_t worker = my.block.block_idx() * Spec::kReduceWarps +
+                           (my.warp.warp_idx() - Spec::kPushWarps);
+    for (int32_t token = worker; token < my.params.num_tokens; token += num_workers) {
+        if (!reduce_token(my, token)) return false;
+    }
+    return true;
+}
+
+}  // namespace deepcomm::kernels

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one row leaves behind where it arrives: the row, its scales, ids, weights and slots. By one
+// warp; a lane k < K holds pair k of the token.
+#pragma once
+
+#include "kernels/dispatch/send_shared.cuh"
+
+namespace deepcomm::kernels {
+
+/// A lane's pair of the token at hand.
+struct PairSlots {
+    int32_t expert = -1;
+    int32_t dst = -1;
+    int32_t token_slot = -1;
+    int32_t pair_slot = -1;
+    float weight = 0;
+};
+
+template <typename T>
+DEEPCOMM_DEVICE T* at(unsigned char* begin, int64_t offset) {
+    return reinterpret_cast<T*>(begin + offset);
+}
+
+/// Row-major scales of one row, by all lanes from shared memory.
+template <typename Spec>
+DEEPCOMM_DEVICE void store_scales(const SendBlock<Spec>& my, unsigned char* landing, int32_t slot,
+                                  const unsigned char* stage) {
+    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
+    auto* row = at<uint32_t>(landing, my.landing().scales +
+                                          static_cast<int64_t>(slot) * my.scale_bytes());
+    for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
+        row[i] = scales[i];
+    }
+}
+
+/// TOKEN: the ids and weights of the token's experts at dst.
+template <typename Spec>
+DEEPCOMM_DEVICE void store_token_pairs(const SendBlock<Spec>& my, const PairSlots& pair,
+                                       int32_t dst, int32_t slot) {
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk) return;
+    const Destination& to = my.smem.destinations[dst];
+    const bool is_theirs = pair.dst == dst;
+    const int32_t id = is_theirs ? pair.expert - dst * my.num_local() : -1;
+    const int64_t index = static_cast<int64_t>(slot) * my.params.num_topk + k;
+    if (to.ids_are_64) {
+        at<int64_t>(to.landing, my.landing().topk_idx)[index] = id;
+    } else {
+        at<int32_t>(to.landing, my.landing().topk_idx)[index] = id;
+    }
+    if (my.params.topk_weights != nullptr) {
+        at<float>(to.landing, my.landing().topk_weights)[index] = is_theirs ? pair.weight : 0.0f;
+    }
+}
+
+/// Expert layouts: the rows that dst will copy this one to, and their weights.
+template <typename Spec>
+DEEPCOMM_DEVICE void store_expert_pairs(const SendBlock<Spec>& my, const PairSlots& pair,
+                                        int32_t dst, int32_t slot) {
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk) return;
+    const Destination& to = my.smem.destinations[dst];
+    const bool is_delivered = pair.dst == dst && pair.pair_slot < to.limit;
+    const int64_t index = static_cast<int64_t>(slot) * my.params.num_topk + k;
+    at<int32_t>(to.landing, my.landing().slots)[index] = is_delivered ? pair.pair_slot : -1;
+    if (my.params.topk_weights != nullptr) {
+        at<float>(to.landing, my.landing().topk_weights)[index] = is_delivered ? pair.weight : 0.0f;
+    }
+}
+
+/// Expert layouts: the row's copies here. copy is a lane's slot, or -1; weight goes with it.
+template <typename Spec>
+DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, int32_t copy, float weight,
+                                  const unsigned char* stage) {
+    const ExpertTarget& target = my.params.target;
+    if (copy >= 0) {
+        device::bulk_store(target.rows + static_cast<int64_t>(copy) * Spec::kRowBytes, stage,
+                           Spec::kRowBytes);
+        if (target.topk_weights != nullptr) target.topk_weights[copy] = weight;
+    }
+    if (target.scales == nullptr) return;
+    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
+    uint32_t copies = device::warp_ballot(copy >= 0);
+    while (copies != 0) {
+        const int32_t slot = device::warp_shuffle(copy, device::lowest_bit(copies));
+        copies &= copies - 1;
+        uint32_t* column = target.scales + slot / target.block_rows * target.scale_block +
+                           slot % target.block_rows;
+        for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
+            column[i * target.scale_stride] = scales[i];
+        }
+    }
+}
+
+}  // namespace deepcomm::kernels

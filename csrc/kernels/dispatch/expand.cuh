@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role expand (expert layouts): rows that have landed are read once and stored to the slots of
+// their local experts, chunk by chunk as the sources announce them. PROTOCOLS.md: dispatch_send.
+#pragma once
+
+#include "kernels/dispatch/send.cuh"
+
+namespace deepcomm::kernels {
+
+/// The landed rows of one worker: chunks worker, worker + workers, ... of each source in turn,
+/// beginning with the rank after this one.
+template <typename Spec>
+struct LandedCursor {
+    const SendBlock<Spec>& my;
+    int32_t step = 0;  ///< sources passed
+    int32_t chunk;
+    int32_t row = 0;
+    int32_t end = 0;  ///< rows of the chunk at hand are [row, end)
+    bool has_failed = false;
+
+    DEEPCOMM_DEVICE explicit LandedCursor(const SendBlock<Spec>& block)
+        : my(block), chunk(block.worker()) {}
+
+    DEEPCOMM_DEVICE bool is_alive() const { return !has_failed; }
+
+    /// Waits for the announcement of a chunk.
+    DEEPCOMM_DEVICE bool open_chunk(int32_t src) {
+        const CommParams& comm = my.params.meet.comm;
+        const device::WaitSite site = {device::Operation::kDispatch, device::Role::kForward, src,
+                                       chunk};
+        const auto* address = at<const device::Vec128>(
+            comm.bases[my.rank()], my.params.meet.layout.sent_chunk(src, chunk));
+        device::Vec128 packet{};
+        const bool is_there = await_packet(wait_context(comm), site, address, my.epoch, &packet);
+        device::fence_acq_rel_sys();  // ORDER: acquires what the packet announces
+        // ORDER: landed rows are read by bulk loads; pairs with the fence of their announcer
+        device::fence_proxy_async();
+        has_failed = !my.warp.sync_and(is_there);
+        row = static_cast<int32_t>(packet.words[0]);
+        end = row + static_cast<int32_t>(packet.words[1]);
+        return !has_failed;
+    }
+
+    /// Moves to the next row; false when there is none, or when a source did not come.
+    DEEPCOMM_DEVICE bool find_row() {
+        while (row == end) {
+            if (step == Spec::kNumRanks - 1) return false;
+            const int32_t src = (my.rank() + 1 + step) % Spec::kNumRanks;
+            const int32_t num_tokens = my.smem.meet.headers[src].num_tokens;
+            if (chunk * layout::kSendChunk >= num_tokens) {
+                ++step;
+                chunk = my.worker();
+                continue;
+            }
+            if (!open_chunk(src)) return false;
+            chunk += my.num_workers();
+        }
+        return true;
+    }
+
+    DEEPCOMM_DEVICE bool next(RowPiece* piece) {
+        if (!find_row()) return false;
+        unsigned char* landing = my.smem.destinations[my.rank()].landing;
+        piece->row = landing + my.landing().rows + static_cast<int64_t>(row) * Spec::kRowBytes;
+        if (Spec::kWire != kWireBf16 && my.has_bulk_scales()) {
+            piece->scales =
+                landing + my.landing().scales + static_cast<int64_t>(row) * my.scale_bytes();
+            piece->scale_bytes = my.scale_bytes();
+        }
+        ++row;
+        return true;
+    }
+};
+
+/// Scales that bulk copies cannot move come by plain loads.
+template <typename Spec>
+DEEPCOMM_DEVICE void load_landed_scales(const SendBlock<Spec>& my, int32_t row,
+                                        unsigned char* stage) {
+    if (Spec::kWire == kWireBf16 || my.has_bulk_scales()) return;
+    unsigned char* landing = my.smem.destinations[my.rank()].landing;
+    const auto* from = at<const uint32_t>(
+        landing, my.landing().scales + static_cast<int64_t>(row) * my.scale_bytes());
+    auto* scales = reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt);
+    for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
+        scales[i] = from[i];
+    }
+    my.warp.sync();  // ORDER: the scales before other lanes read them
+}
+
+/// One landed row: its slots go to the handle, its copies to their places.
+template <typename Spec>
+DEEPCOMM_DEVICE bool expand_row(const SendBlock<Spec>& my, typename Spec::LandedPipe& pipe,
+                                int32_t row) {
+    const int32_t k = my.warp.thread_idx();
+    const bool is_pair = k < my.params.num_topk;
+    const int64_t index = static_cast<int64_t>(row) * my.params.num_topk + k;
+    unsigned char* landing = my.smem.destinations[my.rank()].landing;
+    int32_t copy = -1;
+    float weight = 0;
+    if (is_pair) {
+        copy = at<const int32_t>(landing, my.landing().slots)[index];
+        if (my.params.topk_weights != nullptr) {
+            weight = at<const float>(landing, my.landing().topk_weights)[index];
+            my.params.target.row_weights[index] = weight;
+        }
+        my.params.target.row_slots[index] = copy;
+    }
+    const device::WaitSite site = {device::Operation::kDispatch, device::Role::kForward, my.rank(),
+                                   row};
+    if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
+    load_landed_scales(my, row, pipe.current());
+    store_copies(my, copy, weight, pipe.current());
+    return true;
+}
+
+/// All rows of this warp. False when a wait has run out.
+template <typename Spec>
+DEEPCOMM_DEVICE bool expand_rows(const SendBlock<Spec>& my, typename Spec::LandedPipe& pipe) {
+    LandedCursor<Spec> loads(my);
+    LandedCursor<Spec> rows(my);
+    const bool is_complete = move_rows(pipe, loads, [&]() {
+        if (!rows.find_row()) return false;
+        return expand_row(my, pipe, rows.row++);
+    });
+    device::bulk_wait_group<0>();  // ORDER: the copies are complete when the kernel ends
+    return is_complete;
+}
+
+}  // namespace deepcomm::kernels

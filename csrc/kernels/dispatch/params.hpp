@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the dispatch kernels.
+#pragma once
+
+#include "common/types.hpp"
+#include "kernels/meet/params.hpp"
+
+namespace deepcomm::kernels {
+
+/// What the host waits for where it must know how many rows arrive.
+struct CountReport {
+    uint64_t tag;  ///< last; the host's number of the operation
+    int32_t num_rows;
+    int32_t num_recv;
+    int32_t status;  ///< MeetStatus
+    int32_t free;
+};
+
+/// A rank's routing: what was given, and the slots that follow from it. Owned by the handle.
+struct RoutingTable {
+    int32_t* topk_idx;    ///< [T, K]
+    int32_t* token_slot;  ///< [T, K]: row of the token at the rank of expert k in TOKEN order; -1
+                          ///< where an earlier k has named the rank already, or there is no expert
+    int32_t* pair_slot;   ///< [T, K]: row of the pair at that rank in an expert layout, or -1
+    int32_t* plan;        ///< layout::PlanLayout
+};
+
+/// dispatch_count: who sends how much where, and the slot of every row.
+struct CountParams {
+    MeetParams meet;
+    RoutingTable table;
+    const void* topk_idx;  ///< as given: [num_tokens, num_topk]
+    int32_t ids_are_64;
+    int32_t num_tokens;
+    int32_t num_topk;
+    RecvLayout recv_layout;
+    uint64_t* partials;  ///< [blocks, R + E + 1]: {epoch, count of the block}
+    int32_t* counts;     ///< out: [L], delivered pairs of each local expert
+    int32_t* offsets;    ///< out: [L + 1], or null
+    int32_t* num_recv;   ///< out: rows delivered
+    uint32_t* overflow;  ///< out, zeroed: 1 if rows were lost
+    CountReport* report;
+    uint64_t report_tag;
+};
+
+/// Rows as they are given.
+struct RowSource {
+    const unsigned char* rows;
+    const unsigned char* scales;  ///< or null
+    int64_t row_stride;           ///< bytes
+    int64_t scale_stride;
+};
+
+/// Where an expert layout is delivered: ordinary memory of this rank.
+struct ExpertTarget {
+    unsigned char* rows;
+    uint32_t* scales;       ///< column-major in blocks, or null
+    float* topk_weights;    ///< one a row, zeroed, or null
+    int32_t* row_slots;     ///< [rows in TOKEN order, K]: for the handle
+    float* row_weights;     ///< likewise, or null
+    int64_t scale_stride;   ///< words between the columns of a block
+    int64_t scale_block;    ///< words between blocks
+    int32_t block_rows;     ///< rows of a block
+};
+
+/// dispatch_send: rows to their places; then, in the expert layouts, from where they landed to the
+/// slots of their experts.
+struct SendParams {
+    MeetParams meet;
+    RoutingTable table;
+    RowSource source;
+    const float* topk_weights;  ///< [T, K] or null
+    ExpertTarget target;        ///< expert layouts only
+    void* round;                ///< device::EpochState of arrivals
+    int32_t* counts;            ///< [L] to be corrected where TOKEN rows overflow
+    int32_t num_tokens;
+    int32_t num_topk;
+    int32_t opens;  ///< whether this kernel holds the meeting (cached dispatch)
+    int32_t zero_padding;
+    int32_t scale_words;  ///< 32-bit words of scales a row, 0 without
+    int32_t scales_are_ue8m0;
+};
+
+}  // namespace deepcomm::kernels

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role send: each token's row is read once and stored wherever it is needed. A warp owns tokens
+// worker, worker + workers, ... (TOKEN) or such chunks of tokens (expert layouts, whose receivers
+// are told chunk by chunk). PROTOCOLS.md: dispatch_send.
+#pragma once
+
+#include "kernels/dispatch/deliver.cuh"
+#include "kernels/rows/cast.cuh"
+
+namespace deepcomm::kernels {
+
+/// The tokens of one worker, in its order.
+template <typename Spec>
+struct TokenCursor {
+    static constexpr int32_t kChunk = Spec::kByExpert ? layout::kSendChunk : 1;
+
+    const SendBlock<Spec>& my;
+    int32_t index = 0;  ///< of the next one
+
+    DEEPCOMM_DEVICE explicit TokenCursor(const SendBlock<Spec>& block) : my(block) {}
+    DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const {
+        return my.worker() + at / kChunk * my.num_workers();
+    }
+    DEEPCOMM_DEVICE int32_t token_of(int32_t at) const { return chunk_of(at) * kChunk + at % kChunk; }
+    DEEPCOMM_DEVICE bool is_alive() const { return true; }
+    DEEPCOMM_DEVICE bool next(RowPiece* piece) {
+        const int32_t token = token_of(index);
+        if (token >= my.params.num_tokens) return false;
+        ++index;
+        const RowSource& source = my.params.source;
+        piece->row = source.rows + token * source.row_stride;
+        if (Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
+            piece->scales = source.scales + token * source.scale_stride;
+            piece->scale_bytes = my.scale_bytes();
+        }
+        return true;
+    }
+};
+
+template <typename Spec>
+DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
+    PairSlots pair;
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk) return pair;
+    const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + k;
+    pair.expert = my.params.table.topk_idx[index];
+    pair.token_slot = my.params.table.token_slot[index];
+    if (Spec::kByExpert) pair.pair_slot = my.params.table.pair_slot[index];
+    if (pair.expert >= 0) {
+        pair.dst = pair.expert / my.num_local();
+        if (my.params.topk_weights != nullptr) pair.weight = my.params.topk_weights[index];
+    }
+    return pair;
+}
+
+/// Brings the stage into the form in which the row travels.
+template <typename Spec>
+DEEPCOMM_DEVICE void prepare_row(const SendBlock<Spec>& my, int32_t token, unsigned char* stage) {
+    if (Spec::kWire == kWireCast) {
+        cast_row<Spec::kHidden>(stage, stage + Spec::kScalesAt, my.params.scales_are_ue8m0 != 0);
+    } else if (Spec::kWire == kWireFp8 && !my.has_bulk_scales()) {
+        const RowSource& source = my.params.source;
+        const auto* from =
+            reinterpret_cast<const uint32_t*>(source.scales + token * source.scale_stride);
+        auto* scales = reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt);
+        for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
+            scales[i] = from[i];
+        }
+    }
+    if (Spec::kWire == kWireBf16) return;
+    device::fence_proxy_async();  // ORDER: what the lanes wrote before the bulk stores that read it
+    my.warp.sync();               // ORDER: of every lane, and before other lanes read the scales
+}
+
+/// Sends the row of the token at hand to its ranks: everywhere (TOKEN), or to the peers.
+template <typename Spec>
+DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
+                              const unsigned char* stage) {
+    const int32_t limit =
+        pair.dst < 0 || Spec::kByExpert ? kNoLimit : my.smem.destinations[pair.dst].limit;
+    const bool sends = pair.token_slot >= 0 && pair.token_slot < limit &&
+                       !(Spec::kByExpert && pair.dst == my.rank());
+    const bool has_bulk_scales = Spec::kWire != kWireBf16 && my.has_bulk_scales();
+    if (sends) {
+        unsigned char* landing = my.smem.destinations[pair.dst].landing;
+        const auto slot = static_cast<int64_t>(pair.token_slot);
+        device::bulk_store(landing + my.landing().rows + slot * Spec::kRowBytes, stage,
+                           Spec::kRowBytes);
+        if (has_bulk_scales) {
+            device::bulk_store(landing + my.landing().scales + slot * my.scale_bytes(),
+                               stage + Spec::kScalesAt, my.scale_bytes());
+        }
+    }
+    uint32_t senders = device::warp_ballot(sends);
+    while (senders != 0) {
+        const int32_t lane = device::lowest_bit(senders);
+        senders &= senders - 1;
+        const int32_t dst = device::warp_shuffle(pair.dst, lane);
+        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
+        if (Spec::kByExpert) {
+            store_expert_pairs(my, pair, dst, slot);
+        } else {
+            store_token_pairs(my, pair, dst, slot);
+        }
+        if (Spec::kWire != kWireBf16 && !has_bulk_scales) {
+            store_scales(my, my.smem.destinations[dst].landing, slot, stage);
+        }
+    }
+}
+
+/// Rows that a warp has sent to each rank, chunk by chunk. The peers hear of a chunk when all its
+/// stores are complete: when those of the next chunk have been issued, so that nobody stands still.
+template <typename Spec>
+struct ChunkAnnouncer {
+    static constexpr int32_t kChunk = layout::kSendChunk;
+
+    const SendBlock<Spec>& my;
+    TokenCursor<Spec> tokens;
+    int32_t num_sent = 0;  ///< tokens
+
+    DEEPCOMM_DEVICE explicit ChunkAnnouncer(const SendBlock<Spec>& block)
+        : my(block), tokens(block) {}
+
+    DEEPCOMM_DEVICE int32_t* first(int32_t chunk) const {
+        return my.smem.chunk_first[my.warp.warp_idx()][chunk % 2];
+    }
+    DEEPCOMM_DEVICE int32_t* rows(int32_t chunk) const {
+        return my.smem.chunk_rows[my.warp.warp_idx()][chunk % 2];
+    }
+
+    /// Adds a token whose stores were issued but not yet committed.
+    DEEPCOMM_DEVICE void add(const PairSlots& pair) {
+        const int32_t chunk = num_sent / kChunk;
+        if (num_sent % kChunk == 0) {
+            for (int32_t d = my.warp.thread_idx(); d < Spec::kNumRanks; d += my.warp.size()) {
+                first(chunk)[d] = rows(chunk)[d] = 0;
+            }
+            my.warp.sync();  // ORDER: the zeros before the rows that are counted
+        }
+        if (pair.token_slot >= 0) {  // one lane a rank
+            if (rows(chunk)[pair.dst]++ == 0) first(chunk)[pair.dst] = pair.token_slot;
+        }
+        my.warp.sync();  // ORDER: the counts before other lanes add to them or announce them
+        ++num_sent;
+        if (num_sent % kChunk != 0 || chunk == 0) return;
+        // All newer groups are of this chunk, whose last token is in the open one.
+        device::bulk_wait_group<kChunk - 1>();  // ORDER: the stores of the chunk before
+        announce(chunk - 1);
+    }
+
+    /// After the last token: what add has not announced.
+    DEEPCOMM_DEVICE void finish() {
+        device::bulk_wait_group<0>();  // ORDER: all stores before what announces them
+        if (num_sent == 0) return;
+        const int32_t last = (num_sent - 1) / kChunk;
+        if (last > 0 && num_sent % kChunk != 0) announce(last - 1);
+        announce(last);
+    }
+
+    DEEPCOMM_DEVICE void announce(int32_t chunk) const {
+        my.warp.sync();               // ORDER: the stores of all lanes, with the next line
+        device::fence_acq_rel_sys();  // ORDER: they are released by the packets
+        const layout::ExchangeLayout& layout = my.params.meet.layout;
+        const int32_t chunk_idx = tokens.chunk_of(chunk * kChunk);
+        for (int32_t d = my.warp.thread_idx(); d < Spec::kNumRanks; d += my.warp.size()) {
+            if (d == my.rank()) continue;
+            const device::Vec128 packet = {{static_cast<uint32_t>(first(chunk)[d]),
+                                            static_cast<uint32_t>(rows(chunk)[d]), 0, my.epoch}};
+            unsigned char* to = my.params.meet.comm.bases[d];
+            device::st_relaxed_sys(
+                at<device::Vec128>(to, layout.sent_chunk(my.rank(), chunk_idx)), packet);
+        }
+        my.warp.sync();  // ORDER: the counts are read before they start again
+    }
+};
+
+/// One token: waits for its row and issues all its stores.
+template <typename Spec>
+DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& pipe, int32_t token,
+                                PairSlots* pair) {
+    *pair = load_pairs(my, token);
+    const device::WaitSite site = {device::Operation::kDispatch, device::Role::kSend, my.rank(),
+                                   token};
+    if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
+    unsigned char* stage = pipe.current();
+    prepare_row(my, token, stage);
+    send_row(my, *pair, stage);
+    if (Spec::kByExpert) {
+        const bool is_here =
+            pair->dst == my.rank() && pair->pair_slot < my.smem.destinations[my.rank()].limit;
+        store_copies(my, is_here ? pair->pair_slot : -1, pair->weight, stage);
+    }
+    return true;
+}
+
+/// All tokens of this warp, complete at their destinations. False when a wait has run out.
+template <typename Spec>
+DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe& pipe) {
+    TokenCursor<Spec> loads(my);
+    TokenCursor<Spec> tokens(my);
+    ChunkAnnouncer<Spec> announcer(my);
+    const bool is_complete = move_rows(pipe, loads, [&]() {
+        PairSlots pair;
+        if (!send_token(my, pipe, tokens.token_of(tokens.index++), &pair)) return false;
+        if (Spec::kByExpert) announcer.add(pair);
+        return true;
+    });
+    if (!is_complete) return false;
+    if (Spec::kByExpert) {
+        announcer.finish();
+    } else {
+        device::bulk_wait_group<0>();  // ORDER: all stores before the block's arrival
+    }
+    return true;
+}
+
+}  // namespace deepcomm::kernels

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// dispatch_send: its compile-time choices, its shared memory and what a warp knows of it.
+#pragma once
+
+#include "kernels/dispatch/count.cuh"
+#include "kernels/rows/pipe.cuh"
+
+namespace deepcomm::kernels {
+
+/// How rows are given and how they travel.
+constexpr int32_t kWireBf16 = 0;
+constexpr int32_t kWireFp8 = 1;   ///< given with their scales
+constexpr int32_t kWireCast = 2;  ///< BF16, cast to FP8 on the way
+
+template <int32_t kNumRanks_, int32_t kHidden_, int32_t kWire_, bool kByExpert_>
+struct SendSpec {
+    static constexpr int32_t kNumRanks = kNumRanks_;
+    static constexpr int32_t kHidden = kHidden_;
+    static constexpr int32_t kWire = kWire_;
+    static constexpr bool kByExpert = kByExpert_;
+    static constexpr int32_t kNumTiles = (kHidden + kScaleTile - 1) / kScaleTile;
+    static constexpr int32_t kLoadBytes = kWire == kWireFp8 ? kHidden : 2 * kHidden;
+    static constexpr int32_t kRowBytes = kWire == kWireBf16 ? 2 * kHidden : kHidden;
+    static constexpr int32_t kScalesAt = static_cast<int32_t>(round_up(kLoadBytes, 16));
+    static constexpr int32_t kStageBytes = static_cast<int32_t>(
+        round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
+    static constexpr int32_t kMinStages = kStageBudgetBytes / kStageBytes < 2 ? 1 : 2;
+    static constexpr int32_t kMaxWarps = kWire == kWireCast ? 8 : 4;
+    static constexpr int32_t kWarps =
+        clamp(kStageBudgetBytes / (kMinStages * kStageBytes), 1, kMaxWarps);
+    static constexpr int32_t kStages =
+        clamp(kStageBudgetBytes / (kWarps * kStageBytes), kMinStages, kMaxStages);
+    static_assert(kStages >= 2, "a row must fit twice into shared memory");
+
+    using Bank = StageBank<kWarps, kStages, kStageBytes>;
+    using Pipe = RowPipe<kStages, kStageBytes, kLoadBytes, kScalesAt>;
+    // Rows that have travelled are loaded again as they are.
+    using LandedPipe = RowPipe<kStages, kStageBytes, kRowBytes, kScalesAt>;
+};
+
+/// Where a peer's rows go.
+struct Destination {
+    unsigned char* landing;  ///< its generation
+    int32_t limit;           ///< rows that fit there
+    int32_t ids_are_64;
+};
+
+template <int32_t kNumRanks, int32_t kHidden, int32_t kWire, bool kByExpert>
+struct SendShared {
+    using Spec = SendSpec<kNumRanks, kHidden, kWire, kByExpert>;
+
+    typename Spec::Bank bank;
+    MeetTable<kNumRanks> meet;
+    Destination destinations[kNumRanks];
+    /// Rows that each warp has sent to each rank in its current chunk and in the one before.
+    int32_t chunk_first[Spec::kWarps][2][kNumRanks];
+    int32_t chunk_rows[Spec::kWarps][2][kNumRanks];
+};
+
+/// What all warps of a block share.
+template <typename Spec>
+struct SendBlock {
+    using Shared = SendShared<Spec::kNumRanks, Spec::kHidden, Spec::kWire, Spec::kByExpert>;
+
+    const SendParams& params;
+    Shared& smem;
+    device::Block block;
+    device::Warp warp;
+    uint32_t epoch;  ///< of the operation
+    uint32_t round;  ///< of arrivals
+
+    DEEPCOMM_DEVICE int32_t rank() const { return params.meet.comm.rank; }
+    DEEPCOMM_DEVICE int32_t worker() const {
+        return block.block_idx() * Spec::kWarps + warp.warp_idx();
+    }
+    DEEPCOMM_DEVICE int32_t num_workers() const { return block.num_blocks() * Spec::kWarps; }
+    DEEPCOMM_DEVICE const layout::LandingOffsets& landing() const {
+        return params.meet.layout.landing;
+    }
+    DEEPCOMM_DEVICE int32_t num_local() const {
+        return params.meet.layout.shape.num_experts / Spec::kNumRanks;
+    }
+    /// Whether rows of scales are whole multiples of what bulk copies move.
+    DEEPCOMM_DEVICE bool has_bulk_scales() const { return params.scale_words % 4 == 0; }
+    DEEPCOMM_DEVICE uint32_t scale_bytes() const {
+        return static_cast<uint32_t>(params.scale_words) * 4;
+    }
+};
+
+}  // namespace deepcomm::kernels

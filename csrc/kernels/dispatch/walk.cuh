@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp's walk over the routing of consecutive tokens, a lane a (token, k) pair. Counting and slot
+// assignment take the same walk, so that both see the same order: tokens ascending.
+#pragma once
+
+#include "device/device.cuh"
+#include "kernels/dispatch/params.hpp"
+
+namespace deepcomm::kernels {
+
+/// One lane's pair and the lanes that share something with it.
+struct Pair {
+    int32_t index;         ///< in [T, K], or -1: none
+    int32_t expert;        ///< or -1
+    int32_t dst;           ///< rank of the expert, or -1
+    uint32_t same_expert;  ///< lanes
+    uint32_t firsts;       ///< lanes whose pair is the first of its token for the same rank
+    bool is_first;
+    uint32_t refusal;
+};
+
+struct Walk {
+    const void* topk_idx;
+    int32_t ids_are_64;
+    int32_t num_topk;
+    int32_t num_experts;
+    int32_t num_local_experts;
+    int32_t begin;  ///< tokens
+    int32_t end;
+
+    DEEPCOMM_DEVICE int32_t tokens_per_step() const { return device::kWarpSize / num_topk; }
+
+    DEEPCOMM_DEVICE int64_t id_at(int32_t index) const {
+        return ids_are_64 ? static_cast<const int64_t*>(topk_idx)[index]
+                          : static_cast<const int32_t*>(topk_idx)[index];
+    }
+
+    /// All lanes of the warp.
+    DEEPCOMM_DEVICE Pair at(int32_t first_token) const {
+        const int32_t lane = device::Warp{}.thread_idx();
+        const int32_t token_in_step = lane / num_topk;
+        const int32_t token = first_token + token_in_step;
+        const bool is_active = token_in_step < tokens_per_step() && token < end;
+        Pair pair = {is_active ? first_token * num_topk + lane : -1, -1, -1, 0, 0, false, 0};
+        if (is_active) {
+            const int64_t id = id_at(pair.index);
+            const bool is_expert = id >= 0 && id < num_experts;
+            if (!is_expert && id != -1) pair.refusal = kExpertOutOfRange;
+            pair.expert = is_expert ? static_cast<int32_t>(id) : -1;
+            pair.dst = is_expert ? pair.expert / num_local_experts : -1;
+        }
+        const uint32_t own_token = (~0u >> (device::kWarpSize - num_topk))
+                                   << (token_in_step * num_topk % device::kWarpSize);
+        const auto nobody = static_cast<uint32_t>(-1 - lane);  // alike in no two lanes
+        const bool has_expert = pair.expert >= 0;
+        pair.same_expert =
+            device::warp_match(has_expert ? static_cast<uint32_t>(pair.expert) : nobody);
+        const uint32_t same_dst =
+            device::warp_match(has_expert ? static_cast<uint32_t>(pair.dst) : nobody);
+        pair.is_first = has_expert && device::lowest_bit(same_dst & own_token) == lane;
+        pair.firsts = device::warp_ballot(pair.is_first) & same_dst;
+        if (has_expert && device::popcount(pair.same_expert & own_token) > 1) {
+            pair.refusal = kExpertTwice;
+        }
+        return pair;
+    }
+};
+
+/// Lanes of the mask before this one.
+DEEPCOMM_DEVICE int32_t num_before(uint32_t mask) {
+    const int32_t lane = device::Warp{}.thread_idx();
+    return device::popcount(mask & ((1u << lane) - 1));
+}
+
+/// Adds a step's pairs to the warp's counters: [R] tokens for each rank, then [E] pairs.
+DEEPCOMM_DEVICE void add_to_counters(const Pair& pair, int32_t num_ranks, uint32_t* counters) {
+    const device::Warp warp;
+    const int32_t lane = warp.thread_idx();
+    if (pair.is_first && device::lowest_bit(pair.firsts) == lane) {
+        counters[pair.dst] += static_cast<uint32_t>(device::popcount(pair.firsts));
+    }
+    if (pair.expert >= 0 && device::lowest_bit(pair.same_expert) == lane) {
+        counters[num_ranks + pair.expert] +=
+            static_cast<uint32_t>(device::popcount(pair.same_expert));
+    }
+    warp.sync();  // ORDER: the counters before the lanes that read them in the next step
+}
+
+}  // namespace deepcomm::kernels

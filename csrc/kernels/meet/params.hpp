@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a rank tells all others when it enters a high-throughput operation, and what it tells the
+// host of what it heard.
+//
+//   packet 0: signature | capacity  | num_tokens | epoch
+//   packet 1: landing   | alignment | refusal    | epoch
+#pragma once
+
+#include "kernels/params.hpp"
+#include "layout/exchange.hpp"
+
+namespace deepcomm::kernels {
+
+constexpr int32_t kNoCapacity = -1;
+
+/// Why a rank refuses, as bits of Header::refusal.
+constexpr uint32_t kRefusedByHost = 1;     ///< the host has found an argument error
+constexpr uint32_t kExpertOutOfRange = 2;  ///< an id is below -1, or E or more
+constexpr uint32_t kExpertTwice = 4;       ///< a row names an expert twice
+
+/// Bits of Header::landing beside the generation's index.
+constexpr uint32_t kLandingIdsAre64 = 1u << 31;
+constexpr uint32_t kLandingIndexMask = 0xFFFF;
+
+struct Header {
+    uint32_t signature;  ///< what all ranks must ask for alike; opaque here
+    int32_t capacity;    ///< rows that fit, or kNoCapacity
+    int32_t num_tokens;
+    uint32_t landing;  ///< generation of the ring that peers shall write to, and kLanding bits
+    int32_t alignment;
+    uint32_t refusal;  ///< 0: takes part
+};
+
+enum class MeetStatus : uint32_t {
+    kGood = 0,
+    kRefused = 1,
+    kMismatch = 2,
+    kMustGrow = 3,  ///< a rank brings more tokens than there is room for
+};
+
+/// An operation that did not take place, in memory shared with the host: the first one, until the
+/// host clears it.
+struct Trouble {
+    uint32_t state;  ///< layout::RecordState
+    MeetStatus status;
+    int32_t culprit;  ///< the rank that refuses or differs
+    int32_t max_tokens;
+    Header mine;
+    Header theirs;
+};
+
+struct MeetParams {
+    CommParams comm;
+    layout::ExchangeLayout layout;
+    Header header;
+    int32_t max_tokens;
+    void* epoch;  ///< device::EpochState, one for all high-throughput operations
+    Trouble* trouble;
+};
+
+}  // namespace deepcomm::kernels

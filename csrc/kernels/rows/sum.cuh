@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sum of a few BF16 rows in FP32, by one warp, in a fixed order. PROTOCOLS.md: combine.
+#pragma once
+
+#include "device/device.cuh"
+
+namespace deepcomm::kernels {
+
+constexpr int32_t kSumUnroll = 4;  ///< vectors of each lane that are summed together
+constexpr uint32_t kNanPair = 0x7FFF7FFFu;
+
+/// A lane's row to add, if it has one; terms are added in ascending order of their keys.
+struct Term {
+    const unsigned char* row;
+    int32_t key;  ///< -1: none
+    float weight;
+    bool ends_rank;  ///< the last of its rank
+};
+
+/// Lanes of the terms in their order.
+struct TermOrder {
+    int32_t count;
+    int32_t position;  ///< of this lane's term, or -1
+};
+
+DEEPCOMM_DEVICE TermOrder order_terms(int32_t key) {
+    const uint32_t terms = device::warp_ballot(key >= 0);
+    TermOrder order = {device::popcount(terms), key < 0 ? -1 : 0};
+    for (uint32_t left = terms; left != 0; left &= left - 1) {
+        const int32_t other = device::warp_shuffle(key, device::lowest_bit(left));
+        if (key >= 0 && other < key) ++order.position;
+    }
+    return order;
+}
+
+/// The term at a position, in every lane.
+DEEPCOMM_DEVICE Term term_at(const Term& own, const TermOrder& order, int32_t position) {
+    const int32_t lane = device::lowest_bit(device::warp_ballot(order.position == position));
+    const auto bits = reinterpret_cast<uint64_t>(own.row);
+    const uint64_t row = device::warp_shuffle(bits, lane);
+    const uint32_t ends = device::warp_ballot(own.ends_rank);
+    return {reinterpret_cast<const unsigned char*>(row), 0, device::warp_shuffle(own.weight, lane),
+            (ends >> lane & 1) != 0};
+}
+
+/// What becomes of a sum.
+struct SumTarget {
+    unsigned char* out;
+    const unsigned char* bias;  ///< or null
+    bool is_lost;               ///< write NaN
+};
+
+struct Floats8 {
+    float values[8];
+};
+
+DEEPCOMM_DEVICE Floats8 floats_of(const device::Vec128& vector) {
+    Floats8 floats;
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) {
+        floats.values[2 * i] = device::bf16x2_low(vector.words[i]);
+        floats.values[2 * i + 1] = device::bf16x2_high(vector.words[i]);
+    }
+    return floats;
+}
+
+DEEPCOMM_DEVICE device::Vec128 bf16_of(const Floats8& floats) {
+    device::Vec128 vector;
+#pragma unroll
+    for (int32_t i = 0; i < 4; ++i) {
+        vector.words[i] =
+            device::bf16x2_from_floats(floats.values[2 * i], floats.values[2 * i + 1]);
+    }
+    return vector;
+}
+
+DEEPCOMM_DEVICE void add_to(Floats8* sum, const Floats8& terms) {
+#pragma unroll
+    for (int32_t i = 0; i < 8; ++i) {
+        sum->values[i] = device::fadd_rn(sum->values[i], terms.values[i]);
+    }
+}
+
+DEEPCOMM_DEVICE void scale_by(Floats8* floats, float weight) {
+#pragma unroll
+    for (int32_t i = 0; i < 8; ++i) floats->values[i] = device::fmul_rn(weight, floats->values[i]);
+}
+
+/// Partial sums of a rank, when it may have several terms, and of all ranks.
+template <bool kByExpert>
+struct Accumulator {
+    Floats8 total;
+    Floats8 partial;
+
+    DEEPCOMM_DEVICE void add(const device::Vec128& vector, const Term& term, bool has_weights) {
+        Floats8 floats = floats_of(vector);
+        if (!kByExpert) {
+            add_to(&total, floats);
+            return;
+        }
+        if (has_weights) scale_by(&floats, term.weight);
+        add_to(&partial, floats);
+        if (!term.ends_rank) return;
+        add_to(&total, floats_of(bf16_of(partial)));  // rounded to the wire's type
+        partial = Floats8{};
+    }
+};
+
+template <int32_t kNumVectors>
+struct RowVectors {
+    device::Vec128 vectors[kSumUnroll];
+
+    /// Vectors first, first + 32, ...
+    DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
+        const auto* from = reinterpret_cast<const device::Vec128*>(row);
+#pragma unroll
+        for (int32_t i = 0; i < kSumUnroll; ++i) {
+            const int32_t index = first + i * device::kWarpSize;
+            if (index < kNumVectors) vectors[i] = device::ld_weak_streaming(from + index);
+        }
+    }
+};
+
+/// Finishes and stores vectors first, first + 32, ... of the sum.
+template <int32_t kNumVectors, bool kByExpert>
+DEEPCOMM_DEVICE void store_sum(Accumulator<kByExpert> (&sums)[kSumUnroll], const SumTarget& target,
+                               int32_t first) {
+    auto* out = reinterpret_cast<device::Vec128*>(target.out);
+    const auto* bias = reinterpret_cast<const device::Vec128*>(target.bias);
+#pragma unroll
+    for (int32_t i = 0; i < kSumUnroll; ++i) {
+        const int32_t index = first + i * device::kWarpSize;
+        if (index >= kNumVectors) continue;
+        if (bias != nullptr) add_to(&sums[i].total, floats_of(bias[index]));
+        device::Vec128 vector = bf16_of(sums[i].total);
+        if (target.is_lost) vector = {{kNanPair, kNanPair, kNanPair, kNanPair}};
+        device::st_weak_streaming(out + index, vector);
+    }
+}
+
+/// All lanes of a warp. The next term's vectors are loaded while those of the one before are added.
+template <int32_t kHidden, bool kByExpert>
+DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has_weights,
+                               const SumTarget& target) {
+    constexpr int32_t kNumVectors = kHidden / 8;
+    const int32_t lane = device::Warp{}.thread_idx();
+    const int32_t count = target.is_lost ? 0 : order.count;
+    for (int32_t begin = 0; begin < kNumVectors; begin += kSumUnroll * device::kWarpSize) {
+        const int32_t first = begin + lane;
+        Accumulator<kByExpert> sums[kSumUnroll] = {};
+        RowVectors<kNumVectors> next{};
+        Term term{};
+        if (count > 0) {
+            term = term_at(own, order, 0);
+            next.load(term.row, first);
+        }
+        for (int32_t j = 0; j < count; ++j) {
+            const RowVectors<kNumVectors> current = next;
+            const Term added = term;
+            if (j + 1 < count) {
+                term = term_at(own, order, j + 1);
+                next.load(term.row, first);
+            }
+#pragma unroll
+            for (int32_t i = 0; i < kSumUnroll; ++i) {
+                sums[i].add(current.vectors[i], added, has_weights);
+            }
+        }
+        store_sum<kNumVectors>(sums, target, first);
+    }
+}
+
+}  // namespace deepcomm::kernels
