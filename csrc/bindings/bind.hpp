@@ -7,11 +7,8 @@
 namespace deepcomm {
 
 void bind_cpu(pybind11::module_& module);
-<<<<<<< HEAD
 void bind_kernels(pybind11::module_& module);
-=======
 void bind_cuda(pybind11::module_& module);
->>>>>>> host
 void bind_simd(pybind11::module_& module);
 
 }  // namespace deepcomm

@@ -87,6 +87,15 @@ KERNELS: tuple[Kernel, ...] = (
         shared="LowLatencyDispatchShared",
         spec=(HIDDEN, SpecParameter("rows", (0, 1, 2, 3, 4)), PHASES, NUM_THREADS),
     ),
+    Kernel(
+        "low_latency_combine",
+        "kernels/low_latency/combine.cuh",
+        shared="LowLatencyCombineShared",
+        spec=(HIDDEN, PHASES, NUM_THREADS),
+    ),
+    Kernel(
+        "low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"
+    ),
 )
 
 

@@ -6,6 +6,14 @@
 #include "device/device.cuh"
 #include "kernels/low_latency/params.hpp"
 
+namespace deepcomm::kernels {
+
+// Blocks that shall be resident on an SM: leaves each thread of 256 some 80 or 128 registers.
+constexpr int kLowLatencyDispatchBlocks = 3;
+constexpr int kLowLatencyCombineBlocks = 2;
+
+}  // namespace deepcomm::kernels
+
 namespace deepcomm::kernels::low_latency {
 
 using device::Vec128;
@@ -101,6 +109,11 @@ DEEPCOMM_DEVICE Vec128* packets_at(unsigned char* base, int64_t offset) {
     return reinterpret_cast<Vec128*>(base + offset);
 }
 
+/// Word part of a packet, without an array in memory.
+DEEPCOMM_DEVICE uint32_t payload_word(const Vec128& packet, int32_t part) {
+    return part == 0 ? packet.words[0] : part == 1 ? packet.words[1] : packet.words[2];
+}
+
 /// Polls one packet until it carries the tag.
 DEEPCOMM_DEVICE Arrival wait_packet(const LowLatencyParams& params, const device::WaitSite& site,
                                     const Vec128* address, uint32_t tag, Vec128* packet) {
@@ -153,21 +166,6 @@ struct PacketBatch {
         return arrival;
     }
 };
-
-// ---- refusals
-
-/// Claims the status for one reason; the caller fills it and releases it. False: another is there.
-DEEPCOMM_DEVICE bool claim_status(const LowLatencyParams& params) {
-    const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
-    const auto writing = static_cast<uint32_t>(layout::RecordState::kWriting);
-    return device::atom_cas_relaxed_sys(&params.status->state, clear, writing) == clear;
-}
-
-DEEPCOMM_DEVICE void release_status(const LowLatencyParams& params) {
-    // ORDER: the fields; pairs with the host's acquire of kComplete
-    device::st_release_sys(&params.status->state,
-                           static_cast<uint32_t>(layout::RecordState::kComplete));
-}
 
 // ---- ends
 

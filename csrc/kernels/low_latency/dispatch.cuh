@@ -9,7 +9,7 @@
 namespace deepcomm::kernels {
 
 template <int kHidden, int kRows, int kPhases, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
     low_latency_dispatch(const __grid_constant__ LowLatencyDispatchParams params) {
     using Shared = LowLatencyDispatchShared<kHidden, kRows, kPhases, kThreads>;
     const device::Block block;

@@ -114,12 +114,6 @@ DEEPCOMM_DEVICE bool takes_part(const LowLatencyParams& params, const LowLatency
     return found == before ? is_here : (found & 1) != 0;
 }
 
-/// Adds to the statistics what a source took since start_ns; 0: nobody asks.
-DEEPCOMM_DEVICE void add_wait(const LowLatencyParams& params, int32_t source, uint64_t start_ns) {
-    if (start_ns == 0) return;
-    params.wait_us[source] += static_cast<int64_t>((device::globaltimer_ns() - start_ns) / 1000);
-}
-
 /// Waits for the first packet of each source, where one must know how long that takes or where a
 /// late source is masked: the blocks then agree about who takes part. False: leave.
 template <typename Shared>
@@ -162,28 +156,16 @@ DEEPCOMM_DEVICE void take_header_word(const LowLatencyDispatchParams& params, Sh
     }
 }
 
-/// Notes whether a source's first packet ends the operation.
-template <typename Shared>
-DEEPCOMM_DEVICE void take_first_packet(const LowLatencyParams& params, Shared& shared,
-                                       int32_t source, const Vec128& packet) {
-    const layout::RefusalKind refusal = refusal_of(packet.words[1]);
-    const bool differs =
-        refusal == layout::RefusalKind::kNone && packet.words[0] != params.signature;
-    shared.refusals[source] = differs ? layout::RefusalKind::kDiffers : refusal;
-    shared.signatures[source] = packet.words[0];
-}
-
 /// Reads the headers of all sources. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,
                                      Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const bool is_timed = base.wait_us != nullptr && block.block_idx() == 0;
-    const uint64_t start_ns = is_timed ? device::globaltimer_ns() : 0;
+    const uint64_t start_ns = start_of_waits(base, block);
     block.sync();  // ORDER: the peers are found, and what was sent from shared memory is read
     bool goes_on = true;
-    if (is_timed || base.mask_late) goes_on = await_sources(base, block, turn, start_ns, shared);
+    if (start_ns != 0 || base.mask_late) goes_on = await_sources(base, block, turn, start_ns, shared);
     if (!goes_on) return false;
     const int32_t num_packets = base.map.header_packets;
     for (int32_t i = block.thread_idx(); i < base.map.num_ranks * num_packets; i += block.size()) {
@@ -197,22 +179,13 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
                                   &packet) &&
                       goes_on;
         }
-        if (index == 0) take_first_packet(base, shared, source, packet);
+        if (index == 0) note_header(base, &shared.refusals, source, packet);
         const int32_t word = index * static_cast<int32_t>(layout::kPacketWords);
         for (int32_t part = 0; part < layout::kPacketWords; ++part) {
             take_header_word(params, shared, source, word + part, packet.words[part]);
         }
     }
     return block.sync_and(goes_on);  // ORDER: all words before they are used
-}
-
-/// The first rank whose header ends the operation, or kNoPeer.
-template <typename Shared>
-DEEPCOMM_DEVICE int32_t find_culprit(const LowLatencyParams& params, const Shared& shared) {
-    for (int32_t source = 0; source < params.map.num_ranks; ++source) {
-        if (shared.refusals[source] != layout::RefusalKind::kNone) return source;
-    }
-    return layout::kNoPeer;
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -136,31 +136,6 @@ DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
     }
 }
 
-/// The text of a rank that refused on its host, from the packets after the header's first.
-DEEPCOMM_DEVICE void copy_message(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                  int32_t culprit) {
-    const Vec128* packets =
-        packets_at(params.local, params.map.header_offset(turn.slot, culprit)) + 1;
-    for (int32_t word = 0; word < layout::kMessageWords; ++word) {
-        const Vec128 packet = device::ld_relaxed_sys(packets + word / layout::kPacketWords);
-        params.status->message[word] = packet.words[word % layout::kPacketWords];
-    }
-}
-
-/// Tells the host why nothing was delivered, unless this rank is at fault itself and knows.
-DEEPCOMM_DEVICE void report_refusal(const LowLatencyParams& params, Operation operation,
-                                    const LowLatencyTurn& turn, int32_t culprit,
-                                    layout::RefusalKind kind, uint32_t peer_signature) {
-    if (culprit == params.comm.rank || !claim_status(params)) return;
-    params.status->kind = kind;
-    params.status->operation = static_cast<int32_t>(operation);
-    params.status->culprit = culprit;
-    params.status->signature = params.signature;
-    params.status->peer_signature = peer_signature;
-    if (kind == layout::RefusalKind::kByHost) copy_message(params, turn, culprit);
-    release_status(params);
-}
-
 /// An operation that some rank has refused, or about which the ranks differ.
 template <typename Shared>
 DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
@@ -172,8 +147,7 @@ DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
     }
     if (!block.is_leader()) return;
     *params.num_recv = 0;
-    report_refusal(params.base, Operation::kLowLatencyDispatch, turn, culprit,
-                   shared.refusals[culprit], shared.signatures[culprit]);
+    report_refusal(params.base, Operation::kLowLatencyDispatch, turn, culprit, shared.refusals);
 }
 
 }  // namespace deepcomm::kernels::low_latency

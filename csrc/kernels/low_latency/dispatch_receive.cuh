@@ -61,7 +61,8 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const 
             params.out_topk_weights[slot] = device::float_from_bits(head.words[2]);
         }
     }
-    if (warp.is_leader() && num_copies < base.num_topk) entries[num_copies] = layout::kNoEntry;
+    const int32_t lane = warp.thread_idx();
+    if (lane >= num_copies && lane < base.num_topk) entries[lane] = layout::kNoEntry;
 }
 
 /// The same for TOKEN: one row, with the experts and weights of the token.
@@ -74,11 +75,10 @@ DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const d
     if (warp.is_leader()) {
         shared.num_copies = 1;
         shared.slots[0] = slot;
-        int32_t* entries = base.record + base.record_map.entries + pair.index * base.num_topk;
-        entries[0] = slot;
-        if (base.num_topk > 1) entries[1] = layout::kNoEntry;
     }
     if (k >= base.num_topk) return;
+    base.record[base.record_map.entries + pair.index * base.num_topk + k] =
+        k == 0 ? slot : layout::kNoEntry;
     const bool is_here = head.words[0] != kNoExpert;
     const int64_t index = static_cast<int64_t>(slot) * base.num_topk + k;
     store_id(params, index, is_here ? static_cast<int32_t>(head.words[0]) : -1);
@@ -175,8 +175,9 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
                            static_cast<int64_t>(source) * base.map.max_tokens + i % most};
         if (comes_here(base, shared, pair.source, pair.token)) {
             if (!deliver_row(params, block, turn, pair, shared)) return false;
-        } else if (block.is_leader() && pair.token < shared.num_tokens[source]) {
-            base.record[base.record_map.entries + pair.index * base.num_topk] = layout::kNoEntry;
+        } else if (block.thread_idx() < base.num_topk && pair.token < shared.num_tokens[source]) {
+            const int64_t entry = pair.index * base.num_topk + block.thread_idx();
+            base.record[base.record_map.entries + entry] = layout::kNoEntry;
         }
     }
     return true;
@@ -188,7 +189,7 @@ DEEPCOMM_DEVICE bool receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
     if (!receive_headers(params, block, turn, shared)) return false;
-    const int32_t culprit = find_culprit(params.base, shared);
+    const int32_t culprit = find_culprit(params.base, shared.refusals);
     const bool is_void = culprit != layout::kNoPeer;
     record_receive(params.base, block, is_void, shared);
     if (is_void) {

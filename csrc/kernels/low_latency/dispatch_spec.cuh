@@ -3,7 +3,7 @@
 // headers.
 #pragma once
 
-#include "kernels/low_latency/common.cuh"
+#include "kernels/low_latency/refusal.cuh"
 
 namespace deepcomm::kernels {
 
@@ -61,26 +61,12 @@ struct LowLatencyDispatchShared {
     int32_t num_copies;
     int32_t slots[kMaxTopk];  ///< of the row's copies
     uint32_t refusal;  ///< flags of the header that is sent
-    /// Received: layout::RefusalKind of each source.
-    layout::RefusalKind refusals[layout::kMaxLowLatencyRanks];
-    uint32_t signatures[layout::kMaxLowLatencyRanks];
+    low_latency::Refusals refusals;
 };
 
 namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
-
-// Word 1 of a header: the number of tokens, and why nothing comes.
-constexpr uint32_t kTokenMask = 0x00FFFFFFu;
-constexpr int32_t kRefusalShift = 24;
-
-DEEPCOMM_DEVICE uint32_t refusal_flag(layout::RefusalKind kind) {
-    return static_cast<uint32_t>(kind) << kRefusalShift;
-}
-
-DEEPCOMM_DEVICE layout::RefusalKind refusal_of(uint32_t word) {
-    return static_cast<layout::RefusalKind>(word >> kRefusalShift);
-}
 
 DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
     return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
