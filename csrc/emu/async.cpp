@@ -40,10 +40,10 @@ AgentSpan AsyncEngine::take_agent(const Thread& me) {
     const uint32_t read_epoch = ++agent_epoch_[index];
     const uint32_t write_epoch = ++agent_epoch_[index];
     agent_issuer_[index] = me.id;
-    return {machine->num_threads + static_cast<int>(index), read_epoch, write_epoch};
+    return {static_cast<int>(index), read_epoch, write_epoch};
 }
 
-int AsyncEngine::issuer_of(int agent) const { return agent_issuer_[agent - machine->num_threads]; }
+int AsyncEngine::issuer_of(int agent) const { return agent_issuer_[agent]; }
 
 AsyncEngine::Operation AsyncEngine::make(Thread& me, Kind kind, size_t dst, size_t src,
                                          uint32_t num_bytes) {

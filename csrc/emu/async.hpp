@@ -23,7 +23,7 @@ struct Block;
 
 /// The part of an agent's time line that belongs to one copy: its read, then its write.
 struct AgentSpan {
-    int agent;  ///< actor id
+    int agent;  ///< actor id, below kNumAgents
     uint32_t read_epoch;
     uint32_t write_epoch;
 };

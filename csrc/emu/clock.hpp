@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vector clocks, shared until written: after a barrier a whole block holds one of them.
 //
-//   index   0 .. T-1     | T .. T+A-1               | T+A ..
-//   holds   threads      | asynchronous agents      | views, one a strong location, on demand
-//   value   epoch seen   | epoch seen               | index of the oldest message still readable
+//   index   0 .. A-1             | A ..  threads and views, on demand
+//   holds   asynchronous agents  | a thread      | a view, one a strong location
+//   value   epoch seen           | epoch seen    | index of the oldest message still readable
 //
 // A missing entry is 0, and the null clock is all zeros, so clocks grow without being told to.
 #pragma once

@@ -15,6 +15,8 @@ void* Cluster::alloc_bytes(int rank, const char* name, size_t num_bytes, Fill fi
     return machine->memory.at(machine->memory.alloc(rank, name, num_bytes, fill == Fill::kZero));
 }
 
+void Cluster::free_bytes(void* begin) { machine->memory.free(machine->memory.offset_of(begin)); }
+
 void Cluster::define(const void* begin, size_t num_bytes) {
     const size_t offset = machine->memory.offset_of(begin);
     machine->memory.check_bounds("define", offset, num_bytes);
@@ -31,10 +33,14 @@ void Cluster::host_barrier() {
 
 std::string Cluster::run() { return machine->run(); }
 
+std::string Cluster::run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over) {
+    return machine->run_until_any(waits, over);
+}
+
 Statistics Cluster::statistics() const {
     const Scheduler& scheduler = machine->scheduler;
     return {scheduler.num_steps(), scheduler.num_switches(), scheduler.now_ns(),
-            scheduler.trace_hash(), machine->num_threads};
+            scheduler.trace_hash(), static_cast<int>(machine->threads.size())};
 }
 
 }  // namespace deepcomm::emu

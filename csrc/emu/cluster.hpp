@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace deepcomm::emu {
 
@@ -28,6 +29,7 @@ struct Faults {
 struct Options {
     Faults faults;
     bool trace = false;               ///< print every event to stderr
+    bool allow_foreign = false;       ///< kernels may use other memory of the process, unchecked
     uint64_t max_steps = 50'000'000;  ///< scheduler steps before the run is given up
     uint64_t max_idle_steps =
         400'000;  ///< steps in which nothing but loads happens: a raw spin loop
@@ -53,6 +55,21 @@ struct Statistics {
     int num_threads = 0;
 };
 
+/// What the host thread of a rank waits for.
+struct HostWait {
+    enum class Kind {
+        kNone,    ///< it does not wait
+        kStream,  ///< all that its rank has launched is done
+        kWord,    ///< *word == expected or *flag == flag_value, or the deadline has come
+    };
+    Kind kind = Kind::kNone;
+    const uint64_t* word = nullptr;
+    uint64_t expected = 0;
+    const uint32_t* flag = nullptr;
+    uint32_t flag_value = 0;
+    uint64_t deadline_ns = kNever;
+};
+
 class Cluster {
   public:
     Cluster(int num_ranks, uint64_t seed, const Options& options = {});
@@ -65,6 +82,8 @@ class Cluster {
     T* alloc(int rank, const char* name, size_t count = 1, Fill fill = Fill::kPoison) {
         return static_cast<T*>(alloc_bytes(rank, name, count * sizeof(T), fill));
     }
+    /// Ends the life of memory: later accesses are errors. Nothing that runs may use it.
+    void free_bytes(void* begin);
     /// Marks memory that the host has filled as defined.
     void define(const void* begin, size_t num_bytes);
 
@@ -76,7 +95,12 @@ class Cluster {
     /// Runs everything queued. Returns what went wrong, or nothing.
     std::string run();
 
-    /// What the last run did.
+    /// For hosts that go on while kernels run: runs until at least one wait is over and marks
+    /// those that are. None is over where only the host of a stopped rank waits. May be called
+    /// again, from any thread, with more launched in between. Returns what went wrong, or nothing.
+    std::string run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over);
+
+    /// What has run so far.
     Statistics statistics() const;
 
   private:

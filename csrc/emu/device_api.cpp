@@ -38,19 +38,37 @@ Thread& take_turn() {
 
 void strong_load(void* out, const void* address, int size, Order order, Scope scope) {
     Thread& me = take_turn();
-    machine->strong.load(me, out, require("load", address, size), size, order, scope);
+    const size_t offset = require("load", address, size);
+    if (Memory::is_foreign(offset)) {
+        std::memcpy(out, address, static_cast<size_t>(size));
+        return;
+    }
+    machine->strong.load(me, out, offset, size, order, scope);
 }
 
 void strong_store(void* address, const void* value, int size, Order order, Scope scope) {
     Thread& me = take_turn();
+    const size_t offset = require("store", address, size);
+    if (Memory::is_foreign(offset)) {
+        std::memcpy(address, value, static_cast<size_t>(size));
+        return;
+    }
     StrongValue words;
     std::memcpy(&words, value, static_cast<size_t>(size));
-    machine->strong.store(me, require("store", address, size), size, words, order, scope);
+    machine->strong.store(me, offset, size, words, order, scope);
 }
 
 uint64_t strong_rmw(void* address, int size, const RmwRequest& request, Order order, Scope scope) {
     Thread& me = take_turn();
-    return machine->strong.rmw(me, require("atomic", address, size), size, request, order, scope);
+    const size_t offset = require("atomic", address, size);
+    if (Memory::is_foreign(offset)) {
+        uint64_t before = 0;
+        std::memcpy(&before, address, static_cast<size_t>(size));
+        const uint64_t after = apply(request, before);
+        std::memcpy(address, &after, static_cast<size_t>(size));
+        return before;
+    }
+    return machine->strong.rmw(me, offset, size, request, order, scope);
 }
 
 void fence_acq_rel(Scope scope) { machine->strong.fence_acq_rel(take_turn(), scope); }
@@ -102,6 +120,7 @@ uint64_t globaltimer_ns() { return machine->scheduler.now_ns(); }
 void pause_on(const void* address, uint64_t deadline_ns) {
     Thread& me = self();
     const size_t offset = require_inside("wait", address);
+    if (Memory::is_foreign(offset)) fail("wait: address in memory of the host");
     const bool is_parked = machine->async.is_mbarrier(offset)
                                ? machine->async.park_on_mbarrier(me, offset, deadline_ns)
                                : machine->strong.park_on(me, offset, deadline_ns);

@@ -5,18 +5,12 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <stdexcept>
 
 namespace deepcomm::emu {
 
 Machine* machine = nullptr;
 
 namespace {
-
-/// Thrown on the host's stack only; threads leave by a switch instead.
-struct HostFailure : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 std::string format_args(const char* pattern, std::va_list args) {
     char text[1024];
@@ -63,11 +57,11 @@ void Machine::reset(int num_ranks, uint64_t seed, const Options& new_options) {
     shadow_random = Random(~seed);
     error.clear();
     current = nullptr;
-    num_threads = 0;
     threads.clear();
+    thread_of_entry.assign(AsyncEngine::kNumAgents, nullptr);
     ranks.clear();
     ranks.resize(static_cast<size_t>(num_ranks));
-    memory.reset();
+    memory.reset(options.allow_foreign);
     strong.reset();
     async.reset();
     scheduler.reset();
@@ -78,24 +72,21 @@ void Machine::reset(int num_ranks, uint64_t seed, const Options& new_options) {
 
 int Machine::rank_of_actor(int actor) const {
     if (actor < 0) return kHostRank;
-    const int thread = is_thread(actor) ? actor : async.issuer_of(actor);
-    return threads[static_cast<size_t>(thread)].rank;
+    return thread_of(actor).rank;
 }
 
 std::string Machine::actor_name(int actor) const {
     if (actor < 0) return "the host";
     if (!is_thread(actor)) return "a copy of " + actor_name(async.issuer_of(actor));
-    const Thread& thread = threads[static_cast<size_t>(actor)];
+    const Thread& thread = thread_of(actor);
     return "r" + std::to_string(thread.rank) + ".b" + std::to_string(thread.block_idx.x) + ".t" +
            std::to_string(thread.thread_idx.x);
 }
 
 bool Machine::includes(Scope scope, int from, int to) const {
     if (scope == Scope::kSys) return true;
-    if (!is_thread(from)) from = async.issuer_of(from);
-    if (!is_thread(to)) to = async.issuer_of(to);
-    const Thread& a = threads[static_cast<size_t>(from)];
-    const Thread& b = threads[static_cast<size_t>(to)];
+    const Thread& a = thread_of(from);
+    const Thread& b = thread_of(to);
     if (a.rank != b.rank) return false;
     return scope == Scope::kGpu || a.block_idx.x == b.block_idx.x;
 }
@@ -111,27 +102,31 @@ const std::function<void()>* Machine::kernel_of_current() const {
 
 // ---- kernels begin and end
 
-/// Every rank gets as many clock entries as its widest kernel has threads.
-void Machine::assign_threads() {
-    for (Rank& rank : ranks) {
-        rank.first_thread = num_threads;
-        for (const Step& step : rank.program) {
-            rank.max_threads = std::max(rank.max_threads, step.launch.grid * step.launch.block);
-        }
-        num_threads += rank.max_threads;
+int Machine::new_clock_entry(Thread* thread) {
+    thread_of_entry.push_back(thread);
+    return static_cast<int>(thread_of_entry.size()) - 1;
+}
+
+/// Threads and their clock entries are kept: a rank's later kernels go on where earlier ones ended.
+void Machine::provide_threads(Rank& rank, size_t count) {
+    while (rank.threads.size() < count) {
+        threads.emplace_back();
+        Thread& thread = threads.back();
+        thread.stack_idx = static_cast<int>(threads.size()) - 1;
+        thread.id = new_clock_entry(&thread);
+        rank.threads.push_back(&thread);
     }
-    threads.resize(static_cast<size_t>(num_threads));
-    memory.set_num_threads(num_threads);
 }
 
 void Machine::create_thread(Rank& rank, Block& block, int thread_idx) {
     const Launch& launch = rank.program.front().launch;
-    const int id = rank.first_thread + block.block_idx * launch.block + thread_idx;
-    Thread& thread = threads[static_cast<size_t>(id)];
-    const uint32_t epoch = thread.epoch;  // goes on from the kernel before
-    thread = Thread();
-    thread.epoch = epoch;
-    thread.id = id;
+    Thread& thread =
+        *rank.threads[static_cast<size_t>(block.block_idx * launch.block + thread_idx)];
+    Thread fresh;
+    fresh.epoch = thread.epoch;  // goes on from the kernel before
+    fresh.id = thread.id;
+    fresh.stack_idx = thread.stack_idx;
+    thread = std::move(fresh);
     thread.rank = block.rank;
     thread.lane = thread_idx % 32;
     thread.block = &block;
@@ -145,7 +140,7 @@ void Machine::create_thread(Rank& rank, Block& block, int thread_idx) {
     thread.warp->lanes[thread.lane] = &thread;
     thread.know.seen = rank.know.seen;
     thread.know.proxied = rank.know.seen;  // a kernel boundary orders all proxies
-    prepare(thread.context, stacks.get(static_cast<size_t>(id)), enter_thread);
+    prepare(thread.context, stacks.get(static_cast<size_t>(thread.stack_idx)), enter_thread);
     scheduler.make_runnable(&thread);
 }
 
@@ -177,6 +172,7 @@ void Machine::start_launch(Rank& rank, int rank_idx) {
     const Launch& launch = rank.program.front().launch;
     rank.is_running = true;
     rank.num_live = launch.grid * launch.block;
+    provide_threads(rank, static_cast<size_t>(rank.num_live));
     rank.blocks.clear();
     rank.warps.clear();
     for (int i = 0; i < launch.grid; ++i) create_block(rank, rank_idx, i);
@@ -185,8 +181,8 @@ void Machine::start_launch(Rank& rank, int rank_idx) {
 
 /// A kernel ends when its threads have ended and its copies have landed; its stream knows it all.
 void Machine::end_launch(Rank& rank) {
-    for (int i = 0; i < rank.max_threads; ++i) {
-        Thread& thread = threads[static_cast<size_t>(rank.first_thread + i)];
+    for (Thread* each : rank.threads) {
+        Thread& thread = *each;
         rank.know.join(thread.know);
         rank.know.seen.raise(static_cast<size_t>(thread.id), thread.epoch++);
         for (const BulkGroup& group : thread.groups) {
@@ -258,7 +254,6 @@ bool Machine::is_done() const {
 }
 
 std::string Machine::run() {
-    assign_threads();
     try {
         do {
             while (start_ready_launches()) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -47,7 +48,8 @@ struct RecentRead {
 };
 
 struct Thread : ThreadIdentity {
-    int id = 0;  ///< index of its clock entry; ranks own consecutive ids
+    int id = 0;         ///< actor id: the index of its clock entry
+    int stack_idx = 0;  ///< of the pool
     int rank = 0;
     int lane = 0;
     Block* block = nullptr;
@@ -116,15 +118,19 @@ struct SmemArea {
 
 struct Rank {
     std::deque<Step> program;
-    int first_thread = 0;
-    int max_threads = 0;
-    int num_live = 0;    ///< threads of the running kernel
-    int num_copies = 0;  ///< asynchronous operations issued by it and still in flight
+    std::vector<Thread*> threads;  ///< as many as its widest kernel so far has
+    int num_live = 0;              ///< threads of the running kernel
+    int num_copies = 0;            ///< asynchronous operations issued by it and still in flight
     bool is_running = false;
     Knowledge know;  ///< what its stream knows between kernels
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<SmemArea> smem;
+};
+
+/// Thrown on the host's stack only; threads leave by a switch instead.
+struct HostFailure : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
 struct Machine {
@@ -138,18 +144,27 @@ struct Machine {
     StackPool stacks;
 
     std::deque<Rank> ranks;
-    std::deque<Thread> threads;  ///< by id
-    int num_threads = 0;
-    Thread* current = nullptr;  ///< null while the host runs
+    std::deque<Thread> threads;
+    std::vector<Thread*> thread_of_entry;  ///< by actor id; null for agents and views
+    Thread* current = nullptr;             ///< null while the host runs
     Context host;
     std::string error;
     const std::function<void()>* kernel_of_current() const;
 
     void reset(int num_ranks, uint64_t seed, const Options& options);
     std::string run();
+    /// Runs until the wait of at least one rank's host is over; says whose. None is over where
+    /// only the host of a stopped rank waits.
+    std::string run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over);
 
     // ---- who is who
-    bool is_thread(int actor) const { return actor < num_threads; }
+    static bool is_thread(int actor) { return actor >= AsyncEngine::kNumAgents; }
+    const Thread& thread_of(int actor) const {
+        return *thread_of_entry[static_cast<size_t>(is_thread(actor) ? actor
+                                                                     : async.issuer_of(actor))];
+    }
+    /// Hands out the next index of all clocks.
+    int new_clock_entry(Thread* thread = nullptr);
     int rank_of_actor(int actor) const;
     std::string actor_name(int actor) const;
     /// Whether an operation of this scope by `from` includes `to`.
@@ -179,7 +194,10 @@ struct Machine {
     std::string describe_deadlock() const;
     std::string describe_wait(const Thread& thread) const;
     bool is_done() const;
-    void assign_threads();
+    bool is_over(int rank, const HostWait& wait) const;
+    bool find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const;
+    bool only_stopped_wait(const std::vector<HostWait>& waits) const;
+    void provide_threads(Rank& rank, size_t count);
 };
 
 extern Machine* machine;

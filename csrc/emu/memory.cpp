@@ -17,7 +17,8 @@ constexpr int kPoisonByte = 0xEE;
 constexpr size_t kWord = 4;
 }  // namespace
 
-void Memory::reset() {
+void Memory::reset(bool allow_foreign) {
+    allow_foreign_ = allow_foreign;
     if (!base_) {
         void* base = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -28,7 +29,6 @@ void Memory::reset() {
         base_ = static_cast<char*>(base);
     }
     num_used_ = 0;
-    num_threads_ = 0;
     cells_.clear();
     split_cells_.clear();
     regions_.clear();
@@ -67,6 +67,18 @@ void Memory::define(size_t offset, size_t num_bytes) {
     });
 }
 
+void Memory::free(size_t offset) {
+    const Region* region = find_region(offset);
+    for_each_cell(offset, region->end - offset, [](Cell& cell, size_t) { cell = Cell{}; });
+}
+
+void Memory::take_host_write(size_t offset, size_t num_bytes) {
+    for_each_cell(offset, num_bytes, [](Cell& cell, size_t) {
+        cell = Cell{};
+        cell.state = State::kDefined;
+    });
+}
+
 std::array<Memory::Cell, 4>& Memory::split(Cell& cell) {
     if (cell.state != State::kSplit) {
         split_cells_.push_back({cell, cell, cell, cell});
@@ -79,6 +91,7 @@ std::array<Memory::Cell, 4>& Memory::split(Cell& cell) {
 /// Visits the cells of a range: one a whole word, one a byte where a word is or becomes split.
 template <typename Visit>
 void Memory::for_each_cell(size_t offset, size_t num_bytes, Visit&& visit) {
+    if (is_foreign(offset)) return;
     const size_t end = offset + num_bytes;
     while (offset < end) {
         Cell& cell = cells_[offset / kWord];
@@ -102,7 +115,7 @@ bool Memory::is_morally_strong(const Actor& actor, int other_id, Access other) {
 /// fence after generic writes, but not after generic reads, nor after other asynchronous copies.
 bool Memory::knows(const Actor& actor, uint32_t other, uint32_t epoch, bool is_write) const {
     const int other_id = static_cast<int>(other) - 1;
-    const bool is_thread = other_id < num_threads_;
+    const bool is_thread = machine->is_thread(other_id);
     if (actor.proxy == Proxy::kGeneric && other_id == actor.id) return true;
     const bool needs_proxy_fence = actor.proxy == Proxy::kAsync && is_thread && is_write;
     const Clock& clock = needs_proxy_fence ? actor.know->proxied : actor.know->seen;
@@ -208,6 +221,7 @@ void Memory::check_copy_read(const Actor& actor, size_t offset, size_t num_bytes
 
 void Memory::check_copy_write(const Actor& actor, size_t offset,
                               const std::vector<uint8_t>& defined) {
+    if (is_foreign(offset)) return;
     const size_t begin = offset;
     const auto mark = [&](Cell& cell, size_t at_offset) {
         check_state(actor, cell, at_offset, false);
@@ -230,6 +244,7 @@ void Memory::check_copy_write(const Actor& actor, size_t offset,
 }
 
 void Memory::check_bounds(const char* what, size_t offset, size_t num_bytes) const {
+    if (is_foreign(offset)) return;
     const Region* region = offset == kOutside ? nullptr : find_region(offset);
     if (region && offset + num_bytes <= region->end) return;
     fail("out of bounds: %s of %zu bytes at %s", what, num_bytes, describe(offset).c_str());
@@ -251,6 +266,7 @@ const Memory::Region* Memory::find_region(size_t offset) const {
 }
 
 std::string Memory::describe(size_t offset) const {
+    if (is_foreign(offset)) return "memory of the host";
     const Region* region = offset == kOutside ? nullptr : find_region(offset);
     if (!region) return "memory outside the cluster";
     char text[96];
@@ -260,7 +276,7 @@ std::string Memory::describe(size_t offset) const {
 }
 
 int Memory::rank_of(size_t offset) const {
-    const Region* region = find_region(offset);
+    const Region* region = is_foreign(offset) ? nullptr : find_region(offset);
     return region ? region->rank : kHostRank;
 }
 

@@ -36,22 +36,31 @@ struct Actor {
 class Memory {
   public:
     /// Forgets everything.
-    void reset();
-    /// Tells where agent ids begin.
-    void set_num_threads(int num_threads) { num_threads_ = num_threads; }
-
+    void reset(bool allow_foreign);
     /// Places a new region; names are for messages.
     size_t alloc(int rank, const std::string& name, size_t num_bytes, bool define_zero);
     /// Makes a region's contents undefined again and forgets its accesses (shared memory reuse).
     void recycle(size_t offset, size_t num_bytes);
     void define(size_t offset, size_t num_bytes);
+    /// Makes any later access an error; the addresses are not used again.
+    void free(size_t offset);
+    /// Takes bytes that the host has written: defined, and ordered before whatever runs next.
+    void take_host_write(size_t offset, size_t num_bytes);
 
-    /// Offset of address in the emulated space, or kOutside.
+    /// Offset of address in the emulated space; for other memory kForeign plus the address where
+    /// the run allows that, else kOutside.
     size_t offset_of(const void* address) const {
         const size_t offset = static_cast<size_t>(static_cast<const char*>(address) - base_);
-        return offset < num_used_ ? offset : kOutside;
+        if (offset < num_used_) return offset;
+        const bool is_foreign = allow_foreign_ && offset >= kArenaBytes;
+        return is_foreign ? kForeign + reinterpret_cast<size_t>(address) : kOutside;
     }
-    char* at(size_t offset) const { return base_ + offset; }
+    char* at(size_t offset) const {
+        return is_foreign(offset) ? reinterpret_cast<char*>(offset - kForeign) : base_ + offset;
+    }
+    /// Memory of the process that is not emulated, such as tensors of the host: nothing is known
+    /// of it, so accesses are done and not checked.
+    static bool is_foreign(size_t offset) { return offset >= kForeign && offset != kOutside; }
     bool is_in_arena(const void* address) const {
         return static_cast<size_t>(static_cast<const char*>(address) - base_) < kArenaBytes;
     }
@@ -76,6 +85,7 @@ class Memory {
     int rank_of(size_t offset) const;
 
     static constexpr size_t kOutside = ~size_t{0};
+    static constexpr size_t kForeign = size_t{1} << 62;  ///< above every address of the process
 
   private:
     enum class State : uint8_t { kUnaddressable, kUndefined, kDefined, kMbarrier, kSplit };
@@ -114,7 +124,7 @@ class Memory {
 
     char* base_ = nullptr;
     size_t num_used_ = 0;
-    int num_threads_ = 0;
+    bool allow_foreign_ = false;
     std::vector<Cell> cells_;  ///< one a 4-byte word
     std::vector<std::array<Cell, 4>> split_cells_;
     std::vector<Region> regions_;

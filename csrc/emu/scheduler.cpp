@@ -87,7 +87,8 @@ void Scheduler::expire_timers(bool always) {
 /// Nothing can run: jumps to the earliest deadline, thaw or arrival. False if there is none.
 bool Scheduler::skip_to_next_event() {
     expire_timers(true);  // drops timers of threads that something else has woken
-    const uint64_t next = std::min(next_timer_ns_, machine->async.next_ready_ns());
+    const uint64_t next =
+        std::min({next_timer_ns_, machine->async.next_ready_ns(), host_deadline_ns_});
     if (next == kNever) return false;
     if (next > now_ns()) skipped_ns_ += next - now_ns();
     return true;
@@ -118,8 +119,7 @@ Thread* Scheduler::choose() {
 void Scheduler::check_limits() {
     const Options& options = machine->options;
     if (ticks_ > options.max_steps) fail("gave up after %zu steps", options.max_steps);
-    const uint64_t limit =
-        options.max_idle_steps + 1000 * static_cast<uint64_t>(machine->num_threads);
+    const uint64_t limit = options.max_idle_steps + 1000 * machine->threads.size();
     if (ticks_ - last_progress_ > limit) {
         fail("livelock: %zu steps of loads only; a wait spins without parking", limit);
     }
@@ -129,17 +129,19 @@ void Scheduler::check_limits() {
 Thread* Scheduler::pick() {
     for (;;) {
         ++ticks_;
+        if (now_ns() >= host_deadline_ns_) wants_host_ = true;
         if (wants_host_ || !machine->error.empty()) return nullptr;
         expire_timers(false);
         AsyncEngine& async = machine->async;
-        const bool is_idle = run_queue_.empty();
-        if (async.has_ready() && (is_idle || machine->random.one_in(async_period_))) {
+        const bool no_thread = is_idle();
+        if (async.has_ready() && (no_thread || machine->random.one_in(async_period_))) {
             async.step();
             note_progress();
             continue;
         }
-        if (is_idle) {
-            if (!skip_to_next_event()) return nullptr;
+        if (no_thread) {
+            if (stops_when_idle_) wants_host_ = true;
+            if (wants_host_ || !skip_to_next_event()) return nullptr;
             continue;
         }
         if (machine->current) check_limits();

@@ -39,6 +39,12 @@ class Scheduler {
     bool run_from_host();
     /// Asks for the host's loop at the next step: a kernel has ended.
     void request_host() { wants_host_ = true; }
+    /// Returns to the host's loop at that time at the latest; kNever for none.
+    void set_host_deadline(uint64_t deadline_ns) { host_deadline_ns_ = deadline_ns; }
+    /// Whether to return to the host's loop rather than let time pass until a thread can run.
+    void set_stop_when_idle(bool stops) { stops_when_idle_ = stops; }
+    /// Whether no thread can run right now.
+    bool is_idle() const { return run_queue_.empty(); }
 
   private:
     Thread* pick();
@@ -62,12 +68,14 @@ class Scheduler {
     std::vector<Thread*> timed_;  ///< parked with a deadline, or once were
     std::vector<Shelved> shelved_;
     uint64_t next_timer_ns_ = 0;
+    uint64_t host_deadline_ns_ = ~uint64_t{0};
     uint64_t ticks_ = 0;
     uint64_t skipped_ns_ = 0;
     uint64_t last_progress_ = 0;
     uint64_t num_switches_ = 0;
     uint64_t hash_ = 0;
     bool wants_host_ = false;
+    bool stops_when_idle_ = false;
 
     uint32_t stickiness_ = 1;    ///< a yield switches once in this many times
     int laggard_ = -1;           ///< rank that is passed over most of the time

@@ -19,6 +19,8 @@ bool releases(Order order) { return order == Order::kRelease || order == Order::
 
 size_t index_of(Scope scope) { return static_cast<size_t>(scope); }
 
+}  // namespace
+
 uint64_t apply(const RmwRequest& request, uint64_t old_value) {
     switch (request.op) {
         case Rmw::kAdd: return old_value + request.operand;
@@ -29,12 +31,9 @@ uint64_t apply(const RmwRequest& request, uint64_t old_value) {
     return old_value;
 }
 
-}  // namespace
-
 void StrongMemory::reset() {
     locations_.clear();
     location_of_.assign(machine->memory.num_used() / kWord, 0);
-    num_views_ = 0;
     fence_order_sys_ = {};
     fence_order_rank_.assign(machine->ranks.size(), {});
 }
@@ -56,6 +55,7 @@ Location& StrongMemory::locate(size_t offset, int size) {
         Location fresh{};
         fresh.offset = offset;
         fresh.size = size;
+        fresh.is_hosts = machine->memory.rank_of(offset) == kHostRank;
         fresh.messages.emplace_back();
         std::memcpy(&fresh.messages[0].value, machine->memory.at(offset),
                     static_cast<size_t>(size));
@@ -165,7 +165,7 @@ void StrongMemory::remember_view(Thread& me, Location& location, size_t index) {
     if (message.writer < 0 || message.writer == me.id) return;
     if (me.know.seen[static_cast<size_t>(message.writer)] >= message.epoch) return;
     if (location.view < 0) {
-        location.view = machine->num_threads + AsyncEngine::kNumAgents + num_views_++;
+        location.view = machine->new_clock_entry();
     }
     me.know.seen.raise(static_cast<size_t>(location.view), static_cast<uint32_t>(index));
 }
@@ -234,6 +234,7 @@ void StrongMemory::push(Location& location, Message message) {
     }
     location.waiters.clear();
     machine->scheduler.note_progress();
+    if (location.is_hosts) machine->scheduler.request_host();
 }
 
 void StrongMemory::append(Thread& me, Location& location, Message message, Order order,
@@ -317,6 +318,20 @@ void StrongMemory::fence_sc(Thread& me, Scope scope) {
     fence_acq_rel(me, scope);
     of_rank.join(me.fenced[index_of(scope)]);
     if (scope == Scope::kSys) fence_order_sys_.join(me.fenced[index_of(scope)]);
+}
+
+void StrongMemory::take_host_writes() {
+    for (Location& location : locations_) {
+        if (!location.is_hosts) continue;
+        absorb_weak_write(location);
+        const auto size = static_cast<size_t>(location.size);
+        const char* bytes = machine->memory.at(location.offset);
+        if (std::memcmp(bytes, &location.messages.back().value, size) == 0) continue;
+        machine->memory.take_host_write(location.offset, size);
+        Message message;
+        std::memcpy(&message.value, bytes, size);
+        push(location, std::move(message));
+    }
 }
 
 // ---- waiting

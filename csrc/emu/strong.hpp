@@ -38,9 +38,13 @@ struct StaleReads {
     int count;
 };
 
+/// What a read-modify-write leaves behind.
+uint64_t apply(const RmwRequest& request, uint64_t old_value);
+
 struct Location {
     size_t offset;
     int size;
+    bool is_hosts;  ///< in memory that hosts share
     int view = -1;  ///< clock entry that holds a reader's oldest readable message; -1: none yet
     std::vector<Message> messages;
     std::vector<Thread*> waiters;
@@ -68,6 +72,9 @@ class StrongMemory {
     /// Tells that plain bytes were written where messages may exist.
     void on_weak_write(const Actor& actor, size_t offset, size_t num_bytes);
 
+    /// Makes messages of what hosts have stored in their memory since kernels ran last.
+    void take_host_writes();
+
     /// Parks the thread until the location changes; false if it may poll again at once.
     bool park_on(Thread& me, size_t offset, uint64_t deadline_ns);
 
@@ -88,8 +95,7 @@ class StrongMemory {
 
     std::deque<Location> locations_;
     std::vector<int> location_of_;  ///< index + 1 by word; 0: never accessed strongly
-    int num_views_ = 0;
-    Knowledge fence_order_sys_;  ///< what every fence.sc.sys so far has told
+    Knowledge fence_order_sys_;     ///< what every fence.sc.sys so far has told
     std::vector<Knowledge> fence_order_rank_;
 };
 

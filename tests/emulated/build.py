@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -139,10 +140,36 @@ def build_library(name: str) -> Path:
     """Compile ``tests/emulated/<name>.cpp`` alone as a shared library: no fibers, no hooks."""
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = (*BASE_FLAGS, "-O1", "-fPIC", f"-I{CSRC}")
-    unit = compile_unit(HERE / f"{name}.cpp", flags)
-    library = unit.with_suffix(".so")
+    return link_library(name, [compile_unit(HERE / f"{name}.cpp", flags)])
+
+
+def build_emulator() -> Path:
+    """Build the emulator as a library that kernels' libraries call (see runtime.py)."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted((CSRC / "emu").glob("*.cpp")), HERE / "host_api.cpp"]
+    flags = (*BASE_FLAGS, *PLAIN.emulator_flags, "-fPIC", f"-I{CSRC}", f"-I{HERE}")
+    with ThreadPoolExecutor(MAX_PARALLEL_COMPILES) as pool:
+        objects = list(pool.map(lambda source: compile_unit(source, flags), sources))
+    return link_library("emulator", objects)
+
+
+def build_kernel(name: str, text: str, variant: Variant = PLAIN) -> Path:
+    """Build a unit with a kernel as a library whose emulator is loaded already."""
+    source = BUILD / f"{name}-{digest([text])}.cpp"
+    if not source.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        source.write_text(text)
+    source.touch()
+    includes = tuple(f"-I{path}" for path in variant.includes)
+    unit = compile_unit(source, (*BASE_FLAGS, *variant.kernel_flags, "-fPIC", *includes))
+    return link_library(name, [unit])
+
+
+def link_library(name: str, objects: list[Path]) -> Path:
+    library = BUILD / f"{name}-{digest([str(path) for path in objects])}.so"
     if not library.exists():
-        run_compiler(["-shared", str(unit)], library)
+        # Every kernel's library has its own copy of the device layer and calls that.
+        run_compiler(["-shared", "-Wl,-Bsymbolic", *map(str, objects)], library)
     library.touch()
     return library
 
@@ -169,7 +196,7 @@ def compile_unit(source: Path, flags: tuple[str, ...]) -> Path:
 
 
 def run_compiler(arguments: list[str], target: Path) -> None:
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     command = [COMPILER, *arguments, "-o", str(partial)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs kernels for hosts that go on while they run: up to the moment at which one host's wait is
+// over. Threads of unfinished kernels stay where they are until the next call.
+#include <algorithm>
+
+#include "emu/machine.hpp"
+
+namespace deepcomm::emu {
+
+bool Machine::is_over(int rank, const HostWait& wait) const {
+    switch (wait.kind) {
+        case HostWait::Kind::kNone: return false;
+        case HostWait::Kind::kStream: return ranks[static_cast<size_t>(rank)].program.empty();
+        case HostWait::Kind::kWord: break;
+    }
+    return *wait.word == wait.expected || *wait.flag == wait.flag_value ||
+           scheduler.now_ns() >= wait.deadline_ns;
+}
+
+bool Machine::find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const {
+    over->assign(waits.size(), 0);
+    for (size_t rank = 0; rank < waits.size(); ++rank) {
+        (*over)[rank] = is_over(static_cast<int>(rank), waits[rank]);
+    }
+    return std::any_of(over->begin(), over->end(), [](char flag) { return flag != 0; });
+}
+
+/// A host of an injected stop stays in its wait; that is no deadlock of the others.
+bool Machine::only_stopped_wait(const std::vector<HostWait>& waits) const {
+    for (size_t rank = 0; rank < waits.size(); ++rank) {
+        const bool is_stopped = static_cast<int>(rank) == options.faults.stop_rank;
+        if (!is_stopped && waits[rank].kind != HostWait::Kind::kNone) return false;
+    }
+    return true;
+}
+
+std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over) {
+    strong.take_host_writes();
+    uint64_t deadline_ns = kNever;
+    for (const HostWait& wait : waits) deadline_ns = std::min(deadline_ns, wait.deadline_ns);
+    scheduler.set_host_deadline(deadline_ns);
+    // Some hosts go on at once, beside their peers' kernels; others come late, after all of them.
+    const bool is_late = random.one_in(2);
+    bool is_any_over = false;
+    try {
+        do {
+            while (start_ready_launches()) {
+            }
+            is_any_over = find_over(waits, over);
+            if (is_any_over && (!is_late || scheduler.is_idle())) break;
+            scheduler.set_stop_when_idle(is_any_over);
+        } while (scheduler.run_from_host() && error.empty());
+    } catch (const HostFailure&) {
+        current = nullptr;
+    }
+    scheduler.set_stop_when_idle(false);
+    scheduler.set_host_deadline(kNever);
+    if (error.empty() && !is_any_over && !only_stopped_wait(waits)) error = describe_deadlock();
+    return error;
+}
+
+}  // namespace deepcomm::emu

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``deepcomm.backends.cuda.runtime.Runtime`` on the emulator, and a cluster of such ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from emulated.cluster import EmulatedCluster, EmulatedGroup, Settings
+from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
+from emulated.kernel_library import KernelLibrary, load_kernel
+
+if TYPE_CHECKING:
+    from deepcomm.backends.cuda.runtime import KernelParams
+    from deepcomm.types import Event
+
+T = TypeVar("T")
+
+RECORD_COMPLETE = 2  # csrc/layout/error_record.hpp; its state is the first word
+
+
+class EmulatedMemory:
+    """Zeroed emulated memory, freed with the object; ``Memory`` and ``HostMemory``."""
+
+    def __init__(self, cluster: EmulatedCluster, rank: int, name: str, num_bytes: int) -> None:
+        self.address = cluster.alloc(rank, name, num_bytes)
+        self.device_address = self.address
+        self.num_bytes = num_bytes
+        weakref.finalize(self, cluster.free, self.address)
+
+
+class EmulatedSymmetricMemory:
+    """One block a rank; all of them live until every rank has closed and returned its leases."""
+
+    def __init__(self, own: EmulatedMemory, peers: list[EmulatedMemory]) -> None:
+        self.bases = tuple(memory.address for memory in peers)
+        self.num_bytes = own.num_bytes
+        self._base = own.address
+        self._peers: list[EmulatedMemory] | None = peers
+        self._leases: dict[int, int] = {}
+
+    def lease(self, generation: int, offset: int, num_bytes: int) -> Any:
+        """Return a capsule of uint8 [num_bytes]."""
+        view = (ctypes.c_uint8 * num_bytes).from_address(self._base + offset)
+        self._leases[generation] = self.num_leases(generation) + 1
+        weakref.finalize(view, self._end_lease, generation, self._peers)
+        return torch.frombuffer(view, dtype=torch.uint8).__dlpack__()
+
+    def num_leases(self, generation: int) -> int:
+        return self._leases.get(generation, 0)
+
+    def _end_lease(self, generation: int, peers: object) -> None:
+        del peers  # what the lease kept alive
+        self._leases[generation] -= 1
+
+    def close(self) -> None:
+        self._peers = None
+
+
+class EmulatedEvent:
+    """All work of a rank so far."""
+
+    def __init__(self, runtime: EmulatedRuntime) -> None:
+        self._runtime = runtime
+
+    def synchronize(self) -> None:
+        self._runtime.flush()
+
+    def current_stream_wait(self) -> None:
+        """A rank has one stream."""
+
+    def query(self) -> bool:
+        self._runtime.flush()
+        return True
+
+
+class EmulatedRuntime:
+    """One rank's emulated device."""
+
+    _load_lock = threading.Lock()
+    _loaded: ClassVar[dict[Any, KernelLibrary]] = {}
+
+    def __init__(self, cluster: EmulatedCluster, rank: int) -> None:
+        self.device = torch.device("cpu")
+        self.num_sms = cluster.settings.num_sms
+        self._cluster = cluster
+        self._rank = rank
+
+    # ---- memory
+
+    def symmetric_memory(self, group: Any, num_bytes: int) -> EmulatedSymmetricMemory:
+        own = EmulatedMemory(self._cluster, self._rank, "symmetric", num_bytes)
+        return EmulatedSymmetricMemory(own, group.all_gather(own))
+
+    def memory(self, num_bytes: int) -> EmulatedMemory:
+        return EmulatedMemory(self._cluster, self._rank, caller(), num_bytes)
+
+    def upload(self, content: bytes) -> EmulatedMemory:
+        memory = EmulatedMemory(self._cluster, self._rank, caller(), len(content))
+        ctypes.memmove(memory.address, content, len(content))
+        return memory
+
+    def host_memory(self, num_bytes: int) -> EmulatedMemory:
+        name = f"r{self._rank}:{caller()}"
+        return EmulatedMemory(self._cluster, HOST_RANK, name, num_bytes)
+
+    # ---- kernels
+
+    def load(self, kernel: str, spec: Mapping[str, int]) -> KernelLibrary:
+        variant = self._cluster.settings.variant
+        key = (kernel, tuple(spec.items()), variant)
+        with self._load_lock:
+            if key not in self._loaded:
+                self._loaded[key] = load_kernel(kernel, spec, variant)
+            return self._loaded[key]
+
+    def launch(self, function: KernelLibrary, grid: int, params: KernelParams) -> None:
+        self.launch_block(function, grid, function.max_threads, params)
+
+    def launch_block(
+        self, function: KernelLibrary, grid: int, block: int, params: KernelParams
+    ) -> None:
+        """Launch with another number of threads than the backend would."""
+        if params.num_bytes != function.params_bytes:
+            raise TypeError(
+                f"{function.name}: expected {function.params_bytes} bytes of arguments, "
+                f"got {params.num_bytes}"
+            )
+        launch = CLaunch(
+            grid, block, function.shared_bytes, function.entry, params.address, params.num_bytes
+        )
+        self._cluster.launch(self._rank, launch)
+
+    # ---- waiting
+
+    def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
+        word = ctypes.c_uint64.from_address(address)
+        if word.value == expected:
+            return True
+        deadline_ns = self._cluster.now_ns() + int(timeout_s * 1e9)
+        self._cluster.wait(
+            self._rank,
+            CHostWait(WAIT_WORD, address, expected, record_address, RECORD_COMPLETE, deadline_ns),
+        )
+        return word.value == expected
+
+    def flush(self) -> None:
+        self._cluster.wait(self._rank, CHostWait(WAIT_STREAM, None, 0, None, 0, NEVER))
+
+    # ---- streams: each rank has one
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def on_stream(self, previous_event: Event | None) -> contextlib.AbstractContextManager[None]:
+        del previous_event
+        return contextlib.nullcontext()
+
+    def wait_event(self, event: Event) -> None:
+        del event
+
+    def record_event(self) -> Event:
+        return EmulatedEvent(self)
+
+    def keep_alive(self, tensor: torch.Tensor) -> None:
+        del tensor
+
+
+def caller() -> str:
+    """Name memory by the line that asked for it."""
+    frame = sys._getframe(2)
+    return f"{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}"
+
+
+def run_emulated(
+    function: Callable[[EmulatedGroup], T], num_ranks: int, settings: Settings | None = None
+) -> list[T]:
+    """Call ``function(group)`` on every rank of an emulated cluster; return the results by rank."""
+    cluster = EmulatedCluster(num_ranks, settings)
+    return cluster.run(function, lambda rank: EmulatedRuntime(cluster, rank))
