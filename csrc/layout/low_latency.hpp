@@ -156,9 +156,11 @@ struct LowLatencyState {
     uint32_t num_receive_finished[kMaxLowLatencySlots];  ///< likewise, by slot
 };
 
-/// What a dispatch leaves for the combines of its handle: 32-bit words in memory of the device.
+/// What a dispatch leaves for the combines of its handle: 32-bit words in memory of the device,
+/// which begin at a multiple of 16 bytes.
 /// An entry is slot + (column of topk_idx << kEntrySlotBits), by expert, kNoEntry after the last.
 struct LowLatencyRecordLayout {
+    int64_t turn;        ///< LowLatencyTurn of the dispatch
     int64_t is_void;     ///< the dispatch was refused: combines do nothing
     int64_t tag;         ///< of the dispatch
     int64_t connected;   ///< [R] ranks that this rank sent to
@@ -172,6 +174,7 @@ struct LowLatencyRecordLayout {
         LowLatencyRecordLayout map{};
         Cursor cursor;
         const int64_t num_entries = static_cast<int64_t>(num_ranks) * max_tokens * num_topk;
+        map.turn = cursor.take(sizeof(LowLatencyTurn) / sizeof(int32_t), 1);
         map.is_void = cursor.take(1, 1);
         map.tag = cursor.take(1, 1);
         map.connected = cursor.take(num_ranks, 1);

@@ -93,6 +93,7 @@ KERNELS: tuple[Kernel, ...] = (
         shared="LowLatencyCombineShared",
         spec=(HIDDEN, PHASES, NUM_THREADS),
     ),
+    Kernel("low_latency_mask", "kernels/low_latency/mask.cuh"),
     Kernel(
         "low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"
     ),

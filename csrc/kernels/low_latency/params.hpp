@@ -90,4 +90,11 @@ struct LowLatencyRefuseParams {
     uint32_t message[layout::kMessageWords];
 };
 
+/// low_latency_mask: sets one word of the rank mask, in the stream's order.
+struct LowLatencyMaskParams {
+    uint32_t* rank_mask;
+    int32_t peer;
+    uint32_t value;
+};
+
 }  // namespace deepcomm::kernels
