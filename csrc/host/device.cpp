@@ -98,9 +98,15 @@ Device::Current::Current(const Device& device) : driver_(device.driver()) {
     DEEPCOMM_CUDA_CHECK(driver_, cuCtxPushCurrent(device.context_));
 }
 
+Device::Current::Current(const Device& device, std::nothrow_t) noexcept
+    : driver_(device.driver()),
+      is_pushed_(DEEPCOMM_CUDA_LOG(driver_, cuCtxPushCurrent(device.context_))) {}
+
 Device::Current::~Current() {
-    cu::Context context = nullptr;
-    DEEPCOMM_CUDA_LOG(driver_, cuCtxPopCurrent(&context));
+    if (is_pushed_) {
+        cu::Context context = nullptr;
+        DEEPCOMM_CUDA_LOG(driver_, cuCtxPopCurrent(&context));
+    }
 }
 
 }  // namespace deepcomm::host

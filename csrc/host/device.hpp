@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 
 #include "host/driver.hpp"
@@ -40,16 +41,18 @@ class Device {
     /// any time. The lower the priority, the more urgent.
     cu::Stream make_stream(int priority) const;
 
-    /// Makes the context current in this thread for a while.
+    /// Makes the context current in this thread for a while. For destructors: without throwing.
     class Current {
       public:
         explicit Current(const Device& device);
+        Current(const Device& device, std::nothrow_t) noexcept;
         ~Current();
         Current(const Current&) = delete;
         Current& operator=(const Current&) = delete;
 
       private:
         const Driver& driver_;
+        bool is_pushed_ = true;
     };
 
   private:

@@ -117,10 +117,11 @@ void Driver::check(cu::Result code, const char* call, const std::string& detail)
     }
 }
 
-void Driver::log(cu::Result code, const char* call) const noexcept {
+bool Driver::log(cu::Result code, const char* call) const noexcept {
     if (code != cu::kSuccess && code != cu::kDeinitialized) {
         std::fprintf(stderr, "deepcomm: %s\n", describe(code, call).c_str());
     }
+    return code == cu::kSuccess;
 }
 
 std::string Driver::describe(cu::Result code, const char* call) const {

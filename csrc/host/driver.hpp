@@ -33,8 +33,9 @@ class Driver {
 
     /// Throws CudaError unless code is success; call is the source text, detail what it was for.
     void check(cu::Result code, const char* call, const std::string& detail = "") const;
-    /// For destructors: prints a failure to the standard error stream instead.
-    void log(cu::Result code, const char* call) const noexcept;
+    /// For destructors: prints a failure to the standard error stream instead. Returns whether the
+    /// call succeeded.
+    bool log(cu::Result code, const char* call) const noexcept;
 
   private:
     explicit Driver(const std::string& path);

@@ -41,11 +41,8 @@ void Function::load(const KernelImage& image) {
 }
 
 Function::~Function() {
-    try {
-        const Device::Current current(*device_);
-        DEEPCOMM_CUDA_LOG(device_->driver(), cuModuleUnload(module_));
-    } catch (const Error&) {  // the process is ending: the module goes with the context
-    }
+    const Device::Current current(*device_, std::nothrow);
+    DEEPCOMM_CUDA_LOG(device_->driver(), cuModuleUnload(module_));
 }
 
 void Function::launch(int grid, const void* params, int64_t num_bytes, cu::Stream stream) const {

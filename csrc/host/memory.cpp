@@ -24,11 +24,8 @@ DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes)
 }
 
 DeviceMemory::~DeviceMemory() {
-    try {
-        const Device::Current current(*device_);
-        free();
-    } catch (const Error&) {  // the process is ending: the memory goes with the context
-    }
+    const Device::Current current(*device_, std::nothrow);
+    free();
 }
 
 void DeviceMemory::free() noexcept {
@@ -59,11 +56,8 @@ HostMemory::HostMemory(std::shared_ptr<Device> device, int64_t num_bytes)
 }
 
 HostMemory::~HostMemory() {
-    try {
-        const Device::Current current(*device_);
-        free();
-    } catch (const Error&) {  // the process is ending: the memory goes with the context
-    }
+    const Device::Current current(*device_, std::nothrow);
+    free();
 }
 
 void HostMemory::free() noexcept { DEEPCOMM_CUDA_LOG(device_->driver(), cuMemFreeHost(address_)); }

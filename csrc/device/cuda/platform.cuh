@@ -5,6 +5,8 @@
 #include "common/int.hpp"
 
 #define DEEPCOMM_DEVICE __device__ __forceinline__
+/// Before a loop over registers, which must not be indexed at run time.
+#define DEEPCOMM_UNROLL _Pragma("unroll")
 
 namespace deepcomm::device {
 

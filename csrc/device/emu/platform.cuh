@@ -9,6 +9,7 @@
 #include "emu/device_api.hpp"
 
 #define DEEPCOMM_DEVICE inline
+#define DEEPCOMM_UNROLL
 #define __global__
 #define __device__
 #define __host__

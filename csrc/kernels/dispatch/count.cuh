@@ -333,6 +333,7 @@ DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts>& my)
     if (num_slots > limit) device::atom_or_relaxed_gpu(my.params.overflow, 1u);
     my.params.report->num_rows = num_slots;
     my.params.report->num_recv = num_recv;
+    my.params.report->num_tokens = static_cast<int32_t>(my.smem.totals[rank]);
 }
 
 /// By one thread of the first block: wakes a host that waits for the counts.

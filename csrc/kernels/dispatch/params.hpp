@@ -12,8 +12,8 @@ struct CountReport {
     uint64_t tag;  ///< last; the host's number of the operation
     int32_t num_rows;
     int32_t num_recv;
-    int32_t status;  ///< MeetStatus
-    int32_t free;
+    int32_t status;      ///< MeetStatus
+    int32_t num_tokens;  ///< rows in TOKEN order
 };
 
 /// A rank's routing: what was given, and the slots that follow from it. Owned by the handle.

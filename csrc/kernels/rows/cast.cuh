@@ -53,7 +53,7 @@ DEEPCOMM_DEVICE void cast_row(unsigned char* row, unsigned char* scales, bool is
     const int32_t half = lane / kLanesPerTile;
     for (int32_t begin = 0; begin < kNumSteps; begin += kCastUnroll) {
         device::Vec128 values[kCastUnroll];
-#pragma unroll
+DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCastUnroll; ++i) {
             const int32_t channel = ((begin + i) * device::kWarpSize + lane) * kChannelsPerLane;
             values[i] = channel < kHidden
@@ -61,7 +61,7 @@ DEEPCOMM_DEVICE void cast_row(unsigned char* row, unsigned char* scales, bool is
                             : device::Vec128{};
         }
         warp.sync();  // ORDER: what is read before what is written over it
-#pragma unroll
+DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCastUnroll; ++i) {
             const int32_t step = begin + i;
             const int32_t channel = (step * device::kWarpSize + lane) * kChannelsPerLane;

@@ -150,7 +150,7 @@ class _Exchange:
             return "fabric"
         raise CudaError(
             f"{WHAT}: rank {self._rank} on {own.device_label} cannot map the memory of rank {peer} "
-            f"on {other.device_label}: it is {_distance(own, other)}, and not both devices "
+            f"on {other.device_label}: it is {_distance(own, other)}, nor do both devices "
             "have fabric handles (deepcomm doctor)"
         )
 
@@ -212,5 +212,5 @@ def _host() -> str:
 
 def _distance(own: _Place, other: _Place) -> str:
     if own.host == other.host:
-        return "in another process, whose devices cannot export file descriptors"
+        return "in another process, not both devices can export file descriptors"
     return "on another host or in another network namespace"

@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import time
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,10 +93,12 @@ class Mailbox:
 
     def _send(self, rank: int, descriptor: int, unsent: dict[int, Address]) -> None:
         """Send to every peer that has room."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [descriptor]))]
         for peer, address in list(unsent.items()):
             message = HEAD.pack(address.secret, rank)
             try:
-                socket.send_fds(self._socket, [message], [descriptor], 0, address.name)
+                # NOTE: socket.send_fds ignores the address that it is given.
+                self._socket.sendmsg([message], rights, 0, address.name)
             except BlockingIOError:
                 continue  # it must read first, and so must we meanwhile
             except (ConnectionRefusedError, FileNotFoundError):

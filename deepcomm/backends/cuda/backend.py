@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: construction, growth, the order of operations, and what ends them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import socket
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from deepcomm.backends.cuda.combine import Combine
+from deepcomm.backends.cuda.dispatch import Dispatch, refuse
+from deepcomm.backends.cuda.exchange import CountReport, Exchange, Functions, Workspace
+from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
+from deepcomm.errors import CommTimeout, InvalidArgument
+from deepcomm.group import Group, agree, as_group, check_equal
+from deepcomm.topology import Topology
+from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm._C import kernels
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.runtime import Runtime
+    from deepcomm.config import BufferConfig
+    from deepcomm.types import Event
+
+__all__ = ["CudaBackend"]
+
+T = TypeVar("T")
+
+LOG = logging.getLogger("deepcomm")
+PROTOCOL_VERSION = 1
+DEFAULT_NUM_SMS = 24
+GROWTH = 1.5
+HOST_MARGIN_S = 5.0
+"""How much longer than the device the host waits, so that the device says what is missing."""
+
+
+class CudaBackend:
+    """One rank's buffer on a GPU: symmetric memory, kernels, and one order of operations."""
+
+    def __init__(self, group: Any, config: BufferConfig, runtime: Runtime) -> None:
+        """Meet the peers, reserve memory, load kernels; collective."""
+        self._group: Group = as_group(group)
+        self.runtime = runtime
+        self.device = runtime.device
+        agree(self._group, "Buffer", lambda: self._check_config(config))
+        entry = {"protocol": PROTOCOL_VERSION, **config.shared_fields()}
+        check_equal("Buffer", self._group.all_gather(entry))
+        self.topology = Topology(self._group.rank, self._group.size, self._group.size)
+        self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
+        self.num_local_experts = config.num_experts // self.topology.num_ranks
+        self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
+        self.num_sms = self._choose_num_sms()
+        self.failure = Failure(
+            self.topology.rank,
+            config.num_experts,
+            runtime.host_memory(ctypes.sizeof(ErrorRecord)),
+            runtime.host_memory(ctypes.sizeof(Trouble)),
+        )
+        self.functions: Functions = agree_on(
+            self._group, lambda: Functions.load(runtime, config, self.topology.num_ranks)
+        )
+        self.workspace = Workspace(runtime, config, self.topology.num_ranks)
+        self.scratch_counts = torch.zeros(
+            2 * self.num_local_experts + 3, dtype=torch.int32, device=self.device
+        )
+        self.exchange = Exchange(runtime, self._group, self.config, self.topology)
+        self.report_tag = 0
+        self.serial = 0
+        self._num_dispatches = self._num_combines = 0
+        self._closed = False
+
+    def _check_config(self, config: BufferConfig) -> None:
+        config.check(self._group.size)
+        if config.rail not in ("auto", "lsa"):
+            raise InvalidArgument(f"rail: expected 'auto' or 'lsa' on CUDA, got {config.rail!r}")
+        if config.ranks_per_node not in (None, self._group.size):
+            raise InvalidArgument(
+                f"ranks_per_node: expected None or all {self._group.size} ranks on CUDA, "
+                f"got {config.ranks_per_node}"
+            )
+
+    def _choose_num_sms(self) -> int:
+        """Return the SMs of an operation: as asked, or enough for the link.
+
+        Ranks that share a GPU wait for each other's blocks, all of which must be resident.
+        """
+        entries = self._group.all_gather(self._device_identity())
+        sharing = entries.count(entries[self.topology.rank])
+        most = max(1, self.runtime.num_sms // sharing)
+        if self.config.num_sms is not None and self.config.num_sms > most:
+            raise InvalidArgument(
+                f"num_sms: expected at most {most} ({self.runtime.num_sms} SMs, {sharing} rank(s) "
+                f"on the device), got {self.config.num_sms}"
+            )
+        return self.config.num_sms or min(DEFAULT_NUM_SMS, most)
+
+    def _device_identity(self) -> tuple[Any, ...]:
+        if self.device.type != "cuda":
+            return (self.topology.rank,)
+        properties = torch.cuda.get_device_properties(self.device)
+        return (socket.gethostname(), str(properties.uuid))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of symmetric memory reserved on this rank."""
+        return self.exchange.memory.num_bytes
+
+    @property
+    def meet(self) -> kernels.MeetParams:
+        """What every operation hands to its kernels; its header is the caller's to fill."""
+        return self.exchange.meet_params(
+            self.workspace, self.failure, self.topology, self.config.timeout_s
+        )
+
+    # ---- operations
+
+    def _prepare(self, operation: str, prepare: Callable[[], T]) -> T:
+        """Check an operation's arguments; the peers hear of an error."""
+        self._check_open(operation)
+        self.failure.check_usable(operation)
+        try:
+            return prepare()
+        except Exception:
+            if not self.runtime.is_capturing():
+                refuse(self)
+            raise
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise InvalidArgument(f"{operation}: the buffer is closed")
+
+    def wait_report(self) -> CountReport:
+        """Wait for the counts of the operation at hand.
+
+        Raises:
+            InvalidArgument: A graph is being captured.
+            CommTimeout: A peer did not come within ``timeout_s``.
+        """
+        if self.runtime.is_capturing():
+            raise InvalidArgument(
+                "num_recv_tokens: expected a capacity while a CUDA graph is captured, got None: "
+                "the host would have to wait for the counts"
+            )
+        report, record = self.workspace.report, self.failure.record_address
+        address = self.workspace.report_memory.address
+        late_s = min(self.config.late_warning_s, self.config.timeout_s / 2)
+        start = time.monotonic()
+        if self.runtime.wait_word(address, self.report_tag, record, late_s):
+            return report
+        if not self.failure.failed:
+            LOG.warning(
+                "dispatch: rank %d: no counts from all ranks after %g s",
+                self.topology.rank,
+                late_s,
+            )
+            left_s = self.config.timeout_s + HOST_MARGIN_S - (time.monotonic() - start)
+            if self.runtime.wait_word(address, self.report_tag, record, left_s):
+                return report
+        if self.failure.failed:
+            self.failure.check_usable("dispatch")
+        self.failure.raise_fatal(
+            CommTimeout(
+                f"dispatch: rank {self.topology.rank}: the device did not answer within "
+                f"{self.config.timeout_s:g} s"
+            )
+        )
+        raise AssertionError  # unreachable: raise_fatal raises
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """High-throughput dispatch."""
+        operation = self._prepare("dispatch", lambda: Dispatch(self, request))
+        self._num_dispatches += 1
+        if not request.async_op:
+            self._wait_for(request.previous_event)
+            output = operation.run()
+            return self._repeat_larger(request) if output is None else output
+        with self.runtime.on_stream(request.previous_event):
+            output = operation.run()
+            for tensor in operation.inputs():
+                self.runtime.keep_alive(tensor)
+            event = self.runtime.record_event(self._check_complete)
+        if output is None:
+            return self._repeat_larger(request)
+        for tensor in operation.owned_outputs(output):
+            self.runtime.keep_alive(tensor)
+        return replace(output, event=event)
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """High-throughput combine."""
+        operation = self._prepare("combine", lambda: Combine(self, request))
+        self._num_combines += 1
+        if not request.async_op:
+            self._wait_for(request.previous_event)
+            return operation.run()
+        with self.runtime.on_stream(request.previous_event):
+            output = operation.run()
+            for tensor in operation.inputs():
+                self.runtime.keep_alive(tensor)
+            event = self.runtime.record_event(self._check_complete)
+        for result in (output.x, output.topk_weights):
+            if result is not None:
+                self.runtime.keep_alive(result)
+        return replace(output, event=event)
+
+    def _wait_for(self, event: Event | None) -> None:
+        if event is not None:
+            self.runtime.wait_event(event)
+
+    def _check_complete(self) -> None:
+        """Raise what an operation that has ended found to be wrong."""
+        self.failure.check_usable("synchronize")
+
+    def _repeat_larger(self, request: DispatchRequest) -> DispatchOutput:
+        """Grow the buffer, collectively, and repeat; views keep the old memory."""
+        wanted = max(self.failure.must_grow, int(self.config.max_tokens_per_rank * GROWTH))
+        self.failure.clear_trouble()
+        LOG.info(
+            "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
+        )
+        config = replace(self.config, max_tokens_per_rank=wanted)
+        exchange = Exchange(self.runtime, self._group, config, self.topology)
+        self.exchange.close()
+        self.config, self.exchange = config, exchange
+        return self.dispatch(request)
+
+    def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """Low-latency dispatch, both phases or the first."""
+        raise NotImplementedError
+
+    def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
+        """Low-latency combine, both phases or the first."""
+        raise NotImplementedError
+
+    # ---- the rest
+
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        """Mark a peer dead or alive."""
+        raise NotImplementedError
+
+    def rank_mask(self) -> torch.Tensor:
+        """Return bool [R]."""
+        raise NotImplementedError
+
+    def stats(self) -> BufferStats:
+        """Return the counters."""
+        raise NotImplementedError
+
+    def explain(self) -> str:
+        """Return what was chosen and why."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.exchange.close()
+
+
+def agree_on(group: Group, produce: Callable[[], T]) -> T:
+    """Run ``produce`` on every rank and return the own result; an error ends it on all."""
+    results: list[T] = []
+    agree(group, "Buffer", lambda: results.append(produce()))
+    return results[0]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combine on CUDA: one kernel, and nothing that the host waits for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm._C import kernels
+from deepcomm.backends.cuda import failure as failures
+from deepcomm.backends.cuda.dispatch import LAYOUTS, NO_CAPACITY, routing_table
+from deepcomm.backends.cuda.tensors import address_of, aligned_rows, record_of
+from deepcomm.checks import check_combine
+from deepcomm.types import CombineOutput, RecvLayout
+
+if TYPE_CHECKING:
+    from deepcomm.backends.base import CombineRequest
+    from deepcomm.backends.cuda.backend import CudaBackend
+    from deepcomm.checks import CheckedCombine
+
+__all__ = ["Combine"]
+
+
+class Combine:
+    """One combine of one rank."""
+
+    def __init__(self, backend: CudaBackend, request: CombineRequest) -> None:
+        """Check the arguments.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        self._backend = backend
+        self._request = request
+        self._checked: CheckedCombine = check_combine(
+            request, backend.config, backend.num_local_experts, backend.device
+        )
+        self._record = record_of(request.handle, backend.buffer_id)
+        self._rows = aligned_rows(self._checked.rows)
+        bias = self._checked.bias
+        self._bias = None if bias is None else aligned_rows(bias)
+
+    def run(self) -> CombineOutput:
+        """Launch."""
+        backend, request, handle = self._backend, self._request, self._request.handle
+        hidden, num_topk = backend.config.hidden, int(handle.topk_idx.shape[1])
+        out = request.out
+        if out is None or out.data_ptr() % 16:
+            out = torch.empty(
+                handle.num_tokens, hidden, dtype=self._rows.dtype, device=backend.device
+            )
+        weights: torch.Tensor | None = None
+        if self._checked.carried is not None:
+            weights = torch.empty(
+                handle.num_tokens, num_topk, dtype=torch.float32, device=backend.device
+            )
+        by_expert = handle.recv_layout is not RecvLayout.TOKEN
+        params = self._params(out, weights)
+        backend.runtime.launch(backend.functions.combine[by_expert], backend.num_sms, params)
+        backend.runtime.flush()
+        if request.out is not None and out is not request.out:
+            out = request.out.copy_(out)
+        return CombineOutput(x=out, topk_weights=weights)
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return the tensors that the kernel reads."""
+        tensors = (self._rows, self._bias, self._checked.carried)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _params(self, out: torch.Tensor, weights: torch.Tensor | None) -> kernels.CombineParams:
+        checked, record, handle = self._checked, self._record, self._request.handle
+        params = kernels.CombineParams()
+        params.meet = self._meet()
+        params.table = routing_table(record)
+        rows = self._rows
+        params.outputs.rows = address_of(rows)
+        params.outputs.row_stride = rows.stride(0) * rows.element_size()
+        params.outputs.row_slots = address_of(record.row_slots)
+        if checked.apply_weights:
+            params.outputs.row_weights = address_of(record.row_weights)
+            params.topk_weights = address_of(handle.topk_weights)
+        params.outputs.carried = address_of(checked.carried)
+        params.target.out = address_of(out)
+        if self._bias is not None:
+            params.target.bias = address_of(self._bias)
+            params.target.bias_stride = self._bias.stride(0) * self._bias.element_size()
+        params.target.topk_weights = address_of(weights)
+        params.num_tokens = handle.num_tokens
+        params.num_topk = int(handle.topk_idx.shape[1])
+        return params
+
+    def _meet(self) -> kernels.MeetParams:
+        checked, handle = self._checked, self._request.handle
+        signature = failures.Signature(
+            operation=2,
+            layout=LAYOUTS[handle.recv_layout],
+            wire=0,
+            scales=0,
+            has_weights=int(checked.carried is not None),
+            apply_weights=int(checked.apply_weights),
+            num_topk=int(handle.topk_idx.shape[1]),
+            handle=self._record.serial,
+        )
+        meet = self._backend.meet
+        meet.header = kernels.Header(
+            signature.pack(), NO_CAPACITY, handle.num_tokens, 0, handle.expert_alignment, 0
+        )
+        return meet

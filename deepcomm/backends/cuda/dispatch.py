@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch on CUDA: arguments of its two kernels, and what they leave behind.
+
+Exact ``TOKEN``: both kernels are launched, then the host waits for the counts alone and returns
+views whose rows are still on their way. Exact expert layouts: the host waits for the counts between
+the kernels, to allocate. With a capacity, or cached, the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm._C import kernels
+from deepcomm.backends.cuda import failure as failures
+from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
+from deepcomm.backends.cuda.tensors import (
+    CudaRecord,
+    Outputs,
+    RowFormat,
+    address_of,
+    aligned_rows,
+    expert_outputs,
+    owned_copy,
+    record_of,
+    row_format,
+    token_views,
+)
+from deepcomm.checks import check_dispatch, check_out_shape
+from deepcomm.types import DispatchOutput, Handle, RecvLayout
+
+if TYPE_CHECKING:
+    from deepcomm.backends.base import DispatchRequest
+    from deepcomm.backends.cuda.backend import CudaBackend
+    from deepcomm.backends.cuda.exchange import Landing
+    from deepcomm.checks import CheckedDispatch
+
+__all__ = ["Dispatch", "refuse"]
+
+NO_CAPACITY = -1
+LANDING_IDS_ARE_64 = 1 << 31
+TOKENS_PER_COUNT_BLOCK = 64
+LAYOUTS = {RecvLayout.TOKEN: 0, RecvLayout.EXPERT: 1, RecvLayout.EXPERT_PADDED: 2}
+
+
+def refuse(backend: CudaBackend) -> None:
+    """Tell the peers that this rank does not take part in the operation that it was asked for."""
+    params = kernels.CountParams()
+    params.meet = backend.meet
+    params.meet.header = kernels.Header(0, NO_CAPACITY, 0, 0, 1, failures.REFUSED_BY_HOST)
+    params.num_topk = 1
+    fill_count_outputs(backend, params, backend.scratch_counts)
+    backend.runtime.launch(backend.functions.count, 1, params)
+    backend.runtime.flush()
+
+
+def fill_count_outputs(
+    backend: CudaBackend, params: kernels.CountParams, counts: torch.Tensor
+) -> None:
+    """Name the memory that dispatch_count writes to beside the slots."""
+    num_local = backend.num_local_experts
+    begin = address_of(counts)
+    params.counts = begin
+    params.offsets = begin + 4 * num_local
+    params.num_recv = begin + 4 * (2 * num_local + 1)
+    params.overflow = begin + 4 * (2 * num_local + 2)
+    params.partials = backend.workspace.partials.address
+    params.report = backend.workspace.report_memory.device_address
+    backend.report_tag += 1
+    params.report_tag = backend.report_tag
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Rows that arrive, as the host knows them.
+
+    Attributes:
+        num_rows: Rows of ``x``, padding included.
+        num_tokens: Rows in TOKEN order, or the most there can be.
+    """
+
+    num_rows: int
+    num_tokens: int
+
+
+class Dispatch:
+    """One dispatch of one rank."""
+
+    def __init__(self, backend: CudaBackend, request: DispatchRequest) -> None:
+        """Check the arguments.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        self._backend = backend
+        self._request = request
+        self._checked: CheckedDispatch = check_dispatch(request, backend.config, backend.device)
+        self._cached = (
+            None if request.handle is None else record_of(request.handle, backend.buffer_id)
+        )
+        if self._cached is not None:
+            self._checked = replace(self._checked, id_dtype=self._cached.id_dtype)
+        self._format: RowFormat = row_format(self._checked)
+        self._rows = aligned_rows(self._checked.rows)
+        self._scales = self._checked.scales
+        if self._scales is not None and self._scales.data_ptr() % 16:
+            self._scales = self._scales.clone()
+        self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
+        self._has_views = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the host has to know how many rows arrive."""
+        return self._cached is None and self._checked.capacity is None and not self.is_padded
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether ``x`` has the static shape of EXPERT_PADDED."""
+        return self._checked.recv_layout is RecvLayout.EXPERT_PADDED
+
+    def run(self) -> DispatchOutput | None:
+        """Launch; None where the operation has to be repeated in a larger buffer."""
+        backend, exchange = self._backend, self._backend.exchange
+        landing = exchange.choose_landing()
+        record = self._cached or self._count(landing)
+        if self._by_expert:
+            if (counted := self._learn_counts(exchange)) is None:
+                return None
+            outputs = expert_outputs(
+                self._request, self._checked, self._format, self._blocks(counted)
+            )
+            record = self._with_row_records(record, counted)
+            self._send(landing, record, outputs)
+        else:
+            self._send(landing, record, None)
+            if (counted := self._learn_counts(exchange)) is None:
+                return None
+            outputs = self._token_outputs(exchange, landing, counted)
+        backend.runtime.flush()
+        return self._output(record, outputs, counted)
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return the tensors that kernels read."""
+        checked = self._checked
+        tensors = (self._rows, self._scales, checked.topk_idx, checked.topk_weights)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def owned_outputs(self, output: DispatchOutput) -> list[torch.Tensor]:
+        """Return the tensors of the result that are not views of symmetric memory."""
+        record: CudaRecord = output.handle.records
+        tensors = [
+            record.topk_idx,
+            record.token_slot,
+            record.plan,
+            record.counts,
+            output.num_recv_tokens,
+            record.row_slots,
+            record.row_weights,
+            output.handle.topk_weights,
+        ]
+        if self._by_expert or not self._has_views:
+            tensors += [output.x, output.scales, output.topk_idx, output.topk_weights]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    # ---- dispatch_count
+
+    def _meet(self, landing: Landing, serial: int) -> kernels.MeetParams:
+        checked = self._checked
+        signature = failures.Signature(
+            operation=0 if self._cached is None else 1,
+            layout=LAYOUTS[checked.recv_layout],
+            wire=("bf16", "fp8", "cast").index(self._format.wire) if self._format.scales else 0,
+            scales=self._format.scales,
+            has_weights=int(checked.topk_weights is not None),
+            apply_weights=0,
+            num_topk=checked.num_topk,
+            handle=serial,
+        )
+        landing_word = landing.generation
+        if checked.id_dtype == torch.int64:
+            landing_word |= LANDING_IDS_ARE_64
+        meet = self._backend.meet
+        meet.header = kernels.Header(
+            signature.pack(),
+            NO_CAPACITY if checked.capacity is None else checked.capacity,
+            checked.num_tokens,
+            landing_word,
+            checked.expert_alignment,
+            0,
+        )
+        return meet
+
+    def _count(self, landing: Landing) -> CudaRecord:
+        """Launch dispatch_count; return the routing that it will have written."""
+        backend, checked = self._backend, self._checked
+        topk_idx = checked.topk_idx
+        assert topk_idx is not None
+        backend.serial += 1
+        device, shape = backend.device, (checked.num_tokens, checked.num_topk)
+        tables = torch.empty(3 if self._by_expert else 2, *shape, dtype=torch.int32, device=device)
+        plan_words = kernels.plan_words(backend.topology.num_ranks)
+        record = CudaRecord(
+            buffer_id=backend.buffer_id,
+            serial=backend.serial,
+            id_dtype=checked.id_dtype,
+            topk_idx=tables[0],
+            token_slot=tables[1],
+            pair_slot=tables[2] if self._by_expert else None,
+            plan=torch.empty(plan_words, dtype=torch.int32, device=device),
+            row_slots=None,
+            row_weights=None,
+            counts=torch.zeros(
+                2 * backend.num_local_experts + 3, dtype=torch.int32, device=device
+            ),
+        )
+        params = kernels.CountParams()
+        params.meet = self._meet(landing, 0)
+        params.table = routing_table(record)
+        params.topk_idx = address_of(topk_idx)
+        params.ids_are_64 = int(topk_idx.dtype == torch.int64)
+        params.num_tokens, params.num_topk = shape
+        params.recv_layout = LAYOUTS[checked.recv_layout]
+        fill_count_outputs(backend, params, record.counts)
+        num_blocks = -(-checked.num_tokens // TOKENS_PER_COUNT_BLOCK)
+        grid = max(1, min(num_blocks, MAX_COUNT_BLOCKS, backend.num_sms))
+        backend.runtime.launch(backend.functions.count, grid, params)
+        return record
+
+    def _learn_counts(self, exchange: Exchange) -> Counted | None:
+        """Return what arrives, waiting for it where the shapes depend on it; None: must grow."""
+        backend = self._backend
+        handle = self._request.handle
+        if self.is_exact or (backend.config.growable and self._cached is None):
+            report = backend.wait_report()
+            if report.status == failures.MUST_GROW:
+                return None
+            if report.status != failures.GOOD:
+                backend.runtime.flush()
+                backend.failure.raise_trouble()
+            if self.is_exact:
+                return Counted(report.num_rows, report.num_tokens)
+        if handle is not None:
+            return Counted(handle.num_rows, exchange.max_rows)
+        num_rows = self._checked.capacity
+        if num_rows is None:  # EXPERT_PADDED
+            num_rows = backend.num_local_experts * exchange.max_rows
+        return Counted(num_rows, exchange.max_rows)
+
+    # ---- dispatch_send
+
+    def _blocks(self, counted: Counted) -> tuple[int, int]:
+        if self.is_padded:
+            num_local = self._backend.num_local_experts
+            return num_local, counted.num_rows // num_local
+        return 1, counted.num_rows
+
+    def _with_row_records(self, record: CudaRecord, counted: Counted) -> CudaRecord:
+        """Return the record with room for the slots of the rows that arrive."""
+        checked, device = self._checked, self._backend.device
+        shape = (counted.num_tokens, checked.num_topk)
+        weights: torch.Tensor | None = None
+        if checked.topk_weights is not None:
+            weights = torch.empty(shape, dtype=torch.float32, device=device)
+        slots = torch.empty(shape, dtype=torch.int32, device=device)
+        return replace(record, row_slots=slots, row_weights=weights)
+
+    def _send(self, landing: Landing, record: CudaRecord, outputs: Outputs | None) -> None:
+        backend, checked, fmt = self._backend, self._checked, self._format
+        params = kernels.SendParams()
+        serial = record.serial if self._cached is not None else 0
+        params.meet = self._meet(landing, serial)
+        params.table = routing_table(record)
+        rows, scales = self._rows, self._scales
+        params.source.rows = address_of(rows)
+        params.source.row_stride = rows.stride(0) * rows.element_size()
+        if scales is not None:
+            params.source.scales = address_of(scales)
+            params.source.scale_stride = scales.stride(0) * scales.element_size()
+        params.topk_weights = address_of(checked.topk_weights)
+        if outputs is not None:
+            self._fill_target(params.target, record, outputs)
+        params.round = backend.workspace.round.address
+        params.counts = address_of(record.counts) if self._cached is None else 0
+        params.num_tokens, params.num_topk = checked.num_tokens, checked.num_topk
+        params.opens = int(self._cached is not None)
+        params.zero_padding = int(self._request.zero_padding)
+        params.scale_words = fmt.scale_words
+        params.scales_are_ue8m0 = int(fmt.scales == 2)
+        function = backend.functions.send[fmt.wire, self._by_expert]
+        backend.runtime.launch(function, backend.num_sms, params)
+
+    def _fill_target(
+        self, target: kernels.ExpertTarget, record: CudaRecord, outputs: Outputs
+    ) -> None:
+        block_rows = outputs.x.shape[-2]
+        target.rows = address_of(outputs.x)
+        if outputs.scales is not None:
+            target.scales = address_of(outputs.scales)
+            target.scale_stride = -(-block_rows // 4) * 4
+            target.scale_block = self._format.scale_words * target.scale_stride
+        target.topk_weights = address_of(outputs.topk_weights)
+        target.row_slots = address_of(record.row_slots)
+        target.row_weights = address_of(record.row_weights)
+        target.block_rows = max(1, block_rows)
+
+    # ---- results
+
+    def _token_outputs(
+        self, exchange: Exchange, landing: Landing, counted: Counted
+    ) -> Outputs:
+        """Return views of what lands, or copies where no view may stay."""
+        request, num_rows = self._request, counted.num_rows
+        views = token_views(
+            exchange, landing, self._checked, self._format, min(num_rows, exchange.max_rows)
+        )
+        may_view = landing.may_lease and not request.owned and request.out is None
+        self._has_views = may_view and 0 < num_rows <= exchange.max_rows
+        if self._has_views:
+            return views
+        return owned_copy(views, num_rows, request.out)
+
+    def _output(self, record: CudaRecord, outputs: Outputs, counted: Counted) -> DispatchOutput:
+        request, num_local = self._request, self._backend.num_local_experts
+        if request.out is not None and outputs.x.data_ptr() != request.out.data_ptr():
+            self._backend.runtime.flush()
+            check_out_shape(request.out, tuple(outputs.x.shape), outputs.x.dtype)
+        counts = record.counts if self._cached is None else record.counts.clone()
+        is_expert = self._checked.recv_layout is RecvLayout.EXPERT
+        return DispatchOutput(
+            x=outputs.x,
+            scales=outputs.scales,
+            topk_idx=outputs.topk_idx,
+            topk_weights=outputs.topk_weights,
+            num_tokens_per_expert=counts[:num_local],
+            expert_offsets=counts[num_local : 2 * num_local + 1] if is_expert else None,
+            num_recv_tokens=counts[2 * num_local + 1],
+            overflow=counts[2 * num_local + 2 :].view(torch.bool)[0],
+            handle=self._handle(record, counted),
+        )
+
+    def _handle(self, record: CudaRecord, counted: Counted) -> Handle:
+        checked = self._checked
+        weights = checked.topk_weights
+        return Handle(
+            recv_layout=checked.recv_layout,
+            expert_alignment=checked.expert_alignment,
+            capacity=checked.capacity,
+            num_tokens=checked.num_tokens,
+            num_rows=counted.num_rows,
+            topk_idx=record.topk_idx,
+            topk_weights=None if weights is None else weights.clone(),
+            low_latency=False,
+            records=record,
+        )
+
+
+def routing_table(record: CudaRecord) -> kernels.RoutingTable:
+    """Return the addresses of a routing's tables."""
+    table = kernels.RoutingTable()
+    table.topk_idx = address_of(record.topk_idx)
+    table.token_slot = address_of(record.token_slot)
+    table.pair_slot = address_of(record.pair_slot)
+    table.plan = address_of(record.plan)
+    return table

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and kernels of the high-throughput operations of one buffer, at one size."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepcomm._C import kernels
+
+if TYPE_CHECKING:
+    from deepcomm.backends.cuda.failure import Failure
+    from deepcomm.backends.cuda.runtime import Function, Runtime
+    from deepcomm.config import BufferConfig
+    from deepcomm.group import Group
+    from deepcomm.topology import Topology
+
+__all__ = ["CountReport", "Exchange", "Functions", "Workspace", "exchange_layout"]
+
+MAX_COUNT_BLOCKS = 16
+EPOCH_STATE_BYTES = 8
+WIRES = {"bf16": 0, "fp8": 1, "cast": 2}
+FP8_ALIGN = 16
+
+
+class CountReport(ctypes.Structure):
+    """kernels::CountReport."""
+
+    _fields_ = (
+        ("tag", ctypes.c_uint64),
+        ("num_rows", ctypes.c_int32),
+        ("num_recv", ctypes.c_int32),
+        ("status", ctypes.c_int32),
+        ("num_tokens", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """The kernels, loaded.
+
+    Attributes:
+        count: dispatch_count.
+        send: dispatch_send by (wire, by expert); FP8 ones only where rows allow FP8.
+        combine: By whether the layout is an expert one.
+    """
+
+    count: Function
+    send: dict[tuple[str, bool], Function]
+    combine: dict[bool, Function]
+
+    @staticmethod
+    def load(runtime: Runtime, config: BufferConfig, num_ranks: int) -> Functions:
+        """Compile and load everything that an operation may need."""
+        shape = {"num_ranks": num_ranks, "hidden": config.hidden}
+        wires = WIRES if config.hidden % FP8_ALIGN == 0 else {"bf16": WIRES["bf16"]}
+        return Functions(
+            count=runtime.load(
+                "dispatch_count", {"num_ranks": num_ranks, "num_experts": config.num_experts}
+            ),
+            send={
+                (name, by_expert): runtime.load(
+                    "dispatch_send", {**shape, "wire": wire, "by_expert": by_expert}
+                )
+                for name, wire in wires.items()
+                for by_expert in (False, True)
+            },
+            combine={
+                by_expert: runtime.load("combine", {**shape, "by_expert": by_expert})
+                for by_expert in (False, True)
+            },
+        )
+
+
+class Workspace:
+    """Words that live as long as the buffer: epochs, partial counts, what the host reads."""
+
+    def __init__(self, runtime: Runtime, config: BufferConfig, num_ranks: int) -> None:
+        """Reserve and zero them."""
+        self.epoch = runtime.memory(EPOCH_STATE_BYTES)
+        self.round = runtime.memory(EPOCH_STATE_BYTES)
+        num_partials = num_ranks + config.num_experts + 1
+        self.partials = runtime.memory(MAX_COUNT_BLOCKS * num_partials * 8)
+        self.report_memory = runtime.host_memory(ctypes.sizeof(CountReport))
+        self.report = CountReport.from_address(self.report_memory.address)
+
+
+def exchange_layout(config: BufferConfig, num_ranks: int) -> kernels.ExchangeLayout:
+    """Return the map of one rank's symmetric memory."""
+    shape = kernels.ExchangeShape()
+    shape.num_ranks = num_ranks
+    shape.num_experts = config.num_experts
+    shape.num_topk = config.num_topk
+    shape.hidden = config.hidden
+    shape.max_tokens = config.max_tokens_per_rank
+    shape.num_generations = config.num_generations
+    return kernels.ExchangeLayout.make(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """A generation chosen for one dispatch.
+
+    Attributes:
+        generation: Its index.
+        may_lease: Whether a view may keep it: one generation always stays free.
+    """
+
+    generation: int
+    may_lease: bool
+
+
+class Exchange:
+    """Symmetric memory at one ``max_tokens_per_rank``, and the ring of its generations."""
+
+    def __init__(
+        self, runtime: Runtime, group: Group, config: BufferConfig, topology: Topology
+    ) -> None:
+        """Reserve symmetric memory; collective."""
+        self.layout = exchange_layout(config, topology.num_ranks)
+        self.memory = runtime.symmetric_memory(group, self.layout.total_bytes)
+        table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        self._bases = runtime.upload(table)
+        self._num_generations = config.num_generations
+        self._last_generation = config.num_generations - 1
+        self.max_rows = topology.num_ranks * config.max_tokens_per_rank
+        self.max_tokens = config.max_tokens_per_rank
+
+    def meet_params(
+        self, workspace: Workspace, failure: Failure, topology: Topology, timeout_s: float
+    ) -> kernels.MeetParams:
+        """Return what every operation hands to its kernels, but for the header."""
+        meet = kernels.MeetParams()
+        meet.comm.rank = topology.rank
+        meet.comm.num_ranks = topology.num_ranks
+        meet.comm.timeout_ns = int(timeout_s * 1e9)
+        meet.comm.record = failure.record_device_address
+        meet.comm.bases = self._bases.address
+        meet.layout = self.layout
+        meet.max_tokens = self.max_tokens
+        meet.epoch = workspace.epoch.address
+        meet.trouble = failure.trouble_device_address
+        return meet
+
+    def choose_landing(self) -> Landing:
+        """Return the next generation that no view leases."""
+        free = [g for g in range(self._num_generations) if self.memory.num_leases(g) == 0]
+        after = [g for g in free if g > self._last_generation]
+        self._last_generation = (after or free)[0]
+        return Landing(self._last_generation, len(free) > 1)
+
+    def close(self) -> None:
+        """Free the memory once no view is left."""
+        self.memory.close()
