@@ -40,6 +40,8 @@ AgentSpan AsyncEngine::take_agent(const Thread& me) {
     const uint32_t read_epoch = ++agent_epoch_[index];
     const uint32_t write_epoch = ++agent_epoch_[index];
     agent_issuer_[index] = me.id;
+    const int launch = machine->ranks[static_cast<size_t>(me.rank)].num_launches;
+    agent_launches_[index].emplace_back(me.rank, launch);
     return {static_cast<int>(index), read_epoch, write_epoch};
 }
 

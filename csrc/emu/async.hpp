@@ -63,6 +63,10 @@ class AsyncEngine {
     uint64_t next_ready_ns() const { return next_delayed_ns_; }
     void step();
     int issuer_of(int agent) const;
+    /// Rank and number of its kernel that issued a copy.
+    std::pair<int, int> launch_of(int agent, uint32_t epoch) const {
+        return agent_launches_[agent][(epoch - 1) / 2];
+    }
 
   private:
     enum class Kind { kBulkLoad, kBulkStore, kRailPut, kRailSignal };
@@ -134,6 +138,7 @@ class AsyncEngine {
     uint64_t next_delayed_ns_ = kNever;
     uint32_t agent_epoch_[kNumAgents] = {};
     int agent_issuer_[kNumAgents] = {};
+    std::vector<std::pair<int, int>> agent_launches_[kNumAgents];  ///< (rank, kernel) by copy
     std::map<size_t, Mbarrier> mbarriers_;
     std::map<std::pair<int, std::pair<int, int>>, Lane> lanes_;  ///< (rank, (context, peer))
     std::vector<Thread*> flushing_;

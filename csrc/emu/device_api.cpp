@@ -27,6 +27,13 @@ size_t require_inside(const char* what, const void* address) {
     return offset;
 }
 
+/// Memory of the host has no messages: its strong operations race like others, and teach nothing.
+void check_foreign(const Thread& me, size_t offset, int size, Access access, bool is_write) {
+    const Actor actor = machine->actor(me, access);
+    if (is_write) machine->memory.check_write(actor, offset, static_cast<size_t>(size));
+    if (!is_write) machine->memory.check_read(actor, offset, static_cast<size_t>(size));
+}
+
 /// A strong operation is where threads switch: others run first, then it happens at once.
 Thread& take_turn() {
     Thread& me = self();
@@ -40,6 +47,7 @@ void strong_load(void* out, const void* address, int size, Order order, Scope sc
     Thread& me = take_turn();
     const size_t offset = require("load", address, size);
     if (Memory::is_foreign(offset)) {
+        check_foreign(me, offset, size, strong_access(scope), false);
         std::memcpy(out, address, static_cast<size_t>(size));
         return;
     }
@@ -50,6 +58,7 @@ void strong_store(void* address, const void* value, int size, Order order, Scope
     Thread& me = take_turn();
     const size_t offset = require("store", address, size);
     if (Memory::is_foreign(offset)) {
+        check_foreign(me, offset, size, strong_access(scope), true);
         std::memcpy(address, value, static_cast<size_t>(size));
         return;
     }
@@ -62,6 +71,7 @@ uint64_t strong_rmw(void* address, int size, const RmwRequest& request, Order or
     Thread& me = take_turn();
     const size_t offset = require("atomic", address, size);
     if (Memory::is_foreign(offset)) {
+        check_foreign(me, offset, size, strong_access(scope), true);
         uint64_t before = 0;
         std::memcpy(&before, address, static_cast<size_t>(size));
         const uint64_t after = apply(request, before);
@@ -83,7 +93,7 @@ void fence_proxy_async() {
 
 // ---- plain accesses
 
-/// Offset of a plain access worth checking: one by a thread, to emulated memory.
+/// Offset of a plain access worth checking: one by a thread, to memory that others see.
 static bool find_plain(const void* address, size_t* offset) {
     if (!machine || !machine->current) return false;
     if (machine->memory.is_in_arena(address)) {
@@ -91,11 +101,15 @@ static bool find_plain(const void* address, size_t* offset) {
         if (*offset == Memory::kOutside) fail("out of bounds: plain access behind all memory");
         return true;
     }
-    if (machine->stacks.is_foreign(address, machine->current->context.stack)) {
+    const Stack& own = machine->current->context.stack;
+    const char* byte = static_cast<const char*>(address);
+    if (byte >= own.base && byte < own.base + own.num_bytes) return false;
+    if (machine->stacks.contains(address)) {
         fail("%s touches a local variable of another thread",
              machine->actor_name(machine->current->id).c_str());
     }
-    return false;
+    *offset = machine->memory.offset_of(address);
+    return *offset != Memory::kOutside;
 }
 
 void weak_read(const void* address, size_t num_bytes) {

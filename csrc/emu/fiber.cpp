@@ -46,9 +46,8 @@ Stack StackPool::get(size_t index) {
     return {chunk + (index % kStacksPerChunk) * kStackStride, kStackBytes};
 }
 
-bool StackPool::is_foreign(const void* address, const Stack& own) const {
+bool StackPool::contains(const void* address) const {
     const char* byte = static_cast<const char*>(address);
-    if (byte >= own.base && byte < own.base + own.num_bytes) return false;
     for (const Chunk& chunk : chunks_) {
         if (byte >= chunk.base && byte < chunk.base + chunk.num_bytes) return true;
     }

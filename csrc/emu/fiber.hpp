@@ -16,8 +16,8 @@ struct Stack {
 class StackPool {
   public:
     Stack get(size_t index);
-    /// Whether address lies in any stack of the pool but not in own.
-    bool is_foreign(const void* address, const Stack& own) const;
+    /// Whether address lies in any stack of the pool.
+    bool contains(const void* address) const;
     /// Clears what abandoned fibers left behind (the address sanitizer's poison).
     void forget_frames();
 

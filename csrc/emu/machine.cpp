@@ -91,6 +91,13 @@ bool Machine::includes(Scope scope, int from, int to) const {
     return scope == Scope::kGpu || a.block_idx.x == b.block_idx.x;
 }
 
+bool Machine::has_ended(int actor, uint32_t epoch) const {
+    if (is_thread(actor)) return epoch < thread_of(actor).first_epoch;
+    const auto [rank_idx, launch] = async.launch_of(actor, epoch);
+    const Rank& rank = ranks[static_cast<size_t>(rank_idx)];
+    return launch != rank.num_launches || !rank.is_running;
+}
+
 Knowledge Machine::publish(Thread& thread) {
     thread.know.seen.raise(static_cast<size_t>(thread.id), thread.epoch++);
     return thread.know;
@@ -124,6 +131,7 @@ void Machine::create_thread(Rank& rank, Block& block, int thread_idx) {
         *rank.threads[static_cast<size_t>(block.block_idx * launch.block + thread_idx)];
     Thread fresh;
     fresh.epoch = thread.epoch;  // goes on from the kernel before
+    fresh.first_epoch = thread.epoch;
     fresh.id = thread.id;
     fresh.stack_idx = thread.stack_idx;
     thread = std::move(fresh);
@@ -171,6 +179,7 @@ void Machine::create_block(Rank& rank, int rank_idx, int block_idx) {
 void Machine::start_launch(Rank& rank, int rank_idx) {
     const Launch& launch = rank.program.front().launch;
     rank.is_running = true;
+    ++rank.num_launches;
     rank.num_live = launch.grid * launch.block;
     provide_threads(rank, static_cast<size_t>(rank.num_live));
     rank.blocks.clear();
@@ -185,6 +194,7 @@ void Machine::end_launch(Rank& rank) {
         Thread& thread = *each;
         rank.know.join(thread.know);
         rank.know.seen.raise(static_cast<size_t>(thread.id), thread.epoch++);
+        thread.first_epoch = thread.epoch;
         for (const BulkGroup& group : thread.groups) {
             for (const AgentSpan& copy : group.copies) {
                 rank.know.seen.raise(static_cast<size_t>(copy.agent), copy.write_epoch);

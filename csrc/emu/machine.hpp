@@ -59,6 +59,7 @@ struct Thread : ThreadIdentity {
     // What it knows, and what it will tell or learn at its next fence.
     Knowledge know;
     uint32_t epoch = 1;              ///< of its current accesses; advances whenever it publishes
+    uint32_t first_epoch = 1;        ///< of the running kernel
     Knowledge fenced[kNumScopes];    ///< told by its later relaxed stores: snapshots at fences
     Knowledge unfenced[kNumScopes];  ///< read by relaxed loads; learnt at a fence of that scope
     RecentRead recent_reads[4];      ///< of strong loads, to know whether a poll saw the newest
@@ -122,7 +123,8 @@ struct Rank {
     int num_live = 0;              ///< threads of the running kernel
     int num_copies = 0;            ///< asynchronous operations issued by it and still in flight
     bool is_running = false;
-    Knowledge know;  ///< what its stream knows between kernels
+    int num_launches = 0;  ///< kernels begun
+    Knowledge know;        ///< what its stream knows between kernels
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<SmemArea> smem;
@@ -163,6 +165,8 @@ struct Machine {
         return *thread_of_entry[static_cast<size_t>(is_thread(actor) ? actor
                                                                      : async.issuer_of(actor))];
     }
+    /// Whether the kernel of an access has ended.
+    bool has_ended(int actor, uint32_t epoch) const;
     /// Hands out the next index of all clocks.
     int new_clock_entry(Thread* thread = nullptr);
     int rank_of_actor(int actor) const;

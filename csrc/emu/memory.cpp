@@ -14,7 +14,6 @@ namespace deepcomm::emu {
 
 namespace {
 constexpr int kPoisonByte = 0xEE;
-constexpr size_t kWord = 4;
 }  // namespace
 
 void Memory::reset(bool allow_foreign) {
@@ -32,6 +31,8 @@ void Memory::reset(bool allow_foreign) {
     cells_.clear();
     split_cells_.clear();
     regions_.clear();
+    foreign_pages_.clear();
+    last_page_ = {0, nullptr};
 }
 
 size_t Memory::alloc(int rank, const std::string& name, size_t num_bytes, bool define_zero) {
@@ -88,20 +89,48 @@ std::array<Memory::Cell, 4>& Memory::split(Cell& cell) {
     return split_cells_[cell.writer];
 }
 
+Memory::Cell& Memory::foreign_cell_at(size_t offset) {
+    const size_t key = offset / (kWord * std::tuple_size<Page>::value);
+    if (last_page_.first != key) {
+        std::unique_ptr<Page>& page = foreign_pages_[key];
+        if (!page) {
+            page = std::make_unique<Page>();
+            for (Cell& cell : *page) cell.state = State::kDefined;
+        }
+        last_page_ = {key, page.get()};
+    }
+    return (*last_page_.second)[offset / kWord % std::tuple_size<Page>::value];
+}
+
+/// Accesses of ended kernels to memory of the host are past: see is_foreign.
+void Memory::forget_ended(Cell& cell) {
+    if (cell.writer && machine->has_ended(static_cast<int>(cell.writer) - 1, cell.write_epoch)) {
+        cell.writer = 0;
+    }
+    for (int i = 0; i < 2; ++i) {
+        const int reader = static_cast<int>(cell.reader[i]) - 1;
+        if (reader >= 0 && machine->has_ended(reader, cell.read_epoch[i])) cell.reader[i] = 0;
+    }
+}
+
 /// Visits the cells of a range: one a whole word, one a byte where a word is or becomes split.
 template <typename Visit>
 void Memory::for_each_cell(size_t offset, size_t num_bytes, Visit&& visit) {
-    if (is_foreign(offset)) return;
+    const bool is_hosts = is_foreign(offset);
+    const auto visit_cell = [&](Cell& cell, size_t at_offset) {
+        if (is_hosts) forget_ended(cell);
+        visit(cell, at_offset);
+    };
     const size_t end = offset + num_bytes;
     while (offset < end) {
-        Cell& cell = cells_[offset / kWord];
+        Cell& cell = cell_at(offset);
         const size_t word_end = std::min(end, (offset / kWord + 1) * kWord);
         if (word_end - offset == kWord && cell.state != State::kSplit) {
-            visit(cell, offset);
+            visit_cell(cell, offset);
             offset = word_end;
             continue;
         }
-        for (; offset < word_end; ++offset) visit(split(cell)[offset % kWord], offset);
+        for (; offset < word_end; ++offset) visit_cell(split(cell)[offset % kWord], offset);
     }
 }
 
@@ -213,7 +242,7 @@ void Memory::check_copy_read(const Actor& actor, size_t offset, size_t num_bytes
         check_against_write(actor, cell, at_offset, "asynchronous read");
         record_read(actor, cell);
         if (cell.state != State::kUndefined) return;
-        const bool is_byte = cells_[at_offset / kWord].state == State::kSplit;
+        const bool is_byte = cell_at(at_offset).state == State::kSplit;
         std::fill_n(defined->begin() + static_cast<long>(at_offset - begin), is_byte ? 1 : kWord,
                     uint8_t{0});
     });
@@ -221,7 +250,6 @@ void Memory::check_copy_read(const Actor& actor, size_t offset, size_t num_bytes
 
 void Memory::check_copy_write(const Actor& actor, size_t offset,
                               const std::vector<uint8_t>& defined) {
-    if (is_foreign(offset)) return;
     const size_t begin = offset;
     const auto mark = [&](Cell& cell, size_t at_offset) {
         check_state(actor, cell, at_offset, false);
@@ -238,7 +266,7 @@ void Memory::check_copy_write(const Actor& actor, size_t offset,
         const auto* flags = defined.data() + byte;
         const bool is_mixed =
             std::any_of(flags, flags + num_bytes, [&](uint8_t flag) { return flag != flags[0]; });
-        if (is_mixed) split(cells_[(begin + byte) / kWord]);
+        if (is_mixed) split(cell_at(begin + byte));
         for_each_cell(begin + byte, num_bytes, mark);
     }
 }

@@ -6,7 +6,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "emu/clock.hpp"
@@ -58,8 +61,9 @@ class Memory {
     char* at(size_t offset) const {
         return is_foreign(offset) ? reinterpret_cast<char*>(offset - kForeign) : base_ + offset;
     }
-    /// Memory of the process that is not emulated, such as tensors of the host: nothing is known
-    /// of it, so accesses are done and not checked.
+    /// Whether it is memory of the process that is not emulated, such as a tensor of the host. It
+    /// counts as defined, and only accesses of kernels that run at the same time race: whoever owns
+    /// it may use it otherwise, or give it back, once a kernel has ended.
     static bool is_foreign(size_t offset) { return offset >= kForeign && offset != kOutside; }
     bool is_in_arena(const void* address) const {
         return static_cast<size_t>(static_cast<const char*>(address) - base_) < kArenaBytes;
@@ -91,7 +95,7 @@ class Memory {
     enum class State : uint8_t { kUnaddressable, kUndefined, kDefined, kMbarrier, kSplit };
 
     struct Cell {
-        uint32_t writer = 0;  ///< actor id + 1; 0: the host, before the run
+        uint32_t writer = 0;  ///< actor id + 1; 0: the host
         uint32_t write_epoch = 0;
         uint32_t reader[2] = {0, 0};
         uint32_t read_epoch[2] = {0, 0};
@@ -106,6 +110,13 @@ class Memory {
         size_t end;
     };
 
+    using Page = std::array<Cell, 1024>;
+
+    Cell& cell_at(size_t offset) {
+        return is_foreign(offset) ? foreign_cell_at(offset) : cells_[offset / kWord];
+    }
+    Cell& foreign_cell_at(size_t offset);
+    static void forget_ended(Cell& cell);
     template <typename Visit>
     void for_each_cell(size_t offset, size_t num_bytes, Visit&& visit);
     std::array<Cell, 4>& split(Cell& cell);
@@ -119,6 +130,7 @@ class Memory {
     const Region* find_region(size_t offset) const;
 
     static constexpr size_t kArenaBytes = size_t{4} << 30;
+    static constexpr size_t kWord = 4;
     static constexpr size_t kAlign = 128;
     static constexpr size_t kGuardBytes = 128;
 
@@ -128,6 +140,8 @@ class Memory {
     std::vector<Cell> cells_;  ///< one a 4-byte word
     std::vector<std::array<Cell, 4>> split_cells_;
     std::vector<Region> regions_;
+    std::unordered_map<size_t, std::unique_ptr<Page>> foreign_pages_;  ///< by offset / page size
+    std::pair<size_t, Page*> last_page_;
 };
 
 }  // namespace deepcomm::emu

@@ -32,6 +32,7 @@ BASE_FLAGS = (
     "-Wall",
     "-Wextra",
     "-Werror",
+    "-Wno-unknown-pragmas",  # kernels unroll for another compiler
     "-ffp-contract=off",  # device/emu/arithmetic.cuh rounds after every operation
 )
 HOOK_FLAGS = (

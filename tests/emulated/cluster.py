@@ -13,7 +13,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from emulated.build import PLAIN, Variant
 from emulated.host_api import (
@@ -205,29 +205,20 @@ class EmulatedCluster:
     # ---- ranks
 
     def run(
-        self, function: Callable[[EmulatedGroup], T], make_runtime: Callable[[int], Runtime]
+        self, function: Callable[[LocalGroup], T], make_runtime: Callable[[int, int], Runtime]
     ) -> list[T]:
-        """Call ``function(group)`` on every rank; ``group.runtime`` is ``make_runtime(rank)``."""
+        """Call ``function(group)`` on every rank; ``make_runtime`` is given rank and size."""
         barrier = ControlBarrier(self)
 
         def on_rank(group: LocalGroup) -> T:
-            meeting = group._meeting
-            meeting.barrier = barrier  # type: ignore[assignment]
+            group._meeting.barrier = barrier  # type: ignore[assignment]
             barrier.ranks[threading.get_ident()] = group.rank
             try:
-                runtime = make_runtime(group.rank)
-                return function(EmulatedGroup(group.rank, group.size, meeting, runtime))
+                return function(group)
             finally:
                 self.leave(group.rank)
 
-        return LocalCluster(self.num_ranks).run(on_rank)
-
-
-@dataclass(frozen=True, slots=True)
-class EmulatedGroup(LocalGroup):
-    """A group that brings the device to run on."""
-
-    runtime: Any = None
+        return LocalCluster(self.num_ranks, runtime=make_runtime).run(on_rank)
 
 
 class ControlBarrier:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from emulated.cluster import EmulatedCluster, EmulatedGroup, Settings
+from emulated.cluster import EmulatedCluster, Settings
 from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
 from emulated.kernel_library import KernelLibrary, load_kernel
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.runtime import KernelParams
+    from deepcomm.testing import LocalGroup
     from deepcomm.types import Event
 
 T = TypeVar("T")
@@ -67,11 +68,14 @@ class EmulatedSymmetricMemory:
 class EmulatedEvent:
     """All work of a rank so far."""
 
-    def __init__(self, runtime: EmulatedRuntime) -> None:
+    def __init__(self, runtime: EmulatedRuntime, check: Callable[[], None] | None) -> None:
         self._runtime = runtime
+        self._check = check
 
     def synchronize(self) -> None:
         self._runtime.flush()
+        if self._check is not None:
+            self._check()
 
     def current_stream_wait(self) -> None:
         """A rank has one stream."""
@@ -140,11 +144,15 @@ class EmulatedRuntime:
 
     # ---- waiting
 
+    def now_ns(self) -> int:
+        """Return the virtual time."""
+        return self._cluster.now_ns()
+
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         word = ctypes.c_uint64.from_address(address)
         if word.value == expected:
             return True
-        deadline_ns = self._cluster.now_ns() + int(timeout_s * 1e9)
+        deadline_ns = self.now_ns() + int(timeout_s * 1e9)
         self._cluster.wait(
             self._rank,
             CHostWait(WAIT_WORD, address, expected, record_address, RECORD_COMPLETE, deadline_ns),
@@ -166,8 +174,8 @@ class EmulatedRuntime:
     def wait_event(self, event: Event) -> None:
         del event
 
-    def record_event(self) -> Event:
-        return EmulatedEvent(self)
+    def record_event(self, check: Callable[[], None] | None = None) -> Event:
+        return EmulatedEvent(self, check)
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         del tensor
@@ -180,8 +188,8 @@ def caller() -> str:
 
 
 def run_emulated(
-    function: Callable[[EmulatedGroup], T], num_ranks: int, settings: Settings | None = None
+    function: Callable[[LocalGroup], T], num_ranks: int, settings: Settings | None = None
 ) -> list[T]:
     """Call ``function(group)`` on every rank of an emulated cluster; return the results by rank."""
     cluster = EmulatedCluster(num_ranks, settings)
-    return cluster.run(function, lambda rank: EmulatedRuntime(cluster, rank))
+    return cluster.run(function, lambda rank, _: EmulatedRuntime(cluster, rank))
