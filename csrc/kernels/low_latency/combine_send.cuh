@@ -149,32 +149,31 @@ struct PartialSum {
     }
 };
 
-/// Brings back the values of a token's columns, in the head of its row.
-DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                  int64_t first, uint32_t tag, Vec128* head) {
-    const LowLatencyParams& base = params.base;
-    const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
-    const int32_t* entries = base.record + base.record_map.entries + first;
-    float value = 0;
+/// The value to bring back for one column of a token; entries: those of the token here.
+DEEPCOMM_DEVICE float carried_value(const LowLatencyCombineParams& params, const int32_t* entries,
+                                    int32_t column) {
+    const int32_t num_topk = params.base.num_topk;
+    if (column >= num_topk) return 0;
     if (params.is_token_layout) {
-        const int64_t row = static_cast<int64_t>(entries[0]) * num_topk;
-        if (lane < num_topk) value = params.carried[row + lane];
-    } else {
-        for (int32_t i = 0; i < num_topk && entries[i] >= 0; ++i) {
-            const int32_t slot = entries[i] & ((1 << layout::kEntrySlotBits) - 1);
-            if (entries[i] >> layout::kEntrySlotBits == lane) value = params.carried[slot];
-        }
+        return params.carried[static_cast<int64_t>(entries[0]) * num_topk + column];
     }
-    const auto words = static_cast<int32_t>(layout::kPacketWords);
-    const uint32_t bits = device::float_bits(value);
-    const int32_t begin = lane * words < device::kWarpSize ? lane * words : 0;
-    Vec128 packet = {{0, 0, 0, tag}};
-    for (int32_t part = 0; part < words; ++part) {
-        const int32_t column = begin + part;
-        const uint32_t word = device::warp_shuffle(bits, column % device::kWarpSize);
-        packet.words[part] = column < num_topk ? word : 0;
+    for (int32_t i = 0; i < num_topk && entries[i] >= 0; ++i) {
+        if (entries[i] >> layout::kEntrySlotBits != column) continue;
+        return params.carried[entries[i] & ((1 << layout::kEntrySlotBits) - 1)];
     }
-    if (lane * words < num_topk) device::st_relaxed_sys(head + lane, packet);
+    return 0;
+}
+
+/// Brings back the values of a token's columns, in the head of its row: three a thread.
+DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, int32_t thread_idx,
+                                  int64_t first, uint32_t tag, Vec128* head) {
+    const auto column = thread_idx * static_cast<int32_t>(layout::kPacketWords);
+    if (column >= params.base.num_topk) return;
+    const int32_t* entries = params.base.record + params.base.record_map.entries + first;
+    device::st_relaxed_sys(head + thread_idx,
+                           {{device::float_bits(carried_value(params, entries, column)),
+                             device::float_bits(carried_value(params, entries, column + 1)),
+                             device::float_bits(carried_value(params, entries, column + 2)), tag}});
 }
 
 /// One token: sum, stage, store. False: leave.
@@ -207,9 +206,9 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
         device::st_relaxed_sys(head + base.map.num_topk + i,
                                {{words[0], words[1], words[2], turn.tag}});
     }
-    if (params.carried != nullptr && warp.warp_idx() == 0) {
+    if (params.carried != nullptr) {
         const int64_t index = static_cast<int64_t>(source) * base.map.max_tokens + token;
-        send_carried(params, warp, index * base.num_topk, turn.tag, head);
+        send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
     }
     return true;
 }

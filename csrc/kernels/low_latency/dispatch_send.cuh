@@ -117,9 +117,9 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
 }
 
 /// The other warps: how many tokens of this rank before this one have each of its experts.
-template <typename Shared>
 DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
-                                     const device::Block& block, int32_t token, Shared& shared) {
+                                     const device::Block& block, int32_t token,
+                                     uint32_t* positions) {
     const int64_t num_ids = static_cast<int64_t>(token) * params.base.num_topk;
     const int32_t num_threads = block.size() - device::kWarpSize;
     for (int32_t k = 0; k < params.base.num_topk; ++k) {
@@ -129,7 +129,7 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
         for (int64_t i = block.thread_idx(); i < num_ids; i += num_threads) {
             count += id_at(params, i) == expert ? 1 : 0;
         }
-        if (count > 0) device::red_add_relaxed_block(&shared.entries[k].position, count);
+        if (count > 0) device::red_add_relaxed_block(&positions[k], count);
     }
 }
 
@@ -137,7 +137,8 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
 template <typename Shared>
 DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   int32_t token, const Shared& shared) {
+                                   int32_t token, const uint32_t* positions,
+                                   const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_topk = params.base.num_topk;
     const int64_t offset =
@@ -151,7 +152,7 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
         unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
         device::st_relaxed_sys(
             packets_at(base, offset) + k,
-            {{expert, entry.position, device::float_bits(entry.weight), turn.tag}});
+            {{expert, positions[k], device::float_bits(entry.weight), turn.tag}});
     }
     for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
@@ -173,9 +174,8 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     const unsigned char* row = params.x + token * params.x_stride;
     Input input;
     input.load(row, block.thread_idx());
-    if (block.thread_idx() < params.base.num_topk) {
-        shared.entries[block.thread_idx()].position = 0;
-    }
+    uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
+    if (block.thread_idx() < params.base.num_topk) positions[block.thread_idx()] = 0;
     block.sync();  // ORDER: the token before has left shared memory; the zeros before the counts
     bool goes_on = true;
     if (block.thread_idx() >= block.size() - device::kWarpSize) {
@@ -186,7 +186,7 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
         }
         find_destinations(params, warp, token, shared);
     } else {
-        count_positions(params, block, token, shared);
+        count_positions(params, block, token, positions);
     }
     input.stage(block.thread_idx(), shared);
     for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
@@ -195,7 +195,7 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     }
     stage_tail(params, block, token, shared);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the credits and the staged row, to all
-    store_packets(params, block, turn, token, shared);
+    store_packets(params, block, turn, token, positions, shared);
     return true;
 }
 

@@ -40,7 +40,6 @@ struct LowLatencyDispatchSpec {
 struct LowLatencyEntry {
     int32_t dst_idx;  ///< index into destinations, or -1
     int32_t local_expert;
-    uint32_t position;  ///< sent: of the token among those of its source for the expert
     float weight;
 };
 
@@ -57,6 +56,9 @@ struct LowLatencyDispatchShared {
     int32_t num_tokens[layout::kMaxLowLatencyRanks];
     int32_t destinations[kMaxTopk];
     LowLatencyEntry entries[kMaxTopk];
+    /// Of the token among those of its source for each expert; in turns, so that one is zeroed while
+    /// the other may still be read.
+    uint32_t positions[2][kMaxTopk];
     int32_t num_destinations;
     int32_t num_copies;
     int32_t slots[kMaxTopk];  ///< of the row's copies

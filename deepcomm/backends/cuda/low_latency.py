@@ -161,17 +161,16 @@ class LowLatency:
     ) -> Iterator[None]:
         """Make current the stream that an operation runs on; ``tensors`` live until it is done."""
         runtime = self._place.runtime
-        if not request.async_op and request.previous_event is None:
+        if not request.async_op:
+            if request.previous_event is not None:
+                runtime.wait_event(request.previous_event)
             yield
             return
         with runtime.on_stream(request.previous_event):
             yield
-            done = runtime.record_event()
             for tensor in tensors:
                 if tensor is not None:
                     runtime.keep_alive(tensor)
-        if not request.async_op:
-            runtime.wait_event(done)
 
     def _event(self, request: DispatchRequest | CombineRequest) -> Event | None:
         """Return the completion of what the current stream does, if that is asked for."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -45,13 +44,18 @@ class Failure(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the operations of one buffer take place."""
+    """Where the operations of one buffer take place.
+
+    Attributes:
+        num_sms: SMs that this rank's kernels may count on.
+    """
 
     group: Group
     runtime: Runtime
     topology: Topology
     buffer_id: bytes
     failure: Failure
+    num_sms: int
 
 
 def low_latency_shape(config: BufferConfig, num_ranks: int) -> kernels.LowLatencyShape:
@@ -119,24 +123,15 @@ class Slots:
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
         self._functions: dict[tuple[str, int, int], Function] = {}
-        self._max_blocks = self._share_of_device()
         self._in_flight: deque[int] = deque()
         self._num_opened = 0
-
-    def _share_of_device(self) -> int:
-        """Return the SMs that this rank may count on: ranks of one process may share a GPU."""
-        device = str(self._place.runtime.device)
-        entries = self._place.group.all_gather((os.getpid(), device))
-        sharers = 1 if device == "cpu" else entries.count((os.getpid(), device))
-        num_sms = self._config.num_sms or self._place.runtime.num_sms
-        return max(1, min(num_sms, self._place.runtime.num_sms // sharers))
 
     # ---- kernels
 
     def grid(self, function: Function, num_wanted: int) -> int:
         """Return how many blocks to launch: all of them resident at once."""
         per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
-        return max(1, min(num_wanted, self._max_blocks * per_sm))
+        return max(1, min(num_wanted, self._place.num_sms * per_sm))
 
     def function(self, operation: str, phases: int, rows: int = 0) -> Function:
         """Return a kernel; the first use of a kind of operation compiles all of its phases.
