@@ -83,9 +83,9 @@ struct Thread : ThreadIdentity {
 struct WarpRendezvous {
     Collective kind;
     uint32_t mask;
-    uint32_t argument;
     uint32_t arrived;
     uint64_t values[32];
+    uint32_t arguments[32];
 };
 
 struct Warp {

@@ -49,15 +49,16 @@ uint64_t lanes_with(const WarpRendezvous& meeting, uint64_t value) {
 }
 
 uint64_t result_for(const WarpRendezvous& meeting, int lane) {
+    const auto argument = static_cast<int>(meeting.arguments[lane]);
     int source = lane;
     switch (meeting.kind) {
         case Collective::kSync: return 0;
         case Collective::kBallot: return lanes_with(meeting, 1);
         case Collective::kMatch: return lanes_with(meeting, meeting.values[lane]);
-        case Collective::kShuffle: source = static_cast<int>(meeting.argument & 31); break;
-        case Collective::kShuffleXor: source = lane ^ static_cast<int>(meeting.argument); break;
-        case Collective::kShuffleUp: source = lane - static_cast<int>(meeting.argument); break;
-        case Collective::kShuffleDown: source = lane + static_cast<int>(meeting.argument); break;
+        case Collective::kShuffle: source = argument & 31; break;
+        case Collective::kShuffleXor: source = lane ^ argument; break;
+        case Collective::kShuffleUp: source = lane - argument; break;
+        case Collective::kShuffleDown: source = lane + argument; break;
     }
     if (source < 0 || source > 31) return meeting.values[lane];
     constexpr uint64_t kGarbage = 0xDEADBEEFDEADBEEFull;  // reading an absent lane is undefined
@@ -134,8 +135,7 @@ void Machine::check_collectives(Warp& warp) {
 }
 
 /// Finds the meeting that the lane joins; a lane that others expect elsewhere is an error at once.
-static WarpRendezvous& find_meeting(Warp& warp, Collective kind, uint32_t mask, uint32_t argument,
-                                    uint32_t my_bit) {
+static WarpRendezvous& find_meeting(Warp& warp, Collective kind, uint32_t mask, uint32_t my_bit) {
     WarpRendezvous* mine = nullptr;
     for (WarpRendezvous& meeting : warp.pending) {
         if (meeting.kind == kind && meeting.mask == mask && !(meeting.arrived & my_bit)) {
@@ -147,7 +147,7 @@ static WarpRendezvous& find_meeting(Warp& warp, Collective kind, uint32_t mask, 
         }
     }
     if (mine) return *mine;
-    warp.pending.push_back({kind, mask, argument, 0, {}});
+    warp.pending.push_back({kind, mask, 0, {}, {}});
     return warp.pending.back();
 }
 
@@ -158,14 +158,10 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, uint32_
         fail("%s calls %s with mask %08x, which leaves out its own lane",
              machine->actor_name(me.id).c_str(), name_of(kind), mask);
     }
-    WarpRendezvous& meeting = find_meeting(*me.warp, kind, mask, argument, my_bit);
-    const bool is_uniform = kind == Collective::kSync || kind == Collective::kBallot;
-    if (!is_uniform && meeting.argument != argument) {
-        fail("%s: %s with differing arguments in one warp is not emulated",
-             machine->actor_name(me.id).c_str(), name_of(kind));
-    }
+    WarpRendezvous& meeting = find_meeting(*me.warp, kind, mask, my_bit);
     meeting.arrived |= my_bit;
     meeting.values[me.lane] = value;
+    meeting.arguments[me.lane] = argument;
     machine->scheduler.park_current(name_of(kind), Memory::kOutside, kNever);
     machine->check_collectives(*me.warp);
     machine->scheduler.switch_away();

@@ -126,6 +126,7 @@ std::string warp_case(Cluster& cluster) {
                 uint32_t result = words[lane ^ 1];  // of another lane: ordered by sync_and
                 if (!all || some || odd != 0xAAAAAAAAu || wide != (9ull << 40) + 1) result = ~0u;
                 if (down != (lane < 28 ? value + 4 : value)) result = ~0u;
+                if (warp_shuffle(value, (lane * 7 + 3) % 32) != (value * 7 + 3) % 32) result = ~0u;
                 if (warp_match(value % 3) != 0x49249249u << lane % 3) result = ~0u;
                 if (lane < 4 && warp_match(value / 2, 0xF) != 3u << lane / 2 * 2) result = ~0u;
                 results[lane] = result;
