@@ -316,11 +316,12 @@ class LowLatency:
             receive = functions[RECEIVE]
 
             def finish() -> None:
+                held = keep_alive.pop()
                 runtime.launch(receive, slots.grid(receive, num_rows), params)
                 record.is_complete = True
-                del keep_alive[:]
+                del held
 
-            keep_alive: list[Any] = [tensors, request]  # their addresses are in params
+            keep_alive = [(tensors, request)]  # their addresses are in params
             hook = self._make_hook(slots, DISPATCH, finish, event)
         return self._dispatch_output(checked, tensors, record, event, hook)
 
@@ -463,9 +464,10 @@ class LowLatency:
             receive = functions[RECEIVE]
 
             def finish() -> None:
+                held = keep_alive.pop()
                 runtime.launch(receive, slots.grid(receive, num_tokens), params)
-                del keep_alive[:]
+                del held
 
-            keep_alive: list[Any] = [inputs, outputs, request]  # their addresses are in params
+            keep_alive = [(inputs, outputs, request)]  # their addresses are in params
             hook = self._make_hook(slots, COMBINE, finish, event)
         return CombineOutput(output.x, output.topk_weights, event, hook)
