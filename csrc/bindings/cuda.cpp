@@ -125,12 +125,16 @@ py::capsule lease(SymmetricHeap& heap, int64_t generation, int64_t offset, int64
 }
 
 void bind_heap(py::module_& module) {
+    py::class_<host::Mapping, std::shared_ptr<host::Mapping>>(
+        module, "Mapping", py::release_gil_before_calling_cpp_dtor());
     py::class_<SymmetricHeap>(module, "SymmetricHeap", py::release_gil_before_calling_cpp_dtor())
         .def(py::init<DevicePointer, int64_t>(), py::arg("device"), py::arg("num_bytes"), NoGil())
         .def_property_readonly("memory", &SymmetricHeap::memory)
+        .def_property_readonly("mapping", &SymmetricHeap::mapping)
         .def_property_readonly("base", &SymmetricHeap::base)
         .def_property_readonly("num_bytes", &SymmetricHeap::num_bytes)
-        .def("map", &SymmetricHeap::map, py::arg("peer"), NoGil())
+        .def("map", &SymmetricHeap::map, py::arg("peer").none(false), NoGil())
+        .def("join", &SymmetricHeap::join, py::arg("peer").none(false), NoGil())
         .def("lease", &lease, py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
              "DLPack capsule of bytes of the own block.")
         .def("num_leases", &SymmetricHeap::num_leases, py::arg("generation"))

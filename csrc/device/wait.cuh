@@ -17,7 +17,7 @@ using layout::Role;
 
 /// What all waits of a kernel share.
 struct WaitContext {
-    ErrorRecord* record;  ///< of this rank
+    ErrorRecord* record;  ///< of this rank; null: tells nobody, and hears of no other failure
     uint64_t timeout_ns;  ///< of each wait, from its first look at the clock
     int32_t rank;
 };
@@ -61,48 +61,31 @@ DEEPCOMM_DEVICE void record_failure(const WaitContext& context, const WaitSite& 
     st_release_sys(&record->state, static_cast<uint32_t>(RecordState::kComplete));
 }
 
-/// How a wait ended: ready, its deadline has passed, or the rank has failed elsewhere.
-enum class WaitEnd { kReady, kExpired, kFailed };
-
-struct WaitResult {
-    WaitEnd end;
-    uint64_t observed;
-};
-
-/// Polls until poll() is ready and records nothing; address is what it polls, for the emulator. For
-/// callers that can do without what they wait for; all others use wait_until.
+/// Polls until poll() is ready; address is what it polls, for the emulator. False when the deadline
+/// has passed (and is recorded) or when the rank has failed elsewhere.
 template <typename Poll>
-DEEPCOMM_DEVICE WaitResult poll_until(const WaitContext& context, const void* address,
-                                      Poll&& poll) {
+DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site, uint64_t expected,
+                                const void* address, Poll&& poll) {
     uint64_t deadline_ns = 0;
     for (uint32_t num_polls = 1;; ++num_polls) {
         const Observed observed = poll();
-        if (observed.is_ready) return {WaitEnd::kReady, observed.value};
+        if (observed.is_ready) return true;
         if (num_polls % kPollsPerClockRead == 0) {
             const uint64_t now_ns = globaltimer_ns();
             if (deadline_ns == 0) deadline_ns = now_ns + context.timeout_ns;
-            if (now_ns >= deadline_ns) return {WaitEnd::kExpired, observed.value};
-            if (num_polls % kPollsPerRecordRead == 0) {
-                const uint32_t state = ld_relaxed_sys(&context.record->state);
-                if (state != static_cast<uint32_t>(RecordState::kClear)) {
-                    return {WaitEnd::kFailed, observed.value};
+            if (now_ns >= deadline_ns) {
+                if (context.record != nullptr) {
+                    record_failure(context, site, FailureKind::kTimeout, expected, observed.value);
                 }
+                return false;
+            }
+            if (context.record != nullptr && num_polls % kPollsPerRecordRead == 0) {
+                const uint32_t state = ld_relaxed_sys(&context.record->state);
+                if (state != static_cast<uint32_t>(RecordState::kClear)) return false;
             }
         }
         pause_on(address, deadline_ns);
     }
-}
-
-/// The same; false when the deadline has passed (and is recorded) or when the rank has failed
-/// elsewhere.
-template <typename Poll>
-DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site, uint64_t expected,
-                                const void* address, Poll&& poll) {
-    const WaitResult result = poll_until(context, address, poll);
-    if (result.end == WaitEnd::kExpired) {
-        record_failure(context, site, FailureKind::kTimeout, expected, result.observed);
-    }
-    return result.end == WaitEnd::kReady;
 }
 
 // ---- the usual waits: a monotonic word reaches expected

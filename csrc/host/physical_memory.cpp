@@ -101,17 +101,24 @@ AddressRange::~AddressRange() {
 
 Mapping::Mapping(std::shared_ptr<Device> device, std::shared_ptr<PhysicalMemory> memory)
     : memory_(std::move(memory)), range_(std::move(device), memory_->num_bytes()) {
-    const Driver& driver = range_.device().driver();
-    const auto num_bytes = static_cast<size_t>(range_.num_bytes());
-    const cu::DevicePtr begin = range_.begin();
-    DEEPCOMM_CUDA_CHECK(driver, cuMemMap(begin, num_bytes, 0, memory_->handle(), 0));
-    const cu::AccessDescription access{{cu::kOnDevice, range_.device().index()}, cu::kReadWrite};
+    const Device& own = range_.device();
+    DEEPCOMM_CUDA_CHECK(
+        own.driver(),
+        cuMemMap(range_.begin(), static_cast<size_t>(range_.num_bytes()), 0, memory_->handle(), 0));
     try {
-        DEEPCOMM_CUDA_CHECK(driver, cuMemSetAccess(begin, num_bytes, &access, 1));
+        allow(own);
     } catch (const Error&) {
         unmap();
         throw;
     }
+}
+
+void Mapping::allow(const Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const cu::AccessDescription access{{cu::kOnDevice, device.index()}, cu::kReadWrite};
+    DEEPCOMM_CUDA_CHECK(
+        device.driver(),
+        cuMemSetAccess(range_.begin(), static_cast<size_t>(range_.num_bytes()), &access, 1));
 }
 
 Mapping::~Mapping() { unmap(); }

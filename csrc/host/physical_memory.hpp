@@ -5,8 +5,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
-#include <vector>
 
 #include "host/device.hpp"
 
@@ -64,15 +64,19 @@ class AddressRange {
     cu::DevicePtr begin_ = 0;
 };
 
-/// Memory at addresses of its own, readable and writable by one device.
+/// Memory at addresses of its own. All ranks of a process use the same ones: kernels of one device
+/// that reach the same memory at two addresses would have to order their accesses by a proxy fence.
 class Mapping {
   public:
+    /// Lets the device read and write.
     Mapping(std::shared_ptr<Device> device, std::shared_ptr<PhysicalMemory> memory);
     /// The kernels that use the memory must be done.
     ~Mapping();
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
 
+    /// Lets another device of this process read and write, too.
+    void allow(const Device& device);
     cu::DevicePtr address() const { return range_.begin(); }
 
   private:
@@ -80,6 +84,7 @@ class Mapping {
 
     std::shared_ptr<PhysicalMemory> memory_;
     AddressRange range_;
+    std::mutex mutex_;
 };
 
 }  // namespace deepcomm::host

@@ -5,8 +5,8 @@ namespace deepcomm::host {
 
 struct SymmetricHeap::Mappings {
     std::shared_ptr<Device> device;
-    std::unique_ptr<Mapping> own;
-    std::vector<std::unique_ptr<Mapping>> peers;
+    std::shared_ptr<Mapping> own;
+    std::vector<std::shared_ptr<Mapping>> peers;
     std::vector<cu::Stream> streams;  ///< whose work may use leased memory after the heap is closed
 
     ~Mappings() {
@@ -24,7 +24,7 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<Device> device, int64_t num_bytes)
       mappings_(std::make_shared<Mappings>()),
       counts_(std::make_shared<LeaseCounts>()) {
     mappings_->device = device_;
-    mappings_->own = std::make_unique<Mapping>(device_, memory_);
+    mappings_->own = std::make_shared<Mapping>(device_, memory_);
     device_->zero(mappings_->own->address(), num_bytes_);
 }
 
@@ -32,9 +32,22 @@ cu::DevicePtr SymmetricHeap::base() const {
     return mappings_ == nullptr ? 0 : mappings_->own->address();
 }
 
+std::shared_ptr<Mapping> SymmetricHeap::mapping() const {
+    return mappings_ == nullptr ? nullptr : mappings_->own;
+}
+
 cu::DevicePtr SymmetricHeap::map(std::shared_ptr<PhysicalMemory> peer) {
+    return add(std::make_shared<Mapping>(device_, std::move(peer)));
+}
+
+cu::DevicePtr SymmetricHeap::join(std::shared_ptr<Mapping> peer) {
+    peer->allow(*device_);
+    return add(std::move(peer));
+}
+
+cu::DevicePtr SymmetricHeap::add(std::shared_ptr<Mapping> peer) {
     DEEPCOMM_CHECK_ARG(mappings_ != nullptr, "map: expected an open heap, got a closed one");
-    mappings_->peers.push_back(std::make_unique<Mapping>(device_, std::move(peer)));
+    mappings_->peers.push_back(std::move(peer));
     return mappings_->peers.back()->address();
 }
 

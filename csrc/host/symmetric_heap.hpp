@@ -18,12 +18,16 @@ class SymmetricHeap {
     /// Allocates and zeroes the own block, of num_bytes rounded up, and maps it.
     SymmetricHeap(std::shared_ptr<Device> device, int64_t num_bytes);
 
+    /// The own block, for ranks of other processes and of this one; null once closed.
     const std::shared_ptr<PhysicalMemory>& memory() const { return memory_; }
+    std::shared_ptr<Mapping> mapping() const;
     int64_t num_bytes() const { return num_bytes_; }
     /// Address of the own block; 0 once closed.
     cu::DevicePtr base() const;
-    /// Maps a peer's block and returns its address.
+    /// Maps the block of a peer in another process and returns its address.
     cu::DevicePtr map(std::shared_ptr<PhysicalMemory> peer);
+    /// Takes part in the mapping of a peer in this process and returns its address.
+    cu::DevicePtr join(std::shared_ptr<Mapping> peer);
 
     /// Keeps the mappings until end_lease; the address of the own block at offset.
     class Lease;
@@ -37,6 +41,8 @@ class SymmetricHeap {
     const Device& device() const { return *device_; }
 
   private:
+    cu::DevicePtr add(std::shared_ptr<Mapping> peer);
+
     /// What leases share: unmapped when the last one and the heap are gone.
     struct Mappings;
     struct LeaseCounts {

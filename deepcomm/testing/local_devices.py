@@ -44,24 +44,20 @@ def place_ranks(
     Raises:
         InvalidArgument: The device is neither a CPU nor a GPU that is there.
     """
-    kind = None if device is None else torch.device(device)
-    if (kind is None and not torch.version.cuda) or (kind is not None and kind.type == "cpu"):
-        return (None,) * num_ranks
-    if kind is not None and kind.type != "cuda":
+    kind = torch.device(device or ("cuda" if torch.version.cuda else "cpu"))
+    if kind.type not in ("cpu", "cuda"):
         raise InvalidArgument(f"device: expected cpu or cuda, got {kind}")
-    added = prepare_environment()
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind is None and count == 0:
+    if kind.type == "cpu":
         return (None,) * num_ranks
-    index = None if kind is None else kind.index
-    if index is not None and index >= count:
-        raise InvalidArgument(f"device: expected one of {count} CUDA devices, got {kind}")
-    if count == 0:
-        raise InvalidArgument(
-            "device: expected one that torch can use, got cuda and torch has none"
-        )
+    added = prepare_environment()  # before torch is asked: it may make a context
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None and count == 0:
+        return (None,) * num_ranks
+    if count == 0 or (kind.index or 0) >= count:
+        raise InvalidArgument(f"device: expected one of torch's {count} CUDA devices, got {kind}")
     places = tuple(
-        torch.device("cuda", rank % count if index is None else index) for rank in range(num_ranks)
+        torch.device("cuda", rank % count if kind.index is None else kind.index)
+        for rank in range(num_ranks)
     )
     check_contexts({place.index for place in places}, added)
     return places

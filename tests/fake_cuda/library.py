@@ -44,6 +44,8 @@ class FakeCuda:
         self.path = str(build())
         self._library = ctypes.CDLL(self.path)
         self._library.fake_reset()
+        self._before: dict[str, int] = {}
+        self._before = self.live()  # streams stay for ever
 
     def driver(self) -> cuda.Driver:
         return cuda.Driver(self.path)
@@ -79,7 +81,10 @@ class FakeCuda:
         return tuple(values)
 
     def live(self) -> dict[str, int]:
-        """Return how many of each kind live, without those of which there are none."""
+        """Return how many of each kind live that did not at first, without those of none."""
         gc.collect()
-        counts = {kind: int(self._library.fake_live(kind.encode())) for kind in KINDS}
+        counts = {
+            kind: int(self._library.fake_live(kind.encode())) - self._before.get(kind, 0)
+            for kind in KINDS
+        }
         return {kind: count for kind, count in counts.items() if count}

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes through ``CudaRuntime``, also as processes: ``python -m gpu.runtime NUM_DEVICES``."""
+"""Probes through ``CudaRuntime``, by ranks that are threads or processes."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
-import sys
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from gpu import params
 from gpu.probes import payload
 
@@ -27,7 +23,6 @@ NUM_WORDS = 512
 GRID = 2
 SIGNAL_OFFSET = 0
 PAYLOAD_OFFSET = 128
-NUM_RANKS = 2
 
 
 class StructParams:
@@ -62,7 +57,7 @@ def signal_params(
     num_rounds: int,
     record: int,
     timeout_s: float,
-    sums: int = 0,
+    sums: int,
 ) -> StructParams:
     """Let a rank signal the next one and hear from the one before."""
     peer = (rank + 1) % len(bases)
@@ -77,7 +72,7 @@ def signal_params(
             other + SIGNAL_OFFSET,
             own + PAYLOAD_OFFSET,
             own + SIGNAL_OFFSET,
-            sums or own + (1 << 19),
+            sums,
         )
     )
 
@@ -109,38 +104,13 @@ def launch_signals(group: Any, runtime: CudaRuntime, num_rounds: int) -> int:
     return ctypes.c_uint32.from_address(record.address).value
 
 
-def play_rank(rank: int, num_devices: int, folder: str) -> None:
-    """Exchange heaps with the other process and signal each other, a few times; leak nothing."""
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS)
-    group = as_group(dist.group.WORLD)
-    runtime = CudaRuntime(torch.device("cuda", rank % num_devices))
-    assert launch_signals(group, runtime, 20) == 0
-    before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
+def exchange_in_process(group: Any, num_devices: int) -> int:
+    """Exchange heaps and signals with the other process, a few times; leave no descriptor."""
+    control = as_group(group)
+    runtime = CudaRuntime(torch.device("cuda", control.rank % num_devices))
+    assert launch_signals(control, runtime, 5) == 0
+    descriptors = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
     for _ in range(5):
-        assert launch_signals(group, runtime, 20) == 0
-    assert sorted(os.listdir("/proc/self/fd")) == before, "descriptors"  # noqa: PTH208
-    dist.destroy_process_group()
-
-
-def main() -> None:
-    num_devices = int(sys.argv[1])
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=play_rank, args=(rank, num_devices, folder))
-            for rank in range(NUM_RANKS)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            if process.exitcode is None:
-                process.kill()
-    raise SystemExit(0 if codes == [0, 0] else f"exit codes {codes}")
-
-
-if __name__ == "__main__":
-    main()
+        assert launch_signals(control, runtime, 5) == 0
+    assert sorted(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208 - names only
+    return control.rank

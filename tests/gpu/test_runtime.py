@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from gpu.runtime import RECORD_BYTES, StructParams, launch_signals, signal_params, view
+from gpu.runtime import (
+    RECORD_BYTES,
+    StructParams,
+    exchange_in_process,
+    launch_signals,
+    signal_params,
+    view,
+)
 
 from deepcomm.backends.cuda.device import CudaRuntime
 from deepcomm.errors import CommError, CudaError, InvalidArgument
-from deepcomm.testing import LocalCluster, LocalGroup
+from deepcomm.testing import LocalCluster, LocalGroup, run_processes
 
 pytestmark = pytest.mark.gpu(1)
 
-TESTS = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 
 
@@ -161,29 +164,9 @@ def test_launch_lets_ranks_signal_each_other(device: str) -> None:
     assert LocalCluster(2, device=device).run(use) == [0, 0]
 
 
-@pytest.mark.gpu(2)
-def test_heap_is_mapped_by_processes() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gpu.runtime", "2"],
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-
-
-def test_heap_is_mapped_by_processes_of_one_device() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gpu.runtime", "1"],
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.gpu(2))])
+def test_heap_is_mapped_by_processes(num_devices: int) -> None:
+    assert run_processes(exchange_in_process, 2, num_devices, timeout_s=150) == [0, 1]
 
 
 def test_launch_checks_the_size_of_the_params(runtime: CudaRuntime) -> None:
@@ -207,11 +190,17 @@ def test_record_of_a_lonely_rank_ends_the_wait(runtime: CudaRuntime) -> None:
         heap = runtime.symmetric_memory(group, MIB)
         record = runtime.host_memory(RECORD_BYTES)
         word = runtime.host_memory(8)
+        sums = runtime.memory(64)
         function = runtime.load("probe_signal", {})
         # It hears from rank 1, whom nobody plays.
         bases = [heap.bases[0], heap.bases[0] + MIB // 2]
         params = signal_params(
-            bases, rank=0, num_rounds=1, record=record.device_address, timeout_s=0.2
+            bases,
+            rank=0,
+            num_rounds=1,
+            record=record.device_address,
+            timeout_s=0.2,
+            sums=sums.address,
         )
         runtime.launch(function, 1, params)
         start = time.monotonic()

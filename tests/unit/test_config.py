@@ -114,7 +114,7 @@ def test_buffer_bytes_grow_with_tokens_and_need_no_group() -> None:
 
 
 def test_buffer_on_an_unknown_device_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="device: expected cpu, got meta"):
+    with pytest.raises(InvalidArgument, match="device: expected cpu or cuda, got meta"):
         deepcomm.Buffer(
             None,
             device=torch.device("meta"),

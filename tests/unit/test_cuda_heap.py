@@ -37,9 +37,10 @@ def fake() -> FakeCuda:
 @pytest.mark.parametrize("num_ranks", [1, 2, 5])
 def test_heap_is_mapped_by_the_ranks_of_a_process(fake: FakeCuda, num_ranks: int) -> None:
     driver, descriptors = fake.driver(), open_descriptors()
-    words = LocalCluster(num_ranks).run(lambda group: exchange_words(group, driver))
+    words = LocalCluster(num_ranks, device="cpu").run(lambda group: exchange_words(group, driver))
     assert words == expected_words(num_ranks)
-    assert fake.num_calls("cuMemExportToShareableHandle") == 0, "they share the allocation"
+    assert fake.num_calls("cuMemExportToShareableHandle") == 0
+    assert fake.num_calls("cuMemMap") == num_ranks, "they share the addresses"
     assert fake.live() == {}
     assert open_descriptors() == descriptors
     assert heaps._shared == {}
@@ -67,7 +68,9 @@ def alone(group: LocalGroup) -> EachAlone:
 @pytest.mark.parametrize("num_ranks", [2, 5, 16])
 def test_heap_travels_as_a_descriptor(fake: FakeCuda, num_ranks: int) -> None:
     driver, descriptors = fake.driver(), open_descriptors()
-    words = LocalCluster(num_ranks).run(lambda group: exchange_words(alone(group), driver))
+    words = LocalCluster(num_ranks, device="cpu").run(
+        lambda group: exchange_words(alone(group), driver)
+    )
     assert words == expected_words(num_ranks)
     assert fake.num_calls("cuMemExportToShareableHandle") == num_ranks
     assert fake.live() == {}
@@ -79,7 +82,7 @@ def test_heap_travels_over_a_fabric_where_descriptors_do_not(fake: FakeCuda) -> 
         fake.set_attribute(device, cuda.POSIX_FD_SUPPORTED, 0)
         fake.set_attribute(device, cuda.FABRIC_SUPPORTED, 1)
     driver = fake.driver()
-    words = LocalCluster(3).run(lambda group: exchange_words(alone(group), driver))
+    words = LocalCluster(3, device="cpu").run(lambda group: exchange_words(alone(group), driver))
     assert words == expected_words(3)
     assert fake.live() == {}
 
@@ -92,7 +95,7 @@ def test_heap_that_can_travel_in_no_way_is_explained(fake: FakeCuda) -> None:
         r"is in another process, not both devices can export file descriptors, nor do both"
     )
     with pytest.raises(CudaError, match=message):
-        LocalCluster(2).run(lambda group: exchange_words(alone(group), driver))
+        LocalCluster(2, device="cpu").run(lambda group: exchange_words(alone(group), driver))
     assert fake.live() == {}
 
 
@@ -101,8 +104,8 @@ def test_heap_needs_peer_access(fake: FakeCuda) -> None:
     driver = fake.driver()
     message = r"cuda:(.) \(Fake GPU\) of rank \1 cannot access cuda:(.) \(Fake GPU\) of rank \2"
     with pytest.raises(CudaError, match=message):
-        LocalCluster(2).run(lambda group: exchange_words(group, driver))
-    words = LocalCluster(2).run(lambda group: exchange_words(group, driver, device=1))
+        LocalCluster(2, device="cpu").run(lambda group: exchange_words(group, driver))
+    words = LocalCluster(2, device="cpu").run(lambda group: exchange_words(group, driver, device=1))
     assert words == expected_words(2), "ranks of one device need none"
 
 
@@ -113,7 +116,7 @@ def test_heap_is_refused_where_ranks_want_different_sizes(fake: FakeCuda) -> Non
         with pytest.raises(ConfigMismatch, match="num_bytes differs between ranks"):
             heaps.open_heap(group, driver, cuda.Device(driver, 0), 1 + group.rank * 100_000)
 
-    LocalCluster(2).run(use)
+    LocalCluster(2, device="cpu").run(use)
     assert fake.live() == {}
 
 
@@ -137,7 +140,7 @@ def test_heap_leaves_nothing_behind_whatever_call_fails(fake: FakeCuda, kind: st
         heap.close([])
         return ""
 
-    while any(outcome := LocalCluster(3).run(use)):
+    while any(outcome := LocalCluster(3, device="cpu").run(use)):
         # One rank failed; the others learnt of it.
         assert sorted(outcome) == ["CommError", "CommError", "CudaError"]
         assert fake.live() == {}, outcome

@@ -146,6 +146,20 @@ def test_heap_maps_the_same_memory_twice(fake: FakeCuda) -> None:
     assert fake.live() == {"context": 2, "stream": 2}
 
 
+def test_heap_joins_a_mapping(fake: FakeCuda) -> None:
+    driver = fake.driver()
+    mine, peers = (cuda.SymmetricHeap(cuda.Device(driver, index), 100) for index in range(2))
+    assert mine.join(peers.mapping) == peers.base, "one address of one memory in a process"
+    assert fake.num_calls("cuMemMap") == 2
+    assert fake.num_calls("cuMemSetAccess") == 3
+    base = peers.base
+    peers.close([])
+    assert content(base, 1) == b"\0", "the mapping is still used"
+    mine.close([])
+    assert fake.live() == {"context": 2, "stream": 2}
+    assert peers.mapping is None
+
+
 def test_heap_maps_an_exported_descriptor(fake: FakeCuda) -> None:
     device = cuda.Device(fake.driver(), 0)
     heap = cuda.SymmetricHeap(device, 100)
@@ -258,6 +272,7 @@ def use_everything(fake: FakeCuda) -> None:
     memories[0].fill(b"abc")  # type: ignore[union-attr]
     heap, peers = cuda.SymmetricHeap(device, 10), cuda.SymmetricHeap(device, 10)
     heap.map(peers.memory)
+    heap.join(peers.mapping)
     descriptor = peers.memory.export_fd()
     try:
         heap.map(cuda.PhysicalMemory.import_fd(device, descriptor, peers.num_bytes))

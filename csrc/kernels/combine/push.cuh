@@ -32,9 +32,10 @@ struct PushCursor {
             chunk = next_chunk / kNumPeers;
             next_chunk += my.block.num_blocks() * Spec::kPushWarps;
             const int32_t num_rows = my.num_rows_of(peer);
-            row = chunk * layout::kPushChunk;
-            if (row >= num_rows) continue;
-            end = row + layout::kPushChunk < num_rows ? row + layout::kPushChunk : num_rows;
+            const int32_t begin = chunk * layout::kPushChunk;
+            if (begin >= num_rows) continue;
+            row = begin;
+            end = begin + layout::kPushChunk < num_rows ? begin + layout::kPushChunk : num_rows;
             return true;
         }
         return false;

@@ -16,18 +16,17 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
-    // All ranks know of a refused dispatch: none of its combines takes a turn.
-    if (params.base.record[params.base.record_map.is_void]) return;
     const layout::LowLatencyTurn turn =
         kSends ? low_latency::take_turn(params.base) : *params.base.turn;
+    // All ranks know of a refused dispatch: none of its combines takes a turn.
+    if (params.base.record[params.base.record_map.is_void]) return;
     if constexpr (kSends) {
         if (!low_latency::send_combine(params, block, turn, shared)) return;
     } else {
         low_latency::find_peers(params.base, block, &shared.peers);
     }
     if constexpr (kReceives) {
-        if (!low_latency::receive_combine(params, block, turn, shared)) return;
-        low_latency::finish_receive(params.base, block, turn, kPhases);
+        low_latency::receive_combine<kPhases>(params, block, turn, shared);
     } else {
         low_latency::finish_send(params.base, block, turn);
     }

@@ -115,16 +115,19 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
     return arrival;
 }
 
-/// One token. False: leave.
-template <typename Shared>
+/// One token; is_last: of the block, which then has read all that it reads. False: leave.
+template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   int32_t token, Shared& shared) {
+                                   int32_t token, bool is_last, Shared& shared) {
     using Spec = typename Shared::Spec;
     using Sum = TokenSum<Spec>;
     const device::Warp warp;
     const int32_t my_rank = find_rank(params, warp, shared, token);
     Arrival arrival = Arrival::kHere;
+    if (params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
+        arrival = receive_carried(params, warp, turn, token, my_rank);
+    }
     const unsigned char* bias =
         params.bias == nullptr ? nullptr : params.bias + token * params.bias_stride;
     unsigned char* out = params.out + static_cast<int64_t>(token) * Spec::kRowWords * 4;
@@ -133,35 +136,34 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
         Sum sum;
         const Arrival all = sum_part<Shared>(params, turn, token, my_rank, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
+        if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
+        if (is_last && i + Sum::kCount >= Sum::kAll) {
+            finish_receive(params.base, block, turn, kPhases);
+        }
         sum.store(reinterpret_cast<const uint32_t*>(bias), reinterpret_cast<uint32_t*>(out), first);
     }
-    if (params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
-        const Arrival carried = receive_carried(params, warp, turn, token, my_rank);
-        arrival = arrival == Arrival::kFailed ? arrival : carried;
-    }
-    return block.sync_and(arrival != Arrival::kFailed);  // one thread's failure is the block's
+    return true;
 }
 
-/// False: leave.
-template <typename Shared>
-DEEPCOMM_DEVICE bool receive_combine(const LowLatencyCombineParams& params,
+/// The receive phase and its end, unless it fails.
+template <int kPhases, typename Shared>
+DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,
                                      Shared& shared) {
     const LowLatencyParams& base = params.base;
     const uint64_t start_ns = start_of_waits(base, block);
     block.sync();  // ORDER: the peers are found
-    if (!receive_combine_headers(base, block, turn, start_ns, shared)) return false;
+    if (!receive_combine_headers(base, block, turn, start_ns, shared)) return;
     const int32_t culprit = find_culprit(base, shared.refusals);
-    if (culprit != layout::kNoPeer) {
-        if (block.block_idx() == 0 && block.is_leader()) {
-            report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
-        }
-        return true;
+    if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {
+        report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
-    for (int32_t token = block.block_idx(); token < base.num_tokens; token += block.num_blocks()) {
-        if (!receive_token(params, block, turn, token, shared)) return false;
+    const int32_t num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
+    if (block.block_idx() >= num_tokens) finish_receive(base, block, turn, kPhases);
+    for (int32_t token = block.block_idx(); token < num_tokens; token += block.num_blocks()) {
+        const bool is_last = token + block.num_blocks() >= num_tokens;
+        if (!receive_token<kPhases>(params, block, turn, token, is_last, shared)) return;
     }
-    return true;
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -52,43 +52,52 @@ DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const d
     }
 }
 
+/// One token of one source, to be summed here.
+struct Summed {
+    int32_t source;
+    int32_t token;
+};
+
 /// The rows of a token's experts as one lane sees them: that of its entry.
 struct ExpertRow {
     const unsigned char* row;  ///< or null
     float weight;
+    int32_t column;
 };
 
-/// Lane i finds entry i of a pair, and its weight: the recorded one, or the one its source has sent.
-DEEPCOMM_DEVICE Arrival find_row(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                 const LowLatencyTurn& turn, int32_t source, int32_t token,
-                                 ExpertRow* mine) {
+/// Lane i finds entry i of a token, and the weight recorded for it.
+DEEPCOMM_DEVICE ExpertRow find_row(const LowLatencyCombineParams& params, const device::Warp& warp,
+                                   const Summed& summed) {
     const LowLatencyParams& base = params.base;
     const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
-    const int64_t first =
-        (static_cast<int64_t>(source) * base.map.max_tokens + token) * num_topk;
-    const int32_t entry =
-        lane < num_topk ? base.record[base.record_map.entries + first + lane] : layout::kNoEntry;
-    *mine = {nullptr, 1.0f};
-    if (entry >= 0) {
-        const int32_t slot = entry & ((1 << layout::kEntrySlotBits) - 1);
-        mine->row = params.y + slot * params.y_stride;
+    if (lane >= num_topk) return {nullptr, 1.0f, 0};
+    const int64_t index =
+        (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk + lane;
+    const int32_t entry = base.record[base.record_map.entries + index];
+    if (entry < 0) return {nullptr, 1.0f, 0};
+    const int32_t slot = entry & ((1 << layout::kEntrySlotBits) - 1);
+    ExpertRow mine = {params.y + slot * params.y_stride, 1.0f, entry >> layout::kEntrySlotBits};
+    if (params.apply_weights && params.source_weights == nullptr) {
+        mine.weight = device::float_from_bits(
+            static_cast<uint32_t>(base.record[base.record_map.weights + index]));
     }
-    if (!params.apply_weights || entry < 0) return Arrival::kHere;
-    if (params.source_weights == nullptr) {
-        mine->weight = device::float_from_bits(
-            static_cast<uint32_t>(base.record[base.record_map.weights + first + lane]));
-        return Arrival::kHere;
-    }
-    const int32_t k = entry >> layout::kEntrySlotBits;
-    const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReduce, source,
-                                   token};
-    const int64_t offset = base.map.weights_offset(turn.slot, source, token);
+    return mine;
+}
+
+/// Waits for the weight that the token's rank has sent for a lane's entry.
+DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
+                                     const LowLatencyTurn& turn, const Summed& summed,
+                                     ExpertRow* mine) {
+    if (params.source_weights == nullptr || mine->row == nullptr) return Arrival::kHere;
+    const LowLatencyParams& base = params.base;
+    const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReduce,
+                                   summed.source, summed.token};
+    const auto words = static_cast<int32_t>(layout::kPacketWords);
+    const int64_t offset = base.map.weights_offset(turn.slot, summed.source, summed.token);
+    const Vec128* address = packets_at(base.local, offset) + mine->column / words;
     Vec128 packet{};
-    const Arrival arrival =
-        wait_packet(base, site,
-                    packets_at(base.local, offset) + k / static_cast<int32_t>(layout::kPacketWords),
-                    turn.tag, &packet);
-    mine->weight = device::float_from_bits(payload_word(packet, k % static_cast<int32_t>(layout::kPacketWords)));
+    const Arrival arrival = wait_packet(base, site, address, turn.tag, &packet);
+    mine->weight = device::float_from_bits(payload_word(packet, mine->column % words));
     return arrival;
 }
 
@@ -176,21 +185,19 @@ DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, int32_t
                              device::float_bits(carried_value(params, entries, column + 2)), tag}});
 }
 
-/// One token: sum, stage, store. False: leave.
+/// Sums one token's rows, stages the sum and stores its packets. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const device::Block& block,
-                                  const LowLatencyTurn& turn, int32_t source, int32_t token,
+                                  const LowLatencyTurn& turn, const Summed& summed, ExpertRow mine,
                                   Shared& shared) {
     using Spec = typename Shared::Spec;
     using Sum = PartialSum<Spec>;
     const LowLatencyParams& base = params.base;
-    const device::Warp warp;
-    ExpertRow mine;
-    const Arrival arrival = find_row(params, warp, turn, source, token, &mine);
+    const Arrival arrival = await_weight(params, turn, summed, &mine);
     const int32_t count = device::popcount(device::warp_ballot(mine.row != nullptr));
     if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // ORDER: the row is free again
     const bool is_here = !base.mask_late || block.sync_and(arrival == Arrival::kHere);
-    if (!is_here && block.is_leader()) mask_late_peer(base, source);
+    if (!is_here && block.is_leader()) mask_late_peer(base, summed.source);
     if (!is_here || count == 0) return true;
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
@@ -199,15 +206,15 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
         sum.stage(first, shared);
     }
     block.sync();  // ORDER: the staged row before its packets
-    const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, token);
-    Vec128* head = packets_at(shared.peers.bases[source], offset);
+    const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, summed.token);
+    Vec128* head = packets_at(shared.peers.bases[summed.source], offset);
     for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
         device::st_relaxed_sys(head + base.map.num_topk + i,
                                {{words[0], words[1], words[2], turn.tag}});
     }
     if (params.carried != nullptr) {
-        const int64_t index = static_cast<int64_t>(source) * base.map.max_tokens + token;
+        const int64_t index = static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
         send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
     }
     return true;
@@ -221,11 +228,59 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     if (word < Spec::kStagedWords) shared.row[word] = 0;
 }
 
-/// Tokens of the peers first: theirs have the longer way. False: leave.
+/// The tokens that a block sums, one after the other: those of the peers first, which have the
+/// longer way.
+struct SummedWalk {
+    const LowLatencyParams& params;
+    int32_t most;  ///< tokens of any source
+    int32_t next;
+
+    DEEPCOMM_DEVICE explicit SummedWalk(const LowLatencyParams& of, const device::Block& block)
+        : params(of), most(0), next(block.block_idx()) {
+        for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+            const int32_t num = num_tokens(source);
+            most = num > most ? num : most;
+        }
+    }
+
+    DEEPCOMM_DEVICE int32_t num_tokens(int32_t source) const {
+        return params.record[params.record_map.num_tokens + source];
+    }
+
+    /// False: none is left.
+    DEEPCOMM_DEVICE bool advance(const device::Block& block, Summed* summed) {
+        while (next < most * params.map.num_ranks) {
+            *summed = {(params.comm.rank + 1 + next / most) % params.map.num_ranks, next % most};
+            next += block.num_blocks();
+            if (summed->token < num_tokens(summed->source)) return true;
+        }
+        return false;
+    }
+};
+
+/// Weights given at the sources go first; who ends the operation is then known. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
+                                      const device::Block& block, const LowLatencyTurn& turn,
+                                      Shared& shared, bool* has_ended) {
+    *has_ended = false;
+    if (params.source_weights == nullptr) return true;
+    send_weights(params, block, turn, shared);
+    if (!receive_combine_headers(params.base, block, turn, 0, shared)) return false;
+    *has_ended = find_culprit(params.base, shared.refusals) != layout::kNoPeer;
+    return true;
+}
+
+/// False: leave. The first token is looked up while the credits are.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, Shared& shared) {
     const LowLatencyParams& base = params.base;
+    const device::Warp warp;
+    SummedWalk walk(base, block);
+    Summed summed = {0, 0};
+    bool has_token = walk.advance(block, &summed);
+    ExpertRow mine = has_token ? find_row(params, warp, summed) : ExpertRow{};
     const bool has_peers =
         open_peers(base, Operation::kLowLatencyCombine, turn, block, &shared.peers);
     clear_tail(block, shared);
@@ -233,21 +288,15 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     if (block.block_idx() == block.num_blocks() - 1) {
         send_combine_headers(base, block, turn, shared);
     }
-    if (params.source_weights != nullptr) {
-        send_weights(params, block, turn, shared);
-        if (!receive_combine_headers(base, block, turn, 0, shared)) return false;
-        if (find_culprit(base, shared.refusals) != layout::kNoPeer) return true;
-    }
-    const int32_t* num_tokens = base.record + base.record_map.num_tokens;
-    int32_t most = 0;
-    for (int32_t source = 0; source < base.map.num_ranks; ++source) {
-        most = num_tokens[source] > most ? num_tokens[source] : most;
-    }
-    for (int32_t i = block.block_idx(); i < most * base.map.num_ranks; i += block.num_blocks()) {
-        const int32_t source = (base.comm.rank + 1 + i / most) % base.map.num_ranks;
-        const int32_t token = i % most;
-        if (token >= num_tokens[source] || shared.peers.masked[source]) continue;
-        if (!send_partial(params, block, turn, source, token, shared)) return false;
+    bool has_ended;
+    if (!exchange_weights(params, block, turn, shared, &has_ended)) return false;
+    while (has_token && !has_ended) {
+        const Summed current = summed;
+        const ExpertRow row = mine;
+        has_token = walk.advance(block, &summed);
+        if (has_token) mine = find_row(params, warp, summed);
+        if (shared.peers.masked[current.source]) continue;
+        if (!send_partial(params, block, turn, current, row, shared)) return false;
     }
     return true;
 }

@@ -43,15 +43,10 @@ DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, int32_t peer
 template <typename Poll>
 DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::WaitSite& site,
                                  uint64_t expected, const void* address, Poll&& poll) {
-    const device::WaitContext context = wait_context(params);
-    if (!params.mask_late) {
-        const bool is_here = device::wait_until(context, site, expected, address, poll);
-        return is_here ? Arrival::kHere : Arrival::kFailed;
-    }
-    const device::WaitEnd end = device::poll_until(context, address, poll).end;
-    return end == device::WaitEnd::kReady     ? Arrival::kHere
-           : end == device::WaitEnd::kExpired ? Arrival::kAbsent
-                                              : Arrival::kFailed;
+    device::WaitContext context = wait_context(params);
+    if (params.mask_late) context.record = nullptr;  // no failure
+    if (device::wait_until(context, site, expected, address, poll)) return Arrival::kHere;
+    return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
 }
 
 // ---- turns
@@ -72,33 +67,45 @@ DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& gro
     }
 }
 
-/// Waits until a peer has read what this rank sent it in the slot's last turn.
-DEEPCOMM_DEVICE Arrival wait_credit(const LowLatencyParams& params, Operation operation,
-                                    const LowLatencyTurn& turn, int32_t peer) {
-    const auto* credit = reinterpret_cast<const uint64_t*>(
-        params.local + params.map.credit_offset(turn.slot, peer));
-    const auto num_slots = static_cast<uint64_t>(params.map.num_slots);
-    const device::WaitSite site = {operation, device::Role::kSend, peer, turn.slot};
-    return wait_for(params, site, turn.number - num_slots, credit, [&]() -> device::Observed {
-        // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
-        const uint64_t received = device::ld_acquire_sys(credit);
-        return {received, received + num_slots >= turn.number};
-    });
+/// What a peer has read so far in the turn's slot.
+DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                          int32_t peer) {
+    return reinterpret_cast<const uint64_t*>(params.local +
+                                             params.map.credit_offset(turn.slot, peer));
 }
 
-/// find_peers, and waits for the credits of those that are not masked. False: leave.
+DEEPCOMM_DEVICE device::Observed poll_credit(const LowLatencyParams& params,
+                                             const LowLatencyTurn& turn, const uint64_t* credit) {
+    // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
+    const uint64_t received = device::ld_acquire_sys(credit);
+    return {received, received + static_cast<uint64_t>(params.map.num_slots) >= turn.number};
+}
+
+/// find_peers, and waits until those that are not masked have read what this rank sent in the
+/// slot's last turn. Everything is loaded before the first of it is needed. False: leave.
 template <typename Group>
 DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
                                 const LowLatencyTurn& turn, const Group& group, Peers* peers) {
-    find_peers(params, group, peers);
     bool goes_on = true;
     for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
-        if (peers->masked[peer]) continue;
-        const Arrival arrival = wait_credit(params, operation, turn, peer);
-        goes_on = goes_on && arrival != Arrival::kFailed;
-        if (arrival != Arrival::kAbsent) continue;
-        mask_late_peer(params, peer);
-        peers->masked[peer] = 1;
+        unsigned char* base = params.comm.bases[peer];
+        uint32_t masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+        const uint64_t* credit = credit_of(params, turn, peer);
+        const bool is_free = poll_credit(params, turn, credit).is_ready;
+        if (!is_free && !masked) {
+            const device::WaitSite site = {operation, device::Role::kSend, peer, turn.slot};
+            const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
+            const Arrival arrival = wait_for(params, site, expected, credit, [&] {
+                return poll_credit(params, turn, credit);
+            });
+            goes_on = goes_on && arrival != Arrival::kFailed;
+            if (arrival == Arrival::kAbsent) {
+                mask_late_peer(params, peer);
+                masked = 1;
+            }
+        }
+        peers->bases[peer] = base;
+        peers->masked[peer] = masked;
     }
     return goes_on;
 }
@@ -193,7 +200,8 @@ DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::B
     *params.turn = turn;
 }
 
-/// The block's last step of a launch that receives; phases: whether it has sent as well.
+/// Called once the block has read all that it reads of the operation; what it still writes is the
+/// kernel's end's to publish. phases: whether the launch has sent as well.
 DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
                                     const LowLatencyTurn& turn, int32_t phases) {
     block.sync();  // ORDER: the reads of all threads before the leader's arrival

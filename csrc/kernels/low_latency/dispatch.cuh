@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
         low_latency::find_peers(params.base, block, &shared.peers);
     }
     if constexpr (kReceives) {
-        if (!low_latency::receive_dispatch(params, block, turn, shared)) return;
-        low_latency::finish_receive(params.base, block, turn, kPhases);
+        low_latency::receive_dispatch<kPhases>(params, block, turn, shared);
     } else {
         low_latency::finish_send(params.base, block, turn);
     }

@@ -126,24 +126,25 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
     return arrival == Arrival::kHere ? own : arrival;
 }
 
-/// Waits for one row and writes its copies. False: leave.
+/// What became of a row.
+enum class RowEnd { kStaged, kLost, kFailed };
+
+/// Waits for one row; the block may then write its copies.
 template <typename Shared>
-DEEPCOMM_DEVICE bool deliver_row(const LowLatencyDispatchParams& params, const device::Block& block,
+DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn, const Pair& pair, Shared& shared) {
     block.sync();  // ORDER: the row before has left shared memory
     const Arrival arrival = take_row(params, block, turn, pair, shared);
-    if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // ORDER: the row, to all
-    if (params.base.mask_late && !block.sync_and(arrival == Arrival::kHere)) {
-        // Its source was lost between its header and this row, which stays as it is.
-        if (block.is_leader()) {
-            mask_late_peer(params.base, pair.source);
-            shared.peers.masked[pair.source] = 1;
-        }
-        block.sync();  // ORDER: the mask before the next row is looked for
-        return true;
+    // ORDER: the row, to all
+    if (!block.sync_and(arrival != Arrival::kFailed)) return RowEnd::kFailed;
+    if (!params.base.mask_late || block.sync_and(arrival == Arrival::kHere)) return RowEnd::kStaged;
+    // Its source was lost between its header and this row, which stays as it is.
+    if (block.is_leader()) {
+        mask_late_peer(params.base, pair.source);
+        shared.peers.masked[pair.source] = 1;
     }
-    write_copies(params, block, shared);
-    return true;
+    block.sync();  // ORDER: the mask before the next row is looked for
+    return RowEnd::kLost;
 }
 
 /// What the combine must know of the receive phase; one block writes it.
@@ -159,47 +160,77 @@ DEEPCOMM_DEVICE void record_receive(const LowLatencyParams& params, const device
     if (block.is_leader()) params.record[params.record_map.is_void] = is_void ? 1 : 0;
 }
 
-/// Rows of this rank's own tokens first: they are here before those of the peers.
+/// The pairs of a block, one after the other: rows of this rank's own tokens first, since they are
+/// here before those of the peers. Says on the way which pairs do not exist.
 template <typename Shared>
-DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
+struct PairWalk {
+    const LowLatencyParams& params;
+    const Shared& shared;
+    int32_t most;  ///< tokens of any source
+    int32_t next;
+
+    /// False: none is left.
+    DEEPCOMM_DEVICE bool advance(const device::Block& block, Pair* pair) {
+        const int32_t num_topk = params.num_topk;
+        for (; next < most * params.map.num_ranks; next += block.num_blocks()) {
+            const int32_t source = (params.comm.rank + next / most) % params.map.num_ranks;
+            const int32_t token = next % most;
+            *pair = {source, token, static_cast<int64_t>(source) * params.map.max_tokens + token};
+            if (comes_here(params, shared, source, token)) {
+                next += block.num_blocks();
+                return true;
+            }
+            if (block.thread_idx() < num_topk && token < shared.num_tokens[source]) {
+                const int64_t entry = pair->index * num_topk + block.thread_idx();
+                params.record[params.record_map.entries + entry] = layout::kNoEntry;
+            }
+        }
+        return false;
+    }
+};
+
+/// Delivers the block's rows. Its arrival is ahead of the last row's copies, whose way to memory
+/// nobody else waits for.
+template <int kPhases, typename Shared>
+DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const LowLatencyTurn& turn,
                                   Shared& shared) {
-    const LowLatencyParams& base = params.base;
     int32_t most = 0;
-    for (int32_t source = 0; source < base.map.num_ranks; ++source) {
+    for (int32_t source = 0; source < params.base.map.num_ranks; ++source) {
         most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
     }
-    for (int32_t i = block.block_idx(); i < most * base.map.num_ranks; i += block.num_blocks()) {
-        const int32_t source = (base.comm.rank + i / most) % base.map.num_ranks;
-        const Pair pair = {source, i % most,
-                           static_cast<int64_t>(source) * base.map.max_tokens + i % most};
-        if (comes_here(base, shared, pair.source, pair.token)) {
-            if (!deliver_row(params, block, turn, pair, shared)) return false;
-        } else if (block.thread_idx() < base.num_topk && pair.token < shared.num_tokens[source]) {
-            const int64_t entry = pair.index * base.num_topk + block.thread_idx();
-            base.record[base.record_map.entries + entry] = layout::kNoEntry;
-        }
+    PairWalk<Shared> walk = {params.base, shared, most, block.block_idx()};
+    Pair pair, following;
+    bool has_pair = walk.advance(block, &pair);
+    if (!has_pair) finish_receive(params.base, block, turn, kPhases);
+    while (has_pair) {
+        const RowEnd end = await_row(params, block, turn, pair, shared);
+        if (end == RowEnd::kFailed) return;
+        has_pair = walk.advance(block, &following);
+        if (!has_pair) finish_receive(params.base, block, turn, kPhases);
+        if (end == RowEnd::kStaged) write_copies(params, block, shared);
+        pair = following;
     }
-    return true;
 }
 
-/// False: leave.
-template <typename Shared>
-DEEPCOMM_DEVICE bool receive_dispatch(const LowLatencyDispatchParams& params,
+/// The receive phase and its end, unless it fails.
+template <int kPhases, typename Shared>
+DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
-    if (!receive_headers(params, block, turn, shared)) return false;
+    if (!receive_headers(params, block, turn, shared)) return;
     const int32_t culprit = find_culprit(params.base, shared.refusals);
     const bool is_void = culprit != layout::kNoPeer;
     record_receive(params.base, block, is_void, shared);
     if (is_void) {
         end_without_rows(params, block, turn, culprit, shared);
-        return true;
+        finish_receive(params.base, block, turn, kPhases);
+        return;
     }
     sum_counts(params.base, block, shared);
     write_totals(params, block, shared);
     write_padding(params, block, shared);
-    return deliver_rows(params, block, turn, shared);
+    deliver_rows<kPhases>(params, block, turn, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency

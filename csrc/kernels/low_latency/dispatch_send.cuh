@@ -82,36 +82,41 @@ DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const de
     }
 }
 
-/// The last warp: experts and destinations of the token, and the handle's copies.
+/// What a lane of the last warp knows of its column of a token.
+struct Column {
+    int32_t expert;  ///< or -1
+    float weight;
+};
+
+/// The last warp: reads the token's columns, and writes the handle's copies.
+DEEPCOMM_DEVICE Column read_column(const LowLatencyDispatchParams& params, int32_t k,
+                                   int32_t token) {
+    if (k >= params.base.num_topk) return {-1, 0};
+    const int64_t index = static_cast<int64_t>(token) * params.base.num_topk + k;
+    const Column column = {expert_at(params, index),
+                           params.topk_weights != nullptr ? params.topk_weights[index] : 0.0f};
+    params.handle_topk_idx[index] = column.expert;
+    if (params.topk_weights != nullptr) params.handle_topk_weights[index] = column.weight;
+    return column;
+}
+
+/// The last warp: destinations of the token, in the order of their first columns.
 template <typename Shared>
 DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
-                                       const device::Warp& warp, int32_t token, Shared& shared) {
-    const int32_t k = warp.thread_idx(), num_topk = params.base.num_topk;
+                                       const device::Warp& warp, const Column& column,
+                                       Shared& shared) {
+    const int32_t k = warp.thread_idx();
     const int32_t num_local = params.base.map.num_local_experts;
-    const int64_t index = static_cast<int64_t>(token) * num_topk + k;
-    const int32_t expert = k < num_topk ? expert_at(params, index) : -1;
-    float weight = 0;
-    if (k < num_topk) {
-        params.handle_topk_idx[index] = expert;
-        if (params.topk_weights != nullptr) {
-            weight = params.topk_weights[index];
-            params.handle_topk_weights[index] = weight;
-        }
-    }
-    const int32_t dst = expert < 0 ? -1 : expert / num_local;
+    const int32_t dst = column.expert < 0 ? -1 : column.expert / num_local;
     const bool is_sent = dst >= 0 && !shared.peers.masked[dst];
     const uint32_t alike = device::warp_match(is_sent ? static_cast<uint32_t>(dst) : kNoExpert);
-    const bool is_first = is_sent && device::lowest_bit(alike) == k;
-    const uint32_t firsts = device::warp_ballot(is_first);
-    // Destinations are numbered in the order of their first columns.
     const int32_t first = device::lowest_bit(alike);
+    const uint32_t firsts = device::warp_ballot(is_sent && first == k);
     const int32_t dst_idx = device::popcount(firsts & ((1u << first) - 1u));
-    if (is_first) shared.destinations[dst_idx] = dst;
-    if (k < num_topk) {
-        LowLatencyEntry& entry = shared.entries[k];
-        entry.dst_idx = is_sent ? dst_idx : -1;
-        entry.local_expert = is_sent ? expert - dst * num_local : 0;
-        entry.weight = weight;
+    if (is_sent && first == k) shared.destinations[dst_idx] = dst;
+    if (k < params.base.num_topk) {
+        shared.entries[k] = {is_sent ? dst_idx : -1,
+                             is_sent ? column.expert - dst * num_local : 0, column.weight};
     }
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
@@ -179,12 +184,13 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     block.sync();  // ORDER: the token before has left shared memory; the zeros before the counts
     bool goes_on = true;
     if (block.thread_idx() >= block.size() - device::kWarpSize) {
+        const Column column = read_column(params, warp.thread_idx(), token);
         if (is_first) {
             goes_on = open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp,
                                  &shared.peers);
             warp.sync();  // ORDER: the peers before their use by other lanes
         }
-        find_destinations(params, warp, token, shared);
+        find_destinations(params, warp, column, shared);
     } else {
         count_positions(params, block, token, positions);
     }

@@ -35,6 +35,9 @@ DEEPCOMM_DEVICE void publish_header(const MeetParams& params, const Group& group
                                    static_cast<uint32_t>(mine.num_tokens), epoch}};
     const device::Vec128 second = {
         {mine.landing, static_cast<uint32_t>(mine.alignment), mine.refusal | refusal, epoch}};
+    // ORDER: what earlier kernels of this rank have read is free to be written by whoever has seen
+    // the header; pairs with the fence of await_headers
+    device::fence_acq_rel_sys();
     for (int32_t peer = group.thread_idx(); peer < params.comm.num_ranks; peer += group.size()) {
         device::Vec128* packets = header_at(params, epoch, peer, params.comm.rank);
         device::st_relaxed_sys(packets, first);
@@ -102,6 +105,7 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
         const device::WaitSite site = {operation, device::Role::kMeet, peer};
         is_complete = await_header(params, site, epoch, &table->headers[peer]) && is_complete;
     }
+    device::fence_acq_rel_sys();  // ORDER: pairs with the fence of publish_header
     if (!block.sync_and(is_complete)) return false;  // ORDER: the table before its judge
     if (block.is_leader()) judge(params, table);
     block.sync();  // ORDER: the verdict before anybody reads it

@@ -10,6 +10,7 @@ namespace deepcomm::kernels {
 
 constexpr int32_t kStageBudgetBytes = 200 << 10;  ///< of the shared memory of an SM
 constexpr int32_t kMaxStages = 8;
+constexpr uint64_t kDrainNs = 1000000000;
 
 constexpr int32_t clamp(int32_t value, int32_t low, int32_t high) {
     return value < low ? low : value > high ? high : value;
@@ -72,6 +73,18 @@ struct RowPipe {
         return device::Warp{}.sync_and(is_there);
     }
 
+    /// After a failure: a block must not end while copies still write its shared memory. Such a
+    /// copy needs nobody, so the wait is short, whatever has failed.
+    DEEPCOMM_DEVICE void drain() {
+        const device::WaitContext alone = {nullptr, kDrainNs, 0};
+        while (has_loads()) {
+            (void)wait(alone, {});
+            ++num_used;
+        }
+        device::bulk_commit_group();
+        device::bulk_wait_group_read<0>();  // ORDER: the stores have read before the block ends
+    }
+
     /// After the stores of the current row were issued: makes room for a load.
     DEEPCOMM_DEVICE void advance() {
         device::bulk_commit_group();
@@ -93,17 +106,19 @@ DEEPCOMM_DEVICE bool load_ahead(Pipe& pipe, Loads& loads) {
     return true;
 }
 
-/// Moves rows: loads.next(&piece) names the next row to load, body(stage) waits for the oldest and
-/// issues its stores. False when a wait has run out.
+/// Moves rows: loads.next(&piece) names the next row to load, body() waits for the oldest and issues
+/// its stores. False when a wait has run out; nothing is in flight then.
 template <typename Pipe, typename Loads, typename Body>
 DEEPCOMM_DEVICE bool move_rows(Pipe& pipe, Loads& loads, Body&& body) {
-    if (!load_ahead(pipe, loads)) return false;
-    while (pipe.has_loads()) {
-        if (!body()) return false;
+    bool is_complete = load_ahead(pipe, loads);
+    while (is_complete && pipe.has_loads()) {
+        is_complete = body();
+        if (!is_complete) break;
         pipe.advance();
-        if (!load_ahead(pipe, loads)) return false;
+        is_complete = load_ahead(pipe, loads);
     }
-    return true;
+    if (!is_complete) pipe.drain();
+    return is_complete;
 }
 
 }  // namespace deepcomm::kernels

@@ -319,6 +319,7 @@ class Dispatch:
         self._has_views = may_view and 0 < num_rows <= exchange.max_rows
         if self._has_views:
             return views
+        self._backend.runtime.flush()
         return owned_copy(views, num_rows, request.out)
 
     def _output(self, record: CudaRecord, outputs: Outputs, counted: Counted) -> DispatchOutput:

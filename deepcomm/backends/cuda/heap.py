@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Symmetric memory of a group's GPUs: each rank allocates, hands it round, maps the others'.
 
-Ranks of one process pass the allocation itself, processes of one host a file descriptor, and hosts
+Ranks of one process share a mapping, processes of one host a file descriptor, and hosts
 of one NVLink fabric a fabric handle.
 """
 
@@ -31,7 +31,7 @@ EXCHANGE_TIMEOUT_S: Final = 60.0
 WHAT: Final = "symmetric memory"
 
 _PROCESS: Final = os.urandom(16).hex()
-_shared: dict[str, cuda.PhysicalMemory] = {}
+_shared: dict[str, cuda.Mapping] = {}
 _shared_lock = threading.Lock()
 
 
@@ -102,7 +102,7 @@ class _Exchange:
         self.heaps.append(heap)
         if "process" in ways:
             with _shared_lock:
-                _shared[self._key] = heap.memory
+                _shared[self._key] = heap.mapping
             self._resources.callback(self._unshare)
         if "host" in ways:
             self._mailbox = Mailbox()
@@ -121,7 +121,7 @@ class _Exchange:
             return tuple(
                 heap.base
                 if rank == self._rank
-                else heap.map(self._take(rank, offer, descriptors.get(rank, -1)))
+                else self._map(rank, offer, descriptors.get(rank, -1))
                 for rank, offer in enumerate(offers)
             )
         finally:
@@ -164,14 +164,20 @@ class _Exchange:
         }
         return self._mailbox.exchange(self._rank, self._descriptor, addresses, EXCHANGE_TIMEOUT_S)
 
-    def _take(self, rank: int, offer: _Offer, descriptor: int) -> cuda.PhysicalMemory:
-        way = self._way(rank)
+    def _map(self, rank: int, offer: _Offer, descriptor: int) -> int:
+        """Map a peer's block and return its address."""
+        heap, way = self.heaps[0], self._way(rank)
         if way == "process":
             with _shared_lock:
-                return _shared[offer.key]
+                mapping = _shared[offer.key]
+            return heap.join(mapping)
         if way == "host":
-            return cuda.PhysicalMemory.import_fd(self._device, descriptor, offer.num_bytes)
-        return cuda.PhysicalMemory.import_fabric(self._device, offer.fabric or b"", offer.num_bytes)
+            memory = cuda.PhysicalMemory.import_fd(self._device, descriptor, offer.num_bytes)
+        else:
+            memory = cuda.PhysicalMemory.import_fabric(
+                self._device, offer.fabric or b"", offer.num_bytes
+            )
+        return heap.map(memory)
 
 
 def check_access(rank: int, places: Sequence[_Place], driver: cuda.Driver) -> None:

@@ -8,6 +8,7 @@ from deepcomm.cli.checks.gpu import (
     check_nccl,
     check_nvrtc,
 )
+from deepcomm.cli.checks.gpu_memory import check_gpu_memory
 from deepcomm.cli.checks.host import check_python, check_shared_memory
 from deepcomm.cli.checks.network import check_gloo, check_interfaces
 
@@ -20,6 +21,7 @@ CHECKS = (
     ("network", check_gloo),
     ("cuda", check_driver),
     ("cuda", check_gpus),
+    ("cuda", check_gpu_memory),
     ("cuda", check_nvrtc),
     ("cuda", check_kernels),
     ("cuda", check_nccl),

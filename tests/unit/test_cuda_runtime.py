@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``CudaRuntime``, streams, and the choice of a backend, over a driver without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda.library import FakeCuda
+
+from deepcomm import jit
+from deepcomm.backends import base
+from deepcomm.backends.cuda import device as devices
+from deepcomm.backends.cuda import driver as drivers
+from deepcomm.backends.cuda.device import CudaRuntime
+from deepcomm.backends.cuda.runtime import Runtime
+from deepcomm.errors import CommError, CudaError, InvalidArgument
+from deepcomm.event import CudaEvent
+from deepcomm.testing import LocalCluster, LocalGroup
+
+STREAM = 0xABC
+
+
+@dataclass
+class FakeCompiler:
+    """Compiles nothing, and remembers for what."""
+
+    asked: list[tuple[str, str, dict[str, int]]] = field(default_factory=list)
+
+    def compile(self, kernel: jit.Kernel, *, arch: str, spec: dict[str, int]) -> Any:
+        self.asked.append((kernel.name, arch, spec))
+        return SimpleNamespace(cubin=b"cubin", symbol="symbol", shared_bytes=32, max_threads=None)
+
+
+@pytest.fixture
+def fake() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture(autouse=True)
+def _stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch may be built for CPUs.
+    monkeypatch.setattr(CudaRuntime, "raw_stream", lambda _: STREAM)
+
+
+def make(fake: FakeCuda, device: str = "cuda:1", compiler: Any = None) -> CudaRuntime:
+    return CudaRuntime(device, driver=fake.driver(), compiler=compiler or FakeCompiler())
+
+
+def test_runtime_implements_the_protocol(fake: FakeCuda) -> None:
+    runtime: Runtime = make(fake)
+    members = {name for name in vars(Runtime) if not name.startswith("_")}
+    assert members - set(dir(runtime)) == set()
+    assert (runtime.device, runtime.num_sms) == (torch.device("cuda", 1), 4)
+    runtime.flush()
+
+
+def test_runtime_makes_memory(fake: FakeCuda) -> None:
+    runtime = make(fake)
+    memory, uploaded = runtime.memory(64), runtime.upload(b"content")
+    assert bytes((ctypes.c_uint8 * 64).from_address(memory.address)) == bytes(64)
+    assert bytes((ctypes.c_uint8 * 7).from_address(uploaded.address)) == b"content"
+    host = runtime.host_memory(64)
+    assert runtime.wait_word(host.address, 0, host.address, 1.0)
+    del memory, uploaded, host, runtime
+    assert fake.live() == {}
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "arch"), [(9, 0, "sm_90a"), (10, 0, "sm_100a"), (8, 6, "sm_86")]
+)
+def test_runtime_compiles_for_its_device(fake: FakeCuda, major: int, minor: int, arch: str) -> None:
+    fake.set_attribute(1, 75, major)
+    fake.set_attribute(1, 76, minor)
+    compiler = FakeCompiler()
+    runtime = make(fake, compiler=compiler)
+    function = runtime.load("probe_signal", {})
+    assert compiler.asked == [("probe_signal", arch, {})]
+    assert (function.name, function.max_threads, function.blocks_per_sm) == (
+        "probe_signal",
+        1024,
+        2,
+    )
+    params = (ctypes.c_int32 * 4)(21)
+    runtime.launch(function, 3, SimpleNamespace(address=ctypes.addressof(params), num_bytes=16))
+    assert fake.last_launch() == (3, 1024, 32, STREAM, 21)
+    with pytest.raises(InvalidArgument, match=r"kernel: expected one of .*, got 'nothing'"):
+        runtime.load("nothing", {})
+
+
+def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
+    def use(group: LocalGroup) -> None:
+        memory = make(fake, f"cuda:{group.rank}").symmetric_memory(group, 100)
+        assert memory.num_bytes == 1 << 16
+        ctypes.c_uint8.from_address(memory.bases[1 - group.rank]).value = 7
+        group.barrier()
+        assert ctypes.c_uint8.from_address(memory.bases[group.rank]).value == 7
+        lease = memory.lease(2, 0, 8)
+        assert memory.num_leases(2) == 1
+        del lease
+        group.barrier()
+        memory.close()
+        memory.close()
+
+    LocalCluster(2, device="cpu").run(use)
+    assert fake.live() == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_runtime_refuses_other_devices(fake: FakeCuda, device: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"device: expected a CUDA device, got {device}"):
+        make(fake, device)
+
+
+def test_runtime_without_a_driver_or_a_compiler_says_so(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> jit.KernelCompiler:
+        raise jit.CompilerMissing("CuPy is not installed; pip install")
+
+    monkeypatch.setattr(jit, "default_compiler", no_compiler)
+    with pytest.raises(jit.CompilerMissing, match="CuPy is not installed; pip install"):
+        CudaRuntime("cuda:0", driver=fake.driver())
+
+    def no_driver() -> Any:
+        raise CudaError("libcuda.so.1 cannot be opened")
+
+    monkeypatch.setattr(devices, "default_driver", no_driver)
+    with pytest.raises(CudaError, match=r"libcuda\.so\.1 cannot be opened"):
+        CudaRuntime("cuda:0")
+
+
+def test_default_driver_is_opened_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = fake.driver()
+    monkeypatch.setattr(drivers.cuda, "Driver", lambda: driver)
+    drivers.default_driver.cache_clear()
+    try:
+        assert drivers.default_driver() is drivers.default_driver() is driver
+        monkeypatch.setattr(drivers, "stream_pool", drivers.stream_pool.__wrapped__)
+        pool = drivers.stream_pool()
+        first, second = pool.take(0, -5), pool.take(0, -5)
+        assert first != second
+        pool.give_back(0, -5, first)
+        assert pool.take(1, -5) not in (first, second)
+        assert pool.take(0, 0) not in (first, second)
+        assert pool.take(0, -5) == first
+    finally:
+        drivers.default_driver.cache_clear()
+
+
+@dataclass
+class FakeEvent:
+    done: bool = False
+
+    def synchronize(self) -> None:
+        self.done = True
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_event_raises_what_the_work_has_found() -> None:
+    def check() -> None:
+        raise CommError("rank 3 is gone", 3)
+
+    event = CudaEvent(FakeEvent(), torch.device("cuda", 0), check)  # type: ignore[arg-type]
+    assert not event.query()
+    with pytest.raises(CommError, match="rank 3 is gone"):
+        event.synchronize()
+    assert event.query()
+    CudaEvent(FakeEvent(), torch.device("cuda", 0)).synchronize()  # type: ignore[arg-type]
+
+
+class RecordingBackend:
+    """Stands in for the backend: what it was made of."""
+
+    def __init__(self, group: Any, config: Any, runtime: Any) -> None:
+        self.made_of = (group, config, runtime)
+
+
+@pytest.fixture
+def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("deepcomm.backends.cuda.backend")
+    module.CudaBackend = RecordingBackend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_open_backend_uses_the_runtime_of_the_group() -> None:
+    def use(group: LocalGroup) -> tuple[Any, ...]:
+        backend: Any = base.open_backend(group, "config", None)  # type: ignore[arg-type]
+        assert backend.made_of == (group, "config", group.runtime)
+        return backend.made_of[2]
+
+    runtimes: Any = lambda rank, size: f"runtime {rank} of {size}"  # noqa: E731
+    assert LocalCluster(2, runtime=runtimes).run(use) == ["runtime 0 of 2", "runtime 1 of 2"]
+
+
+@pytest.mark.usefixtures("_backend")
+def test_open_backend_makes_a_runtime_of_a_device(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "default_driver", fake.driver)
+    monkeypatch.setattr(jit, "default_compiler", FakeCompiler)
+
+    def use(group: LocalGroup) -> Any:
+        backend: Any = base.open_backend(group, "config", "cuda:1")  # type: ignore[arg-type]
+        return backend.made_of[2].device
+
+    assert LocalCluster(2, device="cpu").run(use) == [torch.device("cuda", 1)] * 2
+
+
+@pytest.mark.usefixtures("_backend")
+def test_open_backend_fails_on_all_ranks(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "default_driver", fake.driver)
+    monkeypatch.setattr(jit, "default_compiler", FakeCompiler)
+
+    def use(group: LocalGroup) -> str:
+        with pytest.raises((InvalidArgument, CommError)) as caught:
+            base.open_backend(group, "config", f"cuda:{2 * group.rank}")  # type: ignore[arg-type]
+        return str(caught.value)
+
+    first, second = LocalCluster(2, device="cpu").run(use)
+    assert second == "device: expected one of 2 CUDA devices, got 2"
+    assert first == f"Buffer: rank 0: rank 1 failed: {second}"
+
+
+def test_open_backend_refuses_other_devices() -> None:
+    with pytest.raises(InvalidArgument, match="device: expected cpu or cuda, got meta"):
+        LocalCluster(1, device="cpu").run(lambda group: base.open_backend(group, None, "meta"))  # type: ignore[arg-type]
