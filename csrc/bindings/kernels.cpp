@@ -23,6 +23,7 @@ using kernels::Header;
 using kernels::MeetParams;
 using kernels::RoutingTable;
 using kernels::RowSource;
+using kernels::ScaleParams;
 using kernels::SendParams;
 using layout::ExchangeLayout;
 using layout::ExchangeShape;
@@ -86,6 +87,7 @@ void bind_meet(py::module_& module) {
     def_address(table, "token_slot", &RoutingTable::token_slot);
     def_address(table, "pair_slot", &RoutingTable::pair_slot);
     def_address(table, "plan", &RoutingTable::plan);
+    def_address(table, "topk_weights", &RoutingTable::topk_weights);
 }
 
 void bind_count(py::module_& module) {
@@ -118,9 +120,6 @@ void bind_send(py::module_& module) {
     def_address(source, "rows", &RowSource::rows);
     def_address(source, "scales", &RowSource::scales);
     py::class_<ExpertTarget> target(module, "ExpertTarget");
-    target.def_readwrite("scale_stride", &ExpertTarget::scale_stride)
-        .def_readwrite("scale_block", &ExpertTarget::scale_block)
-        .def_readwrite("block_rows", &ExpertTarget::block_rows);
     def_address(target, "rows", &ExpertTarget::rows);
     def_address(target, "scales", &ExpertTarget::scales);
     def_address(target, "topk_weights", &ExpertTarget::topk_weights);
@@ -140,6 +139,13 @@ void bind_send(py::module_& module) {
     def_address(send, "topk_weights", &SendParams::topk_weights);
     def_address(send, "round", &SendParams::round);
     def_address(send, "counts", &SendParams::counts);
+    auto scales = kernel_params<ScaleParams>(module, "ScaleParams");
+    scales.def_readwrite("num_rows", &ScaleParams::num_rows)
+        .def_readwrite("block_rows", &ScaleParams::block_rows)
+        .def_readwrite("column_words", &ScaleParams::column_words)
+        .def_readwrite("scale_words", &ScaleParams::scale_words);
+    def_address(scales, "rows", &ScaleParams::rows);
+    def_address(scales, "columns", &ScaleParams::columns);
 }
 
 void bind_combine(py::module_& module) {

@@ -75,6 +75,7 @@ KERNELS: tuple[Kernel, ...] = (
         shared="SendShared",
         spec=(NUM_RANKS, HIDDEN, SpecParameter("wire", (0, 1, 2)), BY_EXPERT),
     ),
+    Kernel("dispatch_scales", "kernels/dispatch/scales.cuh", shared="ScaleShared"),
     Kernel(
         "combine",
         "kernels/combine/kernel.cuh",

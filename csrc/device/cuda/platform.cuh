@@ -26,6 +26,9 @@ constexpr uint32_t kPollsPerClockRead = 64;
 /// blocks that wait for the end of a 0.7 ms exchange wait for 2 ms more; 64 blocks for 1.3 ms.
 constexpr uint32_t kPollsPerRecordRead = kPollsPerClockRead << 8;
 
+/// Looks at several words at once before each of them is awaited alone: some 100 us.
+constexpr int32_t kOptimisticPolls = 128;
+
 /// Sixteen bytes moved at once.
 struct alignas(16) Vec128 {
     uint32_t words[4];

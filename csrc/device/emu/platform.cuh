@@ -28,6 +28,7 @@ constexpr bool kHasBulkCopies = true;
 // A failed poll parks until something has changed.
 constexpr uint32_t kPollsPerClockRead = 1;
 constexpr uint32_t kPollsPerRecordRead = 1;
+constexpr int32_t kOptimisticPolls = 1;
 
 struct alignas(16) Vec128 {
     uint32_t words[4];

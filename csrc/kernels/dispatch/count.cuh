@@ -9,7 +9,8 @@
 
 namespace deepcomm::kernels {
 
-constexpr int32_t kCountWarps = 8;
+constexpr int32_t kCountWarps = 16;
+constexpr int32_t kMaxCountBlocks = 8;  ///< more would only wait for each other
 constexpr int32_t kNoLimit = 0x7FFFFFFF;
 
 template <int32_t kNumRanks, int32_t kNumExperts>
@@ -74,8 +75,12 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts>& my) {
     my.block.sync();  // ORDER: the zeros before anybody counts
     const Walk walk = my.walk(warp.warp_idx());
     uint32_t refusal = 0;
-    for (int32_t token = walk.begin; token < walk.end; token += walk.tokens_per_step()) {
-        const Pair pair = walk.at(token);
+    const int32_t step = walk.tokens_per_step();
+    int64_t next_id = walk.load(walk.begin);
+    for (int32_t token = walk.begin; token < walk.end; token += step) {
+        const int64_t id = next_id;
+        next_id = walk.load(token + step);
+        const Pair pair = walk.at(token, id);
         add_to_counters(pair, kNumRanks, counters);
         refusal |= pair.refusal;
         if (pair.index >= 0) my.params.table.topk_idx[pair.index] = pair.expert;
@@ -84,46 +89,91 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts>& my) {
     my.block.sync();  // ORDER: the counts of all warps before they are added up
 }
 
-/// Publishes the block's sums to the blocks after it and learns those of the blocks before it;
-/// the last block then knows the rank's sums and publishes them to all ranks, header first.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool exchange_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
-    const bool is_last = my.block.block_idx() == my.block.num_blocks() - 1;
-    const CommParams& comm = my.params.meet.comm;
-    const auto context = wait_context(comm);
-    bool is_complete = true;
-    uint32_t refusal = 0;
-    for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
-        uint32_t own = 0, before = 0;
-        if (i == my.kNumCounters) {
-            own = device::ld_relaxed_block(&my.smem.refusal);
-        } else {
-            for (int32_t w = 0; w < kCountWarps; ++w) own += my.smem.counters[w][i];
+/// Waits for count words of which each carries the epoch, and hands their values to visit. Looks at
+/// all of them at once for as long as that may help, then at one after the other.
+template <int32_t kMaxWords, typename Load, typename Await, typename Visit>
+DEEPCOMM_DEVICE bool gather_words(int32_t count, uint32_t epoch, Load&& load, Await&& await,
+                                  Visit&& visit) {
+    uint64_t values[kMaxWords];
+    bool are_there = false;
+    for (int32_t attempt = 0; attempt < device::kOptimisticPolls && !are_there; ++attempt) {
+        are_there = true;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kMaxWords; ++i) {
+            if (i < count) values[i] = load(i);
         }
-        device::st_relaxed_gpu(my.partial(my.block.block_idx(), i), my.tagged(own));
-        for (int32_t other = 0; other < my.block.block_idx() && is_complete; ++other) {
-            const uint64_t* word = my.partial(other, i);
-            uint64_t value = 0;
-            is_complete = device::wait_until(
-                context, my.site(device::Role::kCount, comm.rank), my.epoch, word,
-                [&]() -> device::Observed {
-                    value = device::ld_relaxed_gpu(word);
-                    return {value >> 32, value >> 32 == my.epoch};
-                });
-            before = i == my.kNumCounters ? before | static_cast<uint32_t>(value)
-                                          : before + static_cast<uint32_t>(value);
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kMaxWords; ++i) {
+            if (i < count && values[i] >> 32 != epoch) are_there = false;
         }
-        if (i == my.kNumCounters) {
-            refusal = before | own;
-            continue;
-        }
-        my.smem.before[i] = before;
-        my.smem.totals[i] = before + own;
     }
-    if (my.kNumCounters % my.block.size() == my.block.thread_idx()) my.smem.refusal = refusal;
-    if (!my.block.sync_and(is_complete)) return false;  // ORDER: the sums before their publication
-    if (!is_last) return true;
-    publish_header(my.params.meet, my.block, my.epoch, my.smem.refusal);
+    bool is_complete = true;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kMaxWords; ++i) {
+        if (i >= count) continue;
+        if (is_complete && values[i] >> 32 != epoch) is_complete = await(i, &values[i]);
+        visit(i, static_cast<uint32_t>(values[i]));
+    }
+    return is_complete;
+}
+
+/// One word of them.
+template <typename Load>
+DEEPCOMM_DEVICE bool await_tagged(const device::WaitContext& context, const device::WaitSite& site,
+                                  const uint64_t* word, uint32_t epoch, uint64_t* value,
+                                  Load&& load) {
+    return device::wait_until(context, site, epoch, word, [&]() -> device::Observed {
+        *value = load(word);
+        return {*value >> 32, *value >> 32 == epoch};
+    });
+}
+
+/// Adds up one counter over the blocks before this one. The last counter is the refusal's bits.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts>& my,
+                                       int32_t counter, uint32_t* before) {
+    const CommParams& comm = my.params.meet.comm;
+    const auto load = [](const uint64_t* word) { return device::ld_relaxed_gpu(word); };
+    return gather_words<kMaxCountBlocks>(
+        my.block.block_idx(), my.epoch,
+        [&](int32_t other) { return load(my.partial(other, counter)); },
+        [&](int32_t other, uint64_t* value) {
+            return await_tagged(wait_context(comm), my.site(device::Role::kCount, comm.rank),
+                                my.partial(other, counter), my.epoch, value, load);
+        },
+        [&](int32_t, uint32_t value) {
+            *before = counter == my.kNumCounters ? *before | value : *before + value;
+        });
+}
+
+/// Publishes the block's sums to the blocks after it and learns those of the blocks before it.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts>& my) {
+    bool is_complete = true;
+    for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
+        const bool is_refusal = i == my.kNumCounters;
+        uint32_t own = is_refusal ? device::ld_relaxed_block(&my.smem.refusal) : 0;
+        for (int32_t w = 0; w < kCountWarps && !is_refusal; ++w) own += my.smem.counters[w][i];
+        device::st_relaxed_gpu(my.partial(my.block.block_idx(), i), my.tagged(own));
+        uint32_t before = 0;
+        is_complete = add_blocks_before(my, i, &before) && is_complete;
+        if (is_refusal) {
+            device::st_relaxed_block(&my.smem.refusal, before | own);
+        } else {
+            my.smem.before[i] = before;
+            my.smem.totals[i] = before + own;
+        }
+    }
+    return my.block.sync_and(is_complete);  // ORDER: the sums before their publication
+}
+
+/// By the last block, which knows the rank's sums: header and counts go to all ranks.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
+    const CommParams& comm = my.params.meet.comm;
+    if (my.block.is_leader()) device::st_relaxed_gpu(my.params.overflow, 0);
+    my.block.sync();  // ORDER: the zero before the header, which who sets the flag has seen
+    publish_header(my.params.meet, my.block, my.epoch, device::ld_relaxed_block(&my.smem.refusal));
     for (int32_t peer = 0; peer < kNumRanks; ++peer) {
         auto* words = reinterpret_cast<uint64_t*>(
             comm.bases[peer] + my.params.meet.layout.counts_of(my.epoch, comm.rank));
@@ -132,40 +182,46 @@ DEEPCOMM_DEVICE bool exchange_counts(const CountBlock<kNumRanks, kNumExperts>& m
         }
     }
     my.block.sync();  // ORDER: the sums are read before gather_counts replaces them
-    return true;
 }
 
-/// The count that a rank has sent, once it is there.
+/// The count words that a rank has sent here.
 template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool await_count(const CountBlock<kNumRanks, kNumExperts>& my, int32_t src,
-                                 int32_t counter, uint32_t* count) {
+DEEPCOMM_DEVICE const uint64_t* count_words(const CountBlock<kNumRanks, kNumExperts>& my,
+                                            int32_t src) {
     const CommParams& comm = my.params.meet.comm;
-    const auto* word = reinterpret_cast<const uint64_t*>(
-                           comm.bases[comm.rank] + my.params.meet.layout.counts_of(my.epoch, src)) +
-                       counter;
-    uint64_t value = 0;
-    const bool is_there = device::wait_until(
-        wait_context(comm), my.site(device::Role::kCount, src), my.epoch, word,
-        [&]() -> device::Observed {
-            value = device::ld_relaxed_sys(word);
-            return {value >> 32, value >> 32 == my.epoch};
-        });
-    *count = static_cast<uint32_t>(value);
-    return is_there;
+    return reinterpret_cast<const uint64_t*>(comm.bases[comm.rank] +
+                                             my.params.meet.layout.counts_of(my.epoch, src));
+}
+
+/// A count that gather_counts has waited for.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts>& my, int32_t src,
+                                     int32_t counter) {
+    return static_cast<uint32_t>(device::ld_relaxed_sys(count_words(my, src) + counter));
 }
 
 /// Adds up all ranks' counts: totals, and what comes before this block's own.
 template <int32_t kNumRanks, int32_t kNumExperts>
 DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
-    const int32_t rank = my.params.meet.comm.rank;
+    constexpr int32_t kAtOnce = kNumRanks < 8 ? kNumRanks : 8;
+    const CommParams& comm = my.params.meet.comm;
+    const auto load = [](const uint64_t* word) { return device::ld_relaxed_sys(word); };
     bool is_complete = true;
     for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
         uint32_t total = 0, before = my.smem.before[i];
-        for (int32_t src = 0; src < kNumRanks && is_complete; ++src) {
-            uint32_t count = 0;
-            is_complete = await_count(my, src, i, &count);
-            if (src < rank) before += count;
-            total += count;
+        for (int32_t first = 0; first < kNumRanks && is_complete; first += kAtOnce) {
+            const int32_t count = kNumRanks - first < kAtOnce ? kNumRanks - first : kAtOnce;
+            is_complete = gather_words<kAtOnce>(
+                count, my.epoch, [&](int32_t n) { return load(count_words(my, first + n) + i); },
+                [&](int32_t n, uint64_t* value) {
+                    return await_tagged(wait_context(comm),
+                                        my.site(device::Role::kCount, first + n),
+                                        count_words(my, first + n) + i, my.epoch, value, load);
+                },
+                [&](int32_t n, uint32_t value) {
+                    if (first + n < comm.rank) before += value;
+                    total += value;
+                });
         }
         my.smem.before[i] = before;
         my.smem.totals[i] = total;
@@ -232,8 +288,12 @@ DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts>& my) 
     const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
     const Walk walk = my.walk(warp.warp_idx());
     bool has_lost = false;
-    for (int32_t token = walk.begin; token < walk.end; token += walk.tokens_per_step()) {
-        const Pair pair = walk.at(token);
+    const int32_t step = walk.tokens_per_step();
+    int64_t next_id = walk.load(walk.begin);
+    for (int32_t token = walk.begin; token < walk.end; token += step) {
+        const int64_t id = next_id;
+        next_id = walk.load(token + step);
+        const Pair pair = walk.at(token, id);
         int32_t token_slot = -1, pair_slot = -1;
         if (pair.is_first) {
             token_slot = static_cast<int32_t>(counters[pair.dst]) + num_before(pair.firsts);
@@ -260,25 +320,12 @@ DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts>& my) {
     const layout::PlanLayout words = {kNumRanks};
     const int32_t rank = my.params.meet.comm.rank;
     for (int32_t peer = my.block.thread_idx(); peer < kNumRanks; peer += my.block.size()) {
-        uint32_t push_base = 0, sent_base = 0, combine_base = 0, rows_before = 0, count = 0;
+        uint32_t push_base = 0, sent_base = 0, combine_base = 0, rows_before = 0;
         for (int32_t other = 0; other < kNumRanks; ++other) {
-            // Arrived already: gather_counts has waited for all of them.
-            if (other < rank && other != peer) {
-                (void)await_count(my, peer, other, &count);
-                push_base += count;
-            }
-            if (other < rank) {
-                (void)await_count(my, other, peer, &count);
-                sent_base += count;
-            }
-            if (other < peer && other != rank) {
-                (void)await_count(my, rank, other, &count);
-                combine_base += count;
-            }
-            if (other < peer) {
-                (void)await_count(my, other, rank, &count);
-                rows_before += count;
-            }
+            if (other < rank && other != peer) push_base += known_count(my, peer, other);
+            if (other < rank) sent_base += known_count(my, other, peer);
+            if (other < peer && other != rank) combine_base += known_count(my, rank, other);
+            if (other < peer) rows_before += known_count(my, other, rank);
         }
         *my.plan(words.rows_from() + peer) = static_cast<int32_t>(rows_before);
         *my.plan(words.push_base() + peer) = static_cast<int32_t>(push_base);
@@ -367,7 +414,7 @@ DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts>& my)
 }
 
 template <int32_t kNumRanks, int32_t kNumExperts>
-__global__ void __launch_bounds__(kCountWarps * 32)
+__global__ void __launch_bounds__(kCountWarps * 32, 1)
     dispatch_count(const __grid_constant__ CountParams params) {
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
     const CountBlock<kNumRanks, kNumExperts> my = {
@@ -376,7 +423,8 @@ __global__ void __launch_bounds__(kCountWarps * 32)
         {},
         device::current_epoch(state)};
     count_pairs(my);
-    if (!exchange_counts(my)) return;
+    if (!exchange_partials(my)) return;
+    if (my.block.block_idx() == my.block.num_blocks() - 1) publish_counts(my);
     if (!await_headers(params.meet, my.block, device::Operation::kDispatch, my.epoch,
                        &my.smem.meet)) {
         return;

@@ -21,16 +21,21 @@ DEEPCOMM_DEVICE T* at(unsigned char* begin, int64_t offset) {
     return reinterpret_cast<T*>(begin + offset);
 }
 
-/// Row-major scales of one row, by all lanes from shared memory.
+/// One row's scales, row-major, by all lanes from shared memory.
 template <typename Spec>
-DEEPCOMM_DEVICE void store_scales(const SendBlock<Spec>& my, unsigned char* landing, int32_t slot,
+DEEPCOMM_DEVICE void store_scales(const SendBlock<Spec>& my, uint32_t* row,
                                   const unsigned char* stage) {
-    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
-    auto* row = at<uint32_t>(landing, my.landing().scales +
-                                          static_cast<int64_t>(slot) * my.scale_bytes());
-    for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
-        row[i] = scales[i];
+    const int32_t num_words = my.params.scale_words;
+    if (num_words % 4 == 0) {
+        const auto* scales = reinterpret_cast<const device::Vec128*>(stage + Spec::kScalesAt);
+        auto* vectors = reinterpret_cast<device::Vec128*>(row);
+        for (int32_t i = my.warp.thread_idx(); i < num_words / 4; i += my.warp.size()) {
+            vectors[i] = scales[i];
+        }
+        return;
     }
+    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
+    for (int32_t i = my.warp.thread_idx(); i < num_words; i += my.warp.size()) row[i] = scales[i];
 }
 
 /// TOKEN: the ids and weights of the token's experts at dst.
@@ -78,17 +83,12 @@ DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, int32_t copy, float
                            Spec::kRowBytes);
         if (target.topk_weights != nullptr) target.topk_weights[copy] = weight;
     }
-    if (target.scales == nullptr) return;
-    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
+    if (Spec::kWire == kWireBf16) return;
     uint32_t copies = device::warp_ballot(copy >= 0);
     while (copies != 0) {
         const int32_t slot = device::warp_shuffle(copy, device::lowest_bit(copies));
         copies &= copies - 1;
-        uint32_t* column = target.scales + slot / target.block_rows * target.scale_block +
-                           slot % target.block_rows;
-        for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
-            column[i * target.scale_stride] = scales[i];
-        }
+        store_scales(my, target.scales + static_cast<int64_t>(slot) * my.params.scale_words, stage);
     }
 }
 

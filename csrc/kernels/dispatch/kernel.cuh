@@ -32,12 +32,10 @@ DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
 }
 
 template <typename Spec>
-DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my) {
-    const int32_t w = my.warp.warp_idx();
-    typename Spec::Pipe pipe = {my.smem.bank.bytes[w], my.smem.bank.full[w]};
-    if (my.warp.is_leader()) pipe.init();
+DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, typename Spec::Pipe& pipe,
+                                   TokenCursor<Spec>& loads) {
     find_destinations(my);
-    bool is_complete = send_tokens(my, pipe);
+    bool is_complete = send_tokens(my, pipe, loads);
     if (Spec::kByExpert && is_complete) {
         typename Spec::LandedPipe landed = {pipe.stages, pipe.full, pipe.num_loaded, pipe.num_used};
         is_complete = expand_rows(my, landed);
@@ -49,6 +47,23 @@ DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my) {
     if (!await_arrivals(my)) return false;
     correct_counts(my);
     return true;
+}
+
+/// Loads the first rows, which need no peer, while the ranks meet; then exchanges.
+template <typename Spec>
+DEEPCOMM_DEVICE bool meet_and_exchange(const SendBlock<Spec>& my) {
+    const int32_t w = my.warp.warp_idx();
+    typename Spec::Pipe pipe = {my.smem.bank.bytes[w], my.smem.bank.full[w]};
+    if (my.warp.is_leader()) pipe.init();
+    my.warp.sync();  // ORDER: the mbarriers before the lanes that wait at them
+    TokenCursor<Spec> loads(my);
+    (void)load_ahead(pipe, loads);
+    const bool have_met = meet_or_recall(my);
+    if (have_met && my.smem.meet.status == MeetStatus::kGood) {
+        return exchange_rows(my, pipe, loads);
+    }
+    pipe.drain();
+    return have_met;
 }
 
 /// Ends the operation for this block: the rounds count on, also where nothing was exchanged.
@@ -77,9 +92,8 @@ __global__ void __launch_bounds__(SendSpec<kNumRanks, kHidden, kWire, kByExpert>
         {},
         params.opens ? device::current_epoch(state) : state->epoch,
         device::current_epoch(static_cast<const device::EpochState*>(params.round))};
-    if (!meet_or_recall(my)) return;
+    if (!meet_and_exchange(my)) return;
     const bool is_good = my.smem.meet.status == MeetStatus::kGood;
-    if (is_good && !exchange_rows(my)) return;
     if (!is_good && params.opens && my.block.block_idx() == 0 && my.block.is_leader()) {
         report_trouble(params.meet, my.smem.meet);
     }

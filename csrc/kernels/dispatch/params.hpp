@@ -23,6 +23,7 @@ struct RoutingTable {
                           ///< where an earlier k has named the rank already, or there is no expert
     int32_t* pair_slot;   ///< [T, K]: row of the pair at that rank in an expert layout, or -1
     int32_t* plan;        ///< layout::PlanLayout
+    float* topk_weights;  ///< [T, K]: copy of what was given, or null
 };
 
 /// dispatch_count: who sends how much where, and the slot of every row.
@@ -38,7 +39,7 @@ struct CountParams {
     int32_t* counts;     ///< out: [L], delivered pairs of each local expert
     int32_t* offsets;    ///< out: [L + 1], or null
     int32_t* num_recv;   ///< out: rows delivered
-    uint32_t* overflow;  ///< out, zeroed: 1 if rows were lost
+    uint32_t* overflow;  ///< out: 1 if rows were lost, else 0
     CountReport* report;
     uint64_t report_tag;
 };
@@ -54,13 +55,10 @@ struct RowSource {
 /// Where an expert layout is delivered: ordinary memory of this rank.
 struct ExpertTarget {
     unsigned char* rows;
-    uint32_t* scales;       ///< column-major in blocks, or null
+    uint32_t* scales;       ///< [rows, scale words], for dispatch_scales to turn round; or null
     float* topk_weights;    ///< one a row, zeroed, or null
     int32_t* row_slots;     ///< [rows in TOKEN order, K]: for the handle
     float* row_weights;     ///< likewise, or null
-    int64_t scale_stride;   ///< words between the columns of a block
-    int64_t scale_block;    ///< words between blocks
-    int32_t block_rows;     ///< rows of a block
 };
 
 /// dispatch_send: rows to their places; then, in the expert layouts, from where they landed to the
@@ -79,6 +77,16 @@ struct SendParams {
     int32_t zero_padding;
     int32_t scale_words;  ///< 32-bit words of scales a row, 0 without
     int32_t scales_are_ue8m0;
+};
+
+/// dispatch_scales: scales of the expert layouts, from rows to columns.
+struct ScaleParams {
+    const uint32_t* rows;  ///< [num_rows, scale_words]
+    uint32_t* columns;     ///< [blocks, scale_words, column_words]
+    int64_t num_rows;      ///< of all blocks
+    int32_t block_rows;
+    int32_t column_words;  ///< a block's rows, rounded up
+    int32_t scale_words;
 };
 
 }  // namespace deepcomm::kernels

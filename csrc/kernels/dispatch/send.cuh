@@ -37,6 +37,7 @@ struct TokenCursor {
     }
 };
 
+/// The lanes' pairs of a token, but for what follows from them.
 template <typename Spec>
 DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
     PairSlots pair;
@@ -46,11 +47,19 @@ DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
     pair.expert = my.params.table.topk_idx[index];
     pair.token_slot = my.params.table.token_slot[index];
     if (Spec::kByExpert) pair.pair_slot = my.params.table.pair_slot[index];
-    if (pair.expert >= 0) {
-        pair.dst = pair.expert / my.num_local();
-        if (my.params.topk_weights != nullptr) pair.weight = my.params.topk_weights[index];
-    }
+    if (my.params.topk_weights != nullptr) pair.weight = my.params.topk_weights[index];
     return pair;
+}
+
+/// Who a pair goes to; and what was given as its weight goes to the handle.
+template <typename Spec>
+DEEPCOMM_DEVICE void complete_pairs(const SendBlock<Spec>& my, int32_t token, PairSlots* pair) {
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk) return;
+    if (pair->expert >= 0) pair->dst = pair->expert / my.num_local();
+    if (my.params.topk_weights == nullptr) return;
+    my.params.table.topk_weights[static_cast<int64_t>(token) * my.params.num_topk + k] =
+        pair->weight;
 }
 
 /// Brings the stage into the form in which the row travels.
@@ -80,16 +89,10 @@ DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
         pair.dst < 0 || Spec::kByExpert ? kNoLimit : my.smem.destinations[pair.dst].limit;
     const bool sends = pair.token_slot >= 0 && pair.token_slot < limit &&
                        !(Spec::kByExpert && pair.dst == my.rank());
-    const bool has_bulk_scales = Spec::kWire != kWireBf16 && my.has_bulk_scales();
     if (sends) {
-        unsigned char* landing = my.smem.destinations[pair.dst].landing;
-        const auto slot = static_cast<int64_t>(pair.token_slot);
-        device::bulk_store(landing + my.landing().rows + slot * Spec::kRowBytes, stage,
-                           Spec::kRowBytes);
-        if (has_bulk_scales) {
-            device::bulk_store(landing + my.landing().scales + slot * my.scale_bytes(),
-                               stage + Spec::kScalesAt, my.scale_bytes());
-        }
+        device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
+                               static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes,
+                           stage, Spec::kRowBytes);
     }
     uint32_t senders = device::warp_ballot(sends);
     while (senders != 0) {
@@ -102,8 +105,11 @@ DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
         } else {
             store_token_pairs(my, pair, dst, slot);
         }
-        if (Spec::kWire != kWireBf16 && !has_bulk_scales) {
-            store_scales(my, my.smem.destinations[dst].landing, slot, stage);
+        if (Spec::kWire != kWireBf16) {
+            auto* scales = at<uint32_t>(
+                my.smem.destinations[dst].landing,
+                my.landing().scales + static_cast<int64_t>(slot) * my.scale_bytes());
+            store_scales(my, scales, stage);
         }
     }
 }
@@ -177,31 +183,38 @@ struct ChunkAnnouncer {
 /// One token: waits for its row and issues all its stores.
 template <typename Spec>
 DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& pipe, int32_t token,
-                                PairSlots* pair) {
-    *pair = load_pairs(my, token);
+                                const PairSlots& pair) {
     const device::WaitSite site = {device::Operation::kDispatch, device::Role::kSend, my.rank(),
                                    token};
     if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
     unsigned char* stage = pipe.current();
     prepare_row(my, token, stage);
-    send_row(my, *pair, stage);
+    send_row(my, pair, stage);
     if (Spec::kByExpert) {
         const bool is_here =
-            pair->dst == my.rank() && pair->pair_slot < my.smem.destinations[my.rank()].limit;
-        store_copies(my, is_here ? pair->pair_slot : -1, pair->weight, stage);
+            pair.dst == my.rank() && pair.pair_slot < my.smem.destinations[my.rank()].limit;
+        store_copies(my, is_here ? pair.pair_slot : -1, pair.weight, stage);
     }
     return true;
 }
 
-/// All tokens of this warp, complete at their destinations. False when a wait has run out.
+/// All tokens of this warp, complete at their destinations; loads has loaded the first rows. False
+/// when a wait has run out.
 template <typename Spec>
-DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe& pipe) {
-    TokenCursor<Spec> loads(my);
+DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe& pipe,
+                                 TokenCursor<Spec>& loads) {
     TokenCursor<Spec> tokens(my);
     ChunkAnnouncer<Spec> announcer(my);
+    const int32_t num_tokens = my.params.num_tokens;
+    PairSlots next;
+    if (tokens.token_of(0) < num_tokens) next = load_pairs(my, tokens.token_of(0));
     const bool is_complete = move_rows(pipe, loads, [&]() {
-        PairSlots pair;
-        if (!send_token(my, pipe, tokens.token_of(tokens.index++), &pair)) return false;
+        PairSlots pair = next;
+        const int32_t token = tokens.token_of(tokens.index++);
+        const int32_t after = tokens.token_of(tokens.index);
+        if (after < num_tokens) next = load_pairs(my, after);
+        complete_pairs(my, token, &pair);
+        if (!send_token(my, pipe, token, pair)) return false;
         if (Spec::kByExpert) announcer.add(pair);
         return true;
     });

@@ -24,12 +24,11 @@ struct SendSpec {
     static constexpr int32_t kScalesAt = static_cast<int32_t>(round_up(kLoadBytes, 16));
     static constexpr int32_t kStageBytes = static_cast<int32_t>(
         round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
-    static constexpr int32_t kMinStages = kStageBudgetBytes / kStageBytes < 2 ? 1 : 2;
-    static constexpr int32_t kMaxWarps = kWire == kWireCast ? 8 : 4;
-    static constexpr int32_t kWarps =
-        clamp(kStageBudgetBytes / (kMinStages * kStageBytes), 1, kMaxWarps);
+    // A cast wants many warps, what is only moved wants rows in flight.
+    static constexpr int32_t kWantedStages = kWire == kWireCast ? 2 : 3;
+    static constexpr int32_t kWarps = clamp(kStageBudgetBytes / (kWantedStages * kStageBytes), 1, 8);
     static constexpr int32_t kStages =
-        clamp(kStageBudgetBytes / (kWarps * kStageBytes), kMinStages, kMaxStages);
+        clamp(kStageBudgetBytes / (kWarps * kStageBytes), 1, kMaxStages);
     static_assert(kStages >= 2, "a row must fit twice into shared memory");
 
     using Bank = StageBank<kWarps, kStages, kStageBytes>;

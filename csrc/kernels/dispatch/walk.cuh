@@ -20,6 +20,8 @@ struct Pair {
 };
 
 struct Walk {
+    static constexpr int64_t kInactive = -0x7FFFFFFFFFFFFFFF - 1;  ///< the id of lanes without pair
+
     const void* topk_idx;
     int32_t ids_are_64;
     int32_t num_topk;
@@ -35,15 +37,23 @@ struct Walk {
                           : static_cast<const int32_t*>(topk_idx)[index];
     }
 
-    /// All lanes of the warp.
-    DEEPCOMM_DEVICE Pair at(int32_t first_token) const {
+    /// The id of this lane's pair in a step that begins with a token; loaded a step ahead, so that
+    /// nobody waits for memory.
+    DEEPCOMM_DEVICE int64_t load(int32_t first_token) const {
         const int32_t lane = device::Warp{}.thread_idx();
         const int32_t token_in_step = lane / num_topk;
-        const int32_t token = first_token + token_in_step;
-        const bool is_active = token_in_step < tokens_per_step() && token < end;
+        const bool is_active =
+            token_in_step < tokens_per_step() && first_token + token_in_step < end;
+        return is_active ? id_at(first_token * num_topk + lane) : kInactive;
+    }
+
+    /// All lanes of the warp; id is what load has returned for the same token.
+    DEEPCOMM_DEVICE Pair at(int32_t first_token, int64_t id) const {
+        const int32_t lane = device::Warp{}.thread_idx();
+        const int32_t token_in_step = lane / num_topk;
+        const bool is_active = id != kInactive;
         Pair pair = {is_active ? first_token * num_topk + lane : -1, -1, -1, 0, 0, false, 0};
         if (is_active) {
-            const int64_t id = id_at(pair.index);
             const bool is_expert = id >= 0 && id < num_experts;
             if (!is_expert && id != -1) pair.refusal = kExpertOutOfRange;
             pair.expert = is_expert ? static_cast<int32_t>(id) : -1;

@@ -22,6 +22,7 @@ from deepcomm.backends.cuda.tensors import (
     RowFormat,
     address_of,
     aligned_rows,
+    SCALE_ROW_ALIGN,
     expert_outputs,
     owned_copy,
     record_of,
@@ -109,6 +110,9 @@ class Dispatch:
             self._scales = self._scales.clone()
         self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
         self._has_views = False
+        self._scale_rows: torch.Tensor | None = None
+        weights = self._checked.topk_weights
+        self._kept_weights = None if weights is None else torch.empty_like(weights)
 
     @property
     def is_exact(self) -> bool:
@@ -133,6 +137,8 @@ class Dispatch:
             )
             record = self._with_row_records(record, counted)
             self._send(landing, record, outputs)
+            if outputs.scales is not None:
+                self._turn_scales(outputs.scales)
         else:
             self._send(landing, record, None)
             if (counted := self._learn_counts(exchange)) is None:
@@ -211,7 +217,7 @@ class Dispatch:
             plan=torch.empty(plan_words, dtype=torch.int32, device=device),
             row_slots=None,
             row_weights=None,
-            counts=torch.zeros(
+            counts=torch.empty(
                 2 * backend.num_local_experts + 3, dtype=torch.int32, device=device
             ),
         )
@@ -272,6 +278,7 @@ class Dispatch:
         serial = record.serial if self._cached is not None else 0
         params.meet = self._meet(landing, serial)
         params.table = routing_table(record)
+        params.table.topk_weights = address_of(self._kept_weights)
         rows, scales = self._rows, self._scales
         params.source.rows = address_of(rows)
         params.source.row_stride = rows.stride(0) * rows.element_size()
@@ -294,16 +301,31 @@ class Dispatch:
     def _fill_target(
         self, target: kernels.ExpertTarget, record: CudaRecord, outputs: Outputs
     ) -> None:
-        block_rows = outputs.x.shape[-2]
         target.rows = address_of(outputs.x)
         if outputs.scales is not None:
-            target.scales = address_of(outputs.scales)
-            target.scale_stride = -(-block_rows // 4) * 4
-            target.scale_block = self._format.scale_words * target.scale_stride
+            make = torch.zeros if self._request.zero_padding else torch.empty
+            self._scale_rows = make(
+                outputs.scales.shape, dtype=outputs.scales.dtype, device=outputs.scales.device
+            )
+            target.scales = address_of(self._scale_rows)
         target.topk_weights = address_of(outputs.topk_weights)
         target.row_slots = address_of(record.row_slots)
         target.row_weights = address_of(record.row_weights)
-        target.block_rows = max(1, block_rows)
+
+    def _turn_scales(self, scales: torch.Tensor) -> None:
+        """Launch dispatch_scales, from the rows that dispatch_send has written."""
+        assert self._scale_rows is not None
+        block_rows, words = scales.shape[-2:]
+        params = kernels.ScaleParams()
+        params.rows = address_of(self._scale_rows)
+        params.columns = address_of(scales)
+        params.num_rows = scales.numel() // words
+        params.block_rows = block_rows
+        params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
+        params.scale_words = words
+        self._backend.runtime.launch(
+            self._backend.functions.scales, self._backend.num_sms, params
+        )
 
     # ---- results
 
@@ -343,7 +365,6 @@ class Dispatch:
 
     def _handle(self, record: CudaRecord, counted: Counted) -> Handle:
         checked = self._checked
-        weights = checked.topk_weights
         return Handle(
             recv_layout=checked.recv_layout,
             expert_alignment=checked.expert_alignment,
@@ -351,7 +372,7 @@ class Dispatch:
             num_tokens=checked.num_tokens,
             num_rows=counted.num_rows,
             topk_idx=record.topk_idx,
-            topk_weights=None if weights is None else weights.clone(),
+            topk_weights=self._kept_weights,
             low_latency=False,
             records=record,
         )

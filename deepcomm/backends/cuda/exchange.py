@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CountReport", "Exchange", "Functions", "Workspace", "exchange_layout"]
 
-MAX_COUNT_BLOCKS = 16
+MAX_COUNT_BLOCKS = 8
 EPOCH_STATE_BYTES = 8
 WIRES = {"bf16": 0, "fp8": 1, "cast": 2}
 FP8_ALIGN = 16
@@ -43,11 +43,13 @@ class Functions:
     Attributes:
         count: dispatch_count.
         send: dispatch_send by (wire, by expert); FP8 ones only where rows allow FP8.
+        scales: dispatch_scales.
         combine: By whether the layout is an expert one.
     """
 
     count: Function
     send: dict[tuple[str, bool], Function]
+    scales: Function
     combine: dict[bool, Function]
 
     @staticmethod
@@ -66,6 +68,7 @@ class Functions:
                 for name, wire in wires.items()
                 for by_expert in (False, True)
             },
+            scales=runtime.load("dispatch_scales", {}),
             combine={
                 by_expert: runtime.load("combine", {**shape, "by_expert": by_expert})
                 for by_expert in (False, True)
