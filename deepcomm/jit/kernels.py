@@ -95,9 +95,7 @@ KERNELS: tuple[Kernel, ...] = (
         spec=(HIDDEN, PHASES, NUM_THREADS),
     ),
     Kernel("low_latency_mask", "kernels/low_latency/mask.cuh"),
-    Kernel(
-        "low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"
-    ),
+    Kernel("low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"),
 )
 
 

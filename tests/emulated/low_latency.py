@@ -61,7 +61,12 @@ class EmulatedBackend:
         self.device = self.runtime.device
         self.topology = Topology(group.rank, group.size, group.size)
         place = Place(
-            group, self.runtime, self.topology, b"buffer", Failure(self.runtime), self.runtime.num_sms
+            group,
+            self.runtime,
+            self.topology,
+            b"buffer",
+            Failure(self.runtime),
+            self.runtime.num_sms,
         )
         self.low_latency = LowLatency(place, config, None)
 

@@ -132,7 +132,9 @@ def test_refusal_of_a_host_reaches_every_rank(seed: int, use_hook: bool) -> None
                 with pytest.raises(InvalidArgument, match="expected"):
                     buffer.low_latency_dispatch(*arguments, return_hook=use_hook)
                 continue
-            with pytest.raises(CommError, match="rank 1 refused the operation: .*: expected") as info:
+            with pytest.raises(
+                CommError, match="rank 1 refused the operation: .*: expected"
+            ) as info:
                 got = buffer.low_latency_dispatch(x, ids, return_hook=use_hook)
                 if use_hook:
                     got.hook()
@@ -170,7 +172,9 @@ def test_wrong_ids_end_the_operation_on_every_rank(
         own = inputs.ids[session.rank].clone()
         if session.rank == 2:
             own[1] = torch.tensor(ids)
-        error, text = (InvalidArgument, match) if session.rank == 2 else (CommError, "rank 2 refused")
+        error, text = (
+            (InvalidArgument, match) if session.rank == 2 else (CommError, "rank 2 refused")
+        )
         got: list[Any] = []
         with pytest.raises(error, match=text):
             got.append(

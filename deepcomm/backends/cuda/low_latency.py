@@ -141,7 +141,7 @@ class LowLatency:
             return
         params = slots.fill(kernels.LowLatencyRefuseParams(), self._mask, self._late_address)
         params.is_combine = operation == COMBINE
-        params.set_message(describe_error(error).encode())
+        params.set_message(describe_error(error))
         if operation == COMBINE and isinstance(request.handle, Handle):
             record = request.handle.records
             if isinstance(record, Record) and record.is_complete:
@@ -300,7 +300,13 @@ class LowLatency:
         num_rows = self._sizes.block_rows
         hook: Callable[[], None] | None = None
         used = (rows, checked.scales, checked.topk_idx, checked.topk_weights, record.words)
-        made_here = (tensors.x, tensors.scales, tensors.topk_idx, tensors.topk_weights, tensors.ints)
+        made_here = (
+            tensors.x,
+            tensors.scales,
+            tensors.topk_idx,
+            tensors.topk_weights,
+            tensors.ints,
+        )
         with self._stream_of(request, (*used, *made_here, tensors.topk_idx_copy)):
             if request.return_hook:
                 send = functions[SEND]
@@ -376,7 +382,9 @@ class LowLatency:
         except Exception as error:
             self._refuse_if_open(slots, COMBINE, request, error)
             raise
-        return self._launch_combine(slots, request, (checked, record, turn), functions, (params, output))
+        return self._launch_combine(
+            slots, request, (checked, record, turn), functions, (params, output)
+        )
 
     def _check_combine(self, request: CombineRequest) -> CheckedCombine:
         checked = check_combine(request, self._config, self._num_local, self._sizes.device)
@@ -400,7 +408,9 @@ class LowLatency:
         num_topk = int(handle.topk_idx.shape[1])
         x = request.out
         if x is None:
-            x = torch.empty(handle.num_tokens, self._config.hidden, dtype=torch.bfloat16, device=device)
+            x = torch.empty(
+                handle.num_tokens, self._config.hidden, dtype=torch.bfloat16, device=device
+            )
         weights: torch.Tensor | None = None
         if checked.carried is not None:
             weights = torch.empty(handle.num_tokens, num_topk, device=device)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the low-latency operations of one buffer keep: memory, kernels, and how many are in flight."""
+"""What low-latency operations of a buffer keep: memory, kernels, and how many are in flight."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_status import DISPATCH, Status
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.topology import Topology
+
+P = TypeVar(
+    "P",
+    kernels.LowLatencyDispatchParams,
+    kernels.LowLatencyCombineParams,
+    kernels.LowLatencyRefuseParams,
+)
 
 __all__ = ["BOTH", "RECEIVE", "SEND", "Failure", "Place", "Slots", "low_latency_layout"]
 
@@ -119,7 +126,9 @@ class Slots:
         )
         self._place = place
         self._config = config
-        self._bases = runtime.upload(b"".join(base.to_bytes(8, "little") for base in self.memory.bases))
+        self._bases = runtime.upload(
+            b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        )
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
         self._functions: dict[tuple[str, int, int], Function] = {}
@@ -153,7 +162,7 @@ class Slots:
                 self._functions[operation, each, rows] = self._place.runtime.load(operation, spec)
         return self._functions[key]
 
-    def fill(self, params: Any, mask: Memory, late_ranks: int) -> Any:
+    def fill(self, params: P, mask: Memory, late_ranks: int) -> P:
         """Fill what the kernels of all operations have; return the arguments."""
         topology, base = self._place.topology, params.base
         base.comm.rank = topology.rank

@@ -21,7 +21,7 @@ NAMES = {4: DISPATCH, 5: COMBINE}  # layout::Operation
 CLEAR, COMPLETE = 0, 2  # layout::RecordState
 BY_HOST, ID_RANGE, ID_TWICE, DIFFERS = 1, 2, 3, 4  # layout::RefusalKind
 
-WIRES = ("bfloat16 rows", "FP8 rows with FP32 scales", "FP8 rows with UE8M0 scales")
+WIRES = ("bfloat16 rows", "FP8 rows with FP32 scales", "FP8 rows with UE8M0 scales", "?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ def find_difference(mine: int, theirs: int) -> tuple[str, str, str] | None:
         own, other = ((word >> shift) & ((1 << field.num_bits) - 1) for word in (mine, theirs))
         shift += field.num_bits
         if own != other:
-            names = field.values
-            return (field.name, *(names[value] if names else str(value) for value in (own, other)))
+            names = field.values or tuple(map(str, range(1 << field.num_bits)))
+            return field.name, names[own], names[other]
     return None
 
 
