@@ -93,12 +93,9 @@ class ExpertOutputs:
     def __init__(self, *args, **kwargs) -> None: ...
 
 class ExpertTarget:
-    block_rows: int
     row_slots: int
     row_weights: int
     rows: int
-    scale_block: int
-    scale_stride: int
     scales: int
     topk_weights: int
     def __init__(self, *args, **kwargs) -> None: ...
@@ -264,6 +261,7 @@ class RoutingTable:
     plan: int
     token_slot: int
     topk_idx: int
+    topk_weights: int
     def __init__(self) -> None: ...
 
 class RowSource:
@@ -272,6 +270,19 @@ class RowSource:
     scale_stride: int
     scales: int
     def __init__(self, *args, **kwargs) -> None: ...
+
+class ScaleParams:
+    block_rows: int
+    column_words: int
+    columns: int
+    num_rows: int
+    rows: int
+    scale_words: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
 
 class SendParams:
     counts: int

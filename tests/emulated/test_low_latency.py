@@ -111,6 +111,59 @@ def test_tags_may_wrap(first_tag: int) -> None:
     play(Case(**SMALL, layout=PADDED, wire="fp8"), body)
 
 
+# ---- the example of csrc/kernels/PROTOCOLS.md --------------------------------------------------
+
+
+NO_EXPERT = 0xFFFFFFFF
+
+
+def words_at(address: int, num_packets: int) -> list[int]:
+    """Return the payload of packets, whose tags must be those of the first operation."""
+    words = (ctypes.c_uint32 * (4 * num_packets)).from_address(address)
+    assert set(words[3::4]) == {1}
+    return [word for i, word in enumerate(words) if i % 4 != 3]
+
+
+def test_worked_example() -> None:
+    case = Case(num_ranks=2, num_tokens=2, hidden=8, num_topk=2, experts_per_rank=2, layout=PADDED)
+    ids = [torch.tensor([[0, 2], [3, 0]]), torch.tensor([[3, -1]])]
+    xs = [torch.tensor([[1.0], [2.0]]).expand(2, 8), torch.full((1, 8), 3.0)]
+
+    def body(session: LowLatencySession) -> None:
+        rank = session.rank
+        got = session.buffer.low_latency_dispatch(
+            xs[rank].bfloat16(), ids[rank], torch.ones(ids[rank].shape)
+        )
+        memory = session.backend.low_latency._slots
+        assert memory is not None
+        base, places = memory.memory.bases[rank], memory.map
+        headers = [words_at(base + places.header_offset(0, peer), 2)[1:] for peer in range(2)]
+        expected = {
+            0: [[2, 0, 2, 0, 0b11], [1, 0, 0, 0, 0]],
+            1: [[2, 0, 1, 1, 0b11], [1, 0, 0, 1, 1]],
+        }
+        assert headers == expected[rank]
+        if rank == 1:
+            heads = [
+                words_at(base + places.row_offset(0, *pair), 2) for pair in ((0, 0), (0, 1), (1, 0))
+            ]
+            assert heads[0][0] == NO_EXPERT
+            assert heads[0][3:5] == [0, 0]
+            assert heads[1][:2] == heads[2][:2] == [1, 0]
+            assert heads[1][3] == heads[2][3] == NO_EXPERT
+            assert got.x[0, 0, 0] == 1
+            assert got.x[1, :2, 0].tolist() == [2, 3]
+            record = got.handle.records
+            entries = record.words[record.map.entries :][:6].tolist()
+            assert entries[:4] == [0 | 1 << 26, -1, 4, -1]
+            assert record.words[record.map.entries + 4 :][:2].tolist() == [5, -1]
+        else:
+            assert got.x[0, :2, 0].tolist() == [1, 2]
+        assert got.num_tokens_per_expert.tolist() == [[2, 0], [1, 2]][rank]
+
+    play(case, body)
+
+
 # ---- refusals --------------------------------------------------------------------------------
 
 
