@@ -21,21 +21,30 @@ DEEPCOMM_DEVICE T* at(unsigned char* begin, int64_t offset) {
     return reinterpret_cast<T*>(begin + offset);
 }
 
-/// One row's scales, row-major, by all lanes from shared memory.
-template <typename Spec>
-DEEPCOMM_DEVICE void store_scales(const SendBlock<Spec>& my, uint32_t* row,
-                                  const unsigned char* stage) {
-    const int32_t num_words = my.params.scale_words;
+/// Copies one row's scales, row-major, by all lanes.
+DEEPCOMM_DEVICE void copy_words(uint32_t* to, const uint32_t* from, int32_t num_words) {
+    const device::Warp warp;
     if (num_words % 4 == 0) {
-        const auto* scales = reinterpret_cast<const device::Vec128*>(stage + Spec::kScalesAt);
-        auto* vectors = reinterpret_cast<device::Vec128*>(row);
-        for (int32_t i = my.warp.thread_idx(); i < num_words / 4; i += my.warp.size()) {
-            vectors[i] = scales[i];
+        const auto* vectors = reinterpret_cast<const device::Vec128*>(from);
+        for (int32_t i = warp.thread_idx(); i < num_words / 4; i += warp.size()) {
+            reinterpret_cast<device::Vec128*>(to)[i] = vectors[i];
         }
         return;
     }
-    const auto* scales = reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
-    for (int32_t i = my.warp.thread_idx(); i < num_words; i += my.warp.size()) row[i] = scales[i];
+    for (int32_t i = warp.thread_idx(); i < num_words; i += warp.size()) to[i] = from[i];
+}
+
+/// Where one row's scales land.
+template <typename Spec>
+DEEPCOMM_DEVICE uint32_t* landed_scales(const SendBlock<Spec>& my, int32_t dst, int32_t slot) {
+    return at<uint32_t>(my.smem.destinations[dst].landing,
+                        my.landing().scales + static_cast<int64_t>(slot) * my.scale_bytes());
+}
+
+/// The scales of the row in a stage.
+template <typename Spec>
+DEEPCOMM_DEVICE const uint32_t* staged_scales(const unsigned char* stage) {
+    return reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
 }
 
 /// TOKEN: the ids and weights of the token's experts at dst.
@@ -88,7 +97,8 @@ DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, int32_t copy, float
     while (copies != 0) {
         const int32_t slot = device::warp_shuffle(copy, device::lowest_bit(copies));
         copies &= copies - 1;
-        store_scales(my, target.scales + static_cast<int64_t>(slot) * my.params.scale_words, stage);
+        copy_words(target.scales + static_cast<int64_t>(slot) * my.params.scale_words,
+                   staged_scales<Spec>(stage), my.params.scale_words);
     }
 }
 

@@ -80,10 +80,7 @@ DEEPCOMM_DEVICE void load_landed_scales(const SendBlock<Spec>& my, int32_t row,
     unsigned char* landing = my.smem.destinations[my.rank()].landing;
     const auto* from = at<const uint32_t>(
         landing, my.landing().scales + static_cast<int64_t>(row) * my.scale_bytes());
-    auto* scales = reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt);
-    for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
-        scales[i] = from[i];
-    }
+    copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt), from, my.params.scale_words);
     my.warp.sync();  // ORDER: the scales before other lanes read them
 }
 

@@ -31,15 +31,11 @@ DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
                          &my.smem.meet);
 }
 
-template <typename Spec>
-DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, typename Spec::Pipe& pipe,
-                                   TokenCursor<Spec>& loads) {
+/// This warp's part, then the block's arrival.
+template <typename Spec, typename Send>
+DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, Send&& send) {
     find_destinations(my);
-    bool is_complete = send_tokens(my, pipe, loads);
-    if (Spec::kByExpert && is_complete) {
-        typename Spec::LandedPipe landed = {pipe.stages, pipe.full, pipe.num_loaded, pipe.num_used};
-        is_complete = expand_rows(my, landed);
-    }
+    const bool is_complete = send();
     pad_rows(my);
     if (!my.block.sync_and(is_complete)) return false;  // ORDER: all stores before the arrival
     signal_arrival(my);
@@ -49,21 +45,42 @@ DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, typename Spec::Pip
     return true;
 }
 
-/// Loads the first rows, which need no peer, while the ranks meet; then exchanges.
 template <typename Spec>
-DEEPCOMM_DEVICE bool meet_and_exchange(const SendBlock<Spec>& my) {
+DEEPCOMM_DEVICE bool have_met(const SendBlock<Spec>& my, bool is_complete) {
+    return is_complete && my.smem.meet.status == MeetStatus::kGood;
+}
+
+/// Loads its first rows, which need no peer, while the ranks meet; then exchanges.
+template <typename Spec>
+DEEPCOMM_DEVICE bool move(const SendBlock<Spec>& my) {
     const int32_t w = my.warp.warp_idx();
     typename Spec::Pipe pipe = {my.smem.bank.bytes[w], my.smem.bank.full[w]};
     if (my.warp.is_leader()) pipe.init();
     my.warp.sync();  // ORDER: the mbarriers before the lanes that wait at them
     TokenCursor<Spec> loads(my);
     (void)load_ahead(pipe, loads);
-    const bool have_met = meet_or_recall(my);
-    if (have_met && my.smem.meet.status == MeetStatus::kGood) {
-        return exchange_rows(my, pipe, loads);
+    const bool is_met = meet_or_recall(my);
+    if (!have_met(my, is_met)) {
+        pipe.drain();
+        return is_met;
     }
-    pipe.drain();
-    return have_met;
+    return exchange_rows(my, [&]() {
+        if (!send_tokens(my, pipe, loads)) return false;
+        if (!Spec::kByExpert) return true;
+        typename Spec::LandedPipe landed = {pipe.stages, pipe.full, pipe.num_loaded, pipe.num_used};
+        return expand_rows(my, landed);
+    });
+}
+
+/// The same for a warp that moves no rows.
+template <typename Spec>
+DEEPCOMM_DEVICE bool pair(const SendBlock<Spec>& my) {
+    const bool is_met = meet_or_recall(my);
+    if (!have_met(my, is_met)) return is_met;
+    return exchange_rows(my, [&]() {
+        if constexpr (Spec::kPairers > 0) send_pairs(my);
+        return true;
+    });
 }
 
 /// Ends the operation for this block: the rounds count on, also where nothing was exchanged.
@@ -92,7 +109,7 @@ __global__ void __launch_bounds__(SendSpec<kNumRanks, kHidden, kWire, kByExpert>
         {},
         params.opens ? device::current_epoch(state) : state->epoch,
         device::current_epoch(static_cast<const device::EpochState*>(params.round))};
-    if (!meet_and_exchange(my)) return;
+    if (!(my.is_mover() ? move(my) : pair(my))) return;
     const bool is_good = my.smem.meet.status == MeetStatus::kGood;
     if (!is_good && params.opens && my.block.block_idx() == 0 && my.block.is_leader()) {
         report_trouble(params.meet, my.smem.meet);

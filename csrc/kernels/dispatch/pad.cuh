@@ -37,7 +37,7 @@ DEEPCOMM_DEVICE void pad_rows(const SendBlock<Spec>& my) {
     const int64_t end = mine.capacity < room ? mine.capacity : room;
     const Destination& here = my.smem.destinations[my.rank()];
     const int32_t num_topk = my.params.num_topk;
-    for (int64_t row = rows_here(my) + my.worker(); row < end; row += my.num_workers()) {
+    for (int64_t row = rows_here(my) + my.any_worker(); row < end; row += my.num_any_workers()) {
         for (int32_t k = my.warp.thread_idx(); k < num_topk; k += my.warp.size()) {
             const int64_t index = row * num_topk + k;
             if (here.ids_are_64) {

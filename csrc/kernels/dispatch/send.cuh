@@ -29,7 +29,7 @@ struct TokenCursor {
         ++index;
         const RowSource& source = my.params.source;
         piece->row = source.rows + token * source.row_stride;
-        if (Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
+        if (Spec::kByExpert && Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
             piece->scales = source.scales + token * source.scale_stride;
             piece->scale_bytes = my.scale_bytes();
         }
@@ -37,8 +37,8 @@ struct TokenCursor {
     }
 };
 
-/// The lanes' pairs of a token, but for what follows from them.
-template <typename Spec>
+/// The lanes' pairs of a token, but for what follows from them: see name_ranks.
+template <bool kHasWeights, typename Spec>
 DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
     PairSlots pair;
     const int32_t k = my.warp.thread_idx();
@@ -47,19 +47,31 @@ DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
     pair.expert = my.params.table.topk_idx[index];
     pair.token_slot = my.params.table.token_slot[index];
     if (Spec::kByExpert) pair.pair_slot = my.params.table.pair_slot[index];
-    if (my.params.topk_weights != nullptr) pair.weight = my.params.topk_weights[index];
+    if (my.params.topk_weights != nullptr && kHasWeights) {
+        pair.weight = my.params.topk_weights[index];
+    }
     return pair;
 }
 
-/// Who a pair goes to; and what was given as its weight goes to the handle.
+/// Who the pairs go to.
 template <typename Spec>
-DEEPCOMM_DEVICE void complete_pairs(const SendBlock<Spec>& my, int32_t token, PairSlots* pair) {
-    const int32_t k = my.warp.thread_idx();
-    if (k >= my.params.num_topk) return;
+DEEPCOMM_DEVICE void name_ranks(const SendBlock<Spec>& my, PairSlots* pair) {
     if (pair->expert >= 0) pair->dst = pair->expert / my.num_local();
-    if (my.params.topk_weights == nullptr) return;
+}
+
+/// What was given as a token's weights goes to the handle.
+template <typename Spec>
+DEEPCOMM_DEVICE void keep_weights(const SendBlock<Spec>& my, int32_t token, const PairSlots& pair) {
+    const int32_t k = my.warp.thread_idx();
+    if (k >= my.params.num_topk || my.params.topk_weights == nullptr) return;
     my.params.table.topk_weights[static_cast<int64_t>(token) * my.params.num_topk + k] =
-        pair->weight;
+        pair.weight;
+}
+
+template <typename Spec>
+DEEPCOMM_DEVICE const uint32_t* source_scales(const SendBlock<Spec>& my, int32_t token) {
+    const RowSource& source = my.params.source;
+    return reinterpret_cast<const uint32_t*>(source.scales + token * source.scale_stride);
 }
 
 /// Brings the stage into the form in which the row travels.
@@ -67,51 +79,61 @@ template <typename Spec>
 DEEPCOMM_DEVICE void prepare_row(const SendBlock<Spec>& my, int32_t token, unsigned char* stage) {
     if (Spec::kWire == kWireCast) {
         cast_row<Spec::kHidden>(stage, stage + Spec::kScalesAt, my.params.scales_are_ue8m0 != 0);
-    } else if (Spec::kWire == kWireFp8 && !my.has_bulk_scales()) {
-        const RowSource& source = my.params.source;
-        const auto* from =
-            reinterpret_cast<const uint32_t*>(source.scales + token * source.scale_stride);
-        auto* scales = reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt);
-        for (int32_t i = my.warp.thread_idx(); i < my.params.scale_words; i += my.warp.size()) {
-            scales[i] = from[i];
-        }
+    } else if (Spec::kByExpert && Spec::kWire == kWireFp8 && !my.has_bulk_scales()) {
+        copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt),
+                   source_scales(my, token), my.params.scale_words);
     }
-    if (Spec::kWire == kWireBf16) return;
+    if (Spec::kWire == kWireBf16 || (Spec::kWire == kWireFp8 && !Spec::kByExpert)) return;
     device::fence_proxy_async();  // ORDER: what the lanes wrote before the bulk stores that read it
     my.warp.sync();               // ORDER: of every lane, and before other lanes read the scales
 }
 
-/// Sends the row of the token at hand to its ranks: everywhere (TOKEN), or to the peers.
+/// Whether a lane's pair stands for a row that goes to its rank: to any (TOKEN), or to a peer.
 template <typename Spec>
-DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
-                              const unsigned char* stage) {
-    const int32_t limit =
-        pair.dst < 0 || Spec::kByExpert ? kNoLimit : my.smem.destinations[pair.dst].limit;
-    const bool sends = pair.token_slot >= 0 && pair.token_slot < limit &&
-                       !(Spec::kByExpert && pair.dst == my.rank());
-    if (sends) {
-        device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
-                               static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes,
-                           stage, Spec::kRowBytes);
-    }
-    uint32_t senders = device::warp_ballot(sends);
+DEEPCOMM_DEVICE bool sends_row(const SendBlock<Spec>& my, const PairSlots& pair) {
+    if (pair.token_slot < 0) return false;
+    if (Spec::kByExpert) return pair.dst != my.rank();
+    return pair.token_slot < my.smem.destinations[pair.dst].limit;
+}
+
+/// Calls visit(dst, slot) in all lanes for each rank that the token's row goes to.
+template <typename Spec, typename Visit>
+DEEPCOMM_DEVICE void for_each_rank(const SendBlock<Spec>& my, const PairSlots& pair,
+                                   Visit&& visit) {
+    uint32_t senders = device::warp_ballot(sends_row(my, pair));
     while (senders != 0) {
         const int32_t lane = device::lowest_bit(senders);
         senders &= senders - 1;
         const int32_t dst = device::warp_shuffle(pair.dst, lane);
-        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
-        if (Spec::kByExpert) {
-            store_expert_pairs(my, pair, dst, slot);
-        } else {
-            store_token_pairs(my, pair, dst, slot);
-        }
-        if (Spec::kWire != kWireBf16) {
-            auto* scales = at<uint32_t>(
-                my.smem.destinations[dst].landing,
-                my.landing().scales + static_cast<int64_t>(slot) * my.scale_bytes());
-            store_scales(my, scales, stage);
-        }
+        visit(dst, device::warp_shuffle(pair.token_slot, lane));
     }
+}
+
+/// The row of the token at hand to its ranks, a lane a rank.
+template <typename Spec>
+DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
+                              const unsigned char* stage) {
+    if (!sends_row(my, pair)) return;
+    device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
+                           static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes,
+                       stage, Spec::kRowBytes);
+}
+
+/// What a mover stores beside the row: scales that it has made, and all that an announcement of the
+/// row promises.
+template <typename Spec>
+DEEPCOMM_DEVICE void send_beside(const SendBlock<Spec>& my, const PairSlots& pair,
+                                 const unsigned char* stage) {
+    constexpr bool kHasScales =
+        Spec::kWire == kWireCast || (Spec::kWire == kWireFp8 && Spec::kByExpert);
+    if (!kHasScales && !Spec::kByExpert) return;
+    for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
+        if (Spec::kByExpert) store_expert_pairs(my, pair, dst, slot);
+        if (kHasScales) {
+            copy_words(landed_scales(my, dst, slot), staged_scales<Spec>(stage),
+                       my.params.scale_words);
+        }
+    });
 }
 
 /// Rows that a warp has sent to each rank, chunk by chunk. The peers hear of a chunk when all its
@@ -190,12 +212,33 @@ DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& 
     unsigned char* stage = pipe.current();
     prepare_row(my, token, stage);
     send_row(my, pair, stage);
+    send_beside(my, pair, stage);
     if (Spec::kByExpert) {
         const bool is_here =
             pair.dst == my.rank() && pair.pair_slot < my.smem.destinations[my.rank()].limit;
         store_copies(my, is_here ? pair.pair_slot : -1, pair.weight, stage);
     }
     return true;
+}
+
+/// TOKEN, role pair: ids, weights and scales that were given, by warps that move no rows.
+template <typename Spec>
+DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
+    const int32_t stride = my.block.num_blocks() * Spec::kPairers;
+    int32_t token =
+        my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
+    for (; token < my.params.num_tokens; token += stride) {
+        PairSlots pair = load_pairs<true>(my, token);
+        name_ranks(my, &pair);
+        keep_weights(my, token, pair);
+        for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
+            store_token_pairs(my, pair, dst, slot);
+            if (Spec::kWire == kWireFp8) {
+                copy_words(landed_scales(my, dst, slot), source_scales(my, token),
+                           my.params.scale_words);
+            }
+        });
+    }
 }
 
 /// All tokens of this warp, complete at their destinations; loads has loaded the first rows. False
@@ -207,13 +250,14 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
     ChunkAnnouncer<Spec> announcer(my);
     const int32_t num_tokens = my.params.num_tokens;
     PairSlots next;
-    if (tokens.token_of(0) < num_tokens) next = load_pairs(my, tokens.token_of(0));
+    if (tokens.token_of(0) < num_tokens) next = load_pairs<Spec::kByExpert>(my, tokens.token_of(0));
     const bool is_complete = move_rows(pipe, loads, [&]() {
         PairSlots pair = next;
         const int32_t token = tokens.token_of(tokens.index++);
         const int32_t after = tokens.token_of(tokens.index);
-        if (after < num_tokens) next = load_pairs(my, after);
-        complete_pairs(my, token, &pair);
+        if (after < num_tokens) next = load_pairs<Spec::kByExpert>(my, after);
+        name_ranks(my, &pair);
+        if (Spec::kByExpert) keep_weights(my, token, pair);
         if (!send_token(my, pipe, token, pair)) return false;
         if (Spec::kByExpert) announcer.add(pair);
         return true;

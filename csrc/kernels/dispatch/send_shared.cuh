@@ -24,14 +24,20 @@ struct SendSpec {
     static constexpr int32_t kScalesAt = static_cast<int32_t>(round_up(kLoadBytes, 16));
     static constexpr int32_t kStageBytes = static_cast<int32_t>(
         round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
-    // A cast wants many warps, what is only moved wants rows in flight.
+    // Rows are moved by a few warps with many stages, whose loops are short: a bulk store to a peer
+    // holds back what its warp issues next. Casts and copies to experts want more warps.
     static constexpr int32_t kWantedStages = kWire == kWireCast ? 2 : 3;
-    static constexpr int32_t kWarps = clamp(kStageBudgetBytes / (kWantedStages * kStageBytes), 1, 8);
+    static constexpr int32_t kMostMovers = kWire == kWireCast || kByExpert ? 8 : 4;
+    static constexpr int32_t kMovers =
+        clamp(kStageBudgetBytes / (kWantedStages * kStageBytes), 1, kMostMovers);
     static constexpr int32_t kStages =
-        clamp(kStageBudgetBytes / (kWarps * kStageBytes), 1, kMaxStages);
+        clamp(kStageBudgetBytes / (kMovers * kStageBytes), 1, kMaxStages);
+    // TOKEN: others see to what goes beside the rows.
+    static constexpr int32_t kPairers = kByExpert ? 0 : 4;
+    static constexpr int32_t kWarps = kMovers + kPairers;
     static_assert(kStages >= 2, "a row must fit twice into shared memory");
 
-    using Bank = StageBank<kWarps, kStages, kStageBytes>;
+    using Bank = StageBank<kMovers, kStages, kStageBytes>;
     using Pipe = RowPipe<kStages, kStageBytes, kLoadBytes, kScalesAt>;
     // Rows that have travelled are loaded again as they are.
     using LandedPipe = RowPipe<kStages, kStageBytes, kRowBytes, kScalesAt>;
@@ -52,8 +58,8 @@ struct SendShared {
     MeetTable<kNumRanks> meet;
     Destination destinations[kNumRanks];
     /// Rows that each warp has sent to each rank in its current chunk and in the one before.
-    int32_t chunk_first[Spec::kWarps][2][kNumRanks];
-    int32_t chunk_rows[Spec::kWarps][2][kNumRanks];
+    int32_t chunk_first[Spec::kMovers][2][kNumRanks];
+    int32_t chunk_rows[Spec::kMovers][2][kNumRanks];
 };
 
 /// What all warps of a block share.
@@ -69,10 +75,17 @@ struct SendBlock {
     uint32_t round;  ///< of arrivals
 
     DEEPCOMM_DEVICE int32_t rank() const { return params.meet.comm.rank; }
+    DEEPCOMM_DEVICE bool is_mover() const { return warp.warp_idx() < Spec::kMovers; }
+    /// This warp among the movers of all blocks.
     DEEPCOMM_DEVICE int32_t worker() const {
+        return block.block_idx() * Spec::kMovers + warp.warp_idx();
+    }
+    DEEPCOMM_DEVICE int32_t num_workers() const { return block.num_blocks() * Spec::kMovers; }
+    /// Among all warps.
+    DEEPCOMM_DEVICE int32_t any_worker() const {
         return block.block_idx() * Spec::kWarps + warp.warp_idx();
     }
-    DEEPCOMM_DEVICE int32_t num_workers() const { return block.num_blocks() * Spec::kWarps; }
+    DEEPCOMM_DEVICE int32_t num_any_workers() const { return block.num_blocks() * Spec::kWarps; }
     DEEPCOMM_DEVICE const layout::LandingOffsets& landing() const {
         return params.meet.layout.landing;
     }

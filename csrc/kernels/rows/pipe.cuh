@@ -33,8 +33,9 @@ struct RowPiece {
 /// One warp's stages, used in turn.
 template <int32_t kStages, int32_t kBytes, int32_t kLoadBytes, int32_t kScalesAt>
 struct RowPipe {
-    static constexpr int32_t kLoadsAhead = kStages / 2;
-    static constexpr int32_t kMaxUnread = kStages - kLoadsAhead;
+    // Loads queue behind the stores of their SM, so most stages hold rows that come.
+    static constexpr int32_t kMaxUnread = kStages > 4 ? 2 : 1;
+    static constexpr int32_t kLoadsAhead = kStages - kMaxUnread;
 
     unsigned char (*stages)[kBytes];
     device::Mbarrier* full;

@@ -6,7 +6,7 @@
 
 namespace deepcomm::kernels {
 
-constexpr int32_t kSumUnroll = 4;  ///< vectors of each lane that are summed together
+constexpr int32_t kSumUnroll = 2;  ///< vectors of each lane that are summed together
 constexpr uint32_t kNanPair = 0x7FFF7FFFu;
 
 /// A lane's row to add, if it has one; terms are added in ascending order of their keys.
