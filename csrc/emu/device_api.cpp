@@ -108,8 +108,10 @@ static bool find_plain(const void* address, size_t* offset) {
         fail("%s touches a local variable of another thread",
              machine->actor_name(machine->current->id).c_str());
     }
+    if (!machine->options.allow_foreign) return false;
     *offset = machine->memory.offset_of(address);
-    return *offset != Memory::kOutside;
+    if (*offset == Memory::kOutside) fail("wild pointer: %p is memory of nobody", address);
+    return true;
 }
 
 void weak_read(const void* address, size_t num_bytes) {

@@ -8,6 +8,7 @@
 namespace deepcomm::emu {
 
 bool Machine::is_over(int rank, const HostWait& wait) const {
+    if (scheduler.is_stopped(rank)) return false;  // with its host
     switch (wait.kind) {
         case HostWait::Kind::kNone: return false;
         case HostWait::Kind::kStream: return ranks[static_cast<size_t>(rank)].program.empty();
@@ -37,7 +38,13 @@ bool Machine::only_stopped_wait(const std::vector<HostWait>& waits) const {
 std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over) {
     strong.take_host_writes();
     uint64_t deadline_ns = kNever;
-    for (const HostWait& wait : waits) deadline_ns = std::min(deadline_ns, wait.deadline_ns);
+    for (size_t rank = 0; rank < waits.size(); ++rank) {
+        const bool stops = static_cast<int>(rank) == options.faults.stop_rank;
+        const uint64_t end_ns = stops ? options.faults.stop_at_ns : kNever;
+        if (waits[rank].deadline_ns < end_ns) {
+            deadline_ns = std::min(deadline_ns, waits[rank].deadline_ns);
+        }
+    }
     scheduler.set_host_deadline(deadline_ns);
     // Some hosts go on at once, beside their peers' kernels; others come late, after all of them.
     const bool is_late = random.one_in(2);

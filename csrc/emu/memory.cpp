@@ -89,11 +89,19 @@ std::array<Memory::Cell, 4>& Memory::split(Cell& cell) {
     return split_cells_[cell.writer];
 }
 
+static void check_mapped(size_t address) {
+    constexpr size_t kPageBytes = 4096;
+    auto* page = reinterpret_cast<void*>(address / kPageBytes * kPageBytes);
+    if (msync(page, kPageBytes, MS_ASYNC) == 0) return;
+    fail("wild pointer: 0x%zx is memory of nobody", address);
+}
+
 Memory::Cell& Memory::foreign_cell_at(size_t offset) {
     const size_t key = offset / (kWord * std::tuple_size<Page>::value);
     if (last_page_.first != key) {
         std::unique_ptr<Page>& page = foreign_pages_[key];
         if (!page) {
+            check_mapped(offset - kForeign);
             page = std::make_unique<Page>();
             for (Cell& cell : *page) cell.state = State::kDefined;
         }

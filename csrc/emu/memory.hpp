@@ -55,8 +55,9 @@ class Memory {
     size_t offset_of(const void* address) const {
         const size_t offset = static_cast<size_t>(static_cast<const char*>(address) - base_);
         if (offset < num_used_) return offset;
-        const bool is_foreign = allow_foreign_ && offset >= kArenaBytes;
-        return is_foreign ? kForeign + reinterpret_cast<size_t>(address) : kOutside;
+        const auto number = reinterpret_cast<size_t>(address);
+        const bool is_foreign = allow_foreign_ && offset >= kArenaBytes && number < kForeign;
+        return is_foreign ? kForeign + number : kOutside;
     }
     char* at(size_t offset) const {
         return is_foreign(offset) ? reinterpret_cast<char*>(offset - kForeign) : base_ + offset;

@@ -94,10 +94,15 @@ bool Scheduler::skip_to_next_event() {
     return true;
 }
 
+bool Scheduler::is_stopped(int rank) const {
+    const Faults& faults = machine->options.faults;
+    return rank == faults.stop_rank && now_ns() >= faults.stop_at_ns;
+}
+
 uint64_t Scheduler::frozen_until(int rank) const {
+    if (is_stopped(rank)) return kNever;
     const Faults& faults = machine->options.faults;
     const uint64_t now = now_ns();
-    if (rank == faults.stop_rank && now >= faults.stop_at_ns) return kNever;
     const uint64_t thaw_ns = faults.delay_from_ns + faults.delay_for_ns;
     if (rank == faults.delay_rank && now >= faults.delay_from_ns && now < thaw_ns) return thaw_ns;
     return 0;

@@ -26,6 +26,9 @@ class Scheduler {
     /// Tells the livelock check that something other than a load has happened.
     void note_progress() { last_progress_ = ticks_; }
 
+    /// Whether a fault has stopped the rank.
+    bool is_stopped(int rank) const;
+
     void make_runnable(Thread* thread);
     /// Takes the running thread off the run queue; the caller then calls switch_away.
     void park_current(const char* what, size_t offset, uint64_t deadline_ns);

@@ -39,9 +39,9 @@ def spoil(session: Session, num_rounds: int = 4) -> None:
         buffer.low_latency_combine(y, received.handle)
 
 
-def exchange(group: Any, case: Case, oracle: Oracle | None = None) -> None:
+def exchange(group: Any, case: Case, oracle: Oracle | None = None, **options: Any) -> None:
     """High throughput: every kind of dispatch and combine once, on spoilt memory."""
-    with Session(group, case, oracle) as session:
+    with Session(group, case, oracle, **options) as session:
         spoil(session)
         first = session.dispatch(0, zero_padding=True)
         if case.wire in DTYPES:

@@ -32,7 +32,6 @@ BASE_FLAGS = (
     "-Wall",
     "-Wextra",
     "-Werror",
-    "-Wno-unknown-pragmas",  # kernels unroll for another compiler
     "-ffp-contract=off",  # device/emu/arithmetic.cuh rounds after every operation
 )
 HOOK_FLAGS = (

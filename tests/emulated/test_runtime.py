@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -345,3 +346,15 @@ def test_runtime_of_an_earlier_cluster_is_refused() -> None:
     run_emulated(lambda _: None, 1)
     with pytest.raises(EmulatorError, match="taken by a later one"):
         earlier.memory(8)
+
+
+@pytest.mark.parametrize("address", [8, 1 << 46, -4096], ids=["null", "unmapped", "negative"])
+def test_runtime_reports_wild_pointers(address: int) -> None:
+    def use(group: LocalGroup) -> None:
+        ring = Ring(group)
+        ring.folds = SimpleNamespace(data_ptr=lambda: address)  # type: ignore[assignment]
+        ring.launch()
+        ring.runtime.flush()
+
+    with pytest.raises(EmulatorError, match=r"wild pointer: 0x[0-9a-f]+ is memory of nobody"):
+        run_emulated(use, 1)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend's host code and kernels on the emulator, against the reference, bit for bit.
+
+The scenarios and the oracle are those of the other backends (``tests/collective``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from collective.case import Case
+from collective.scenario import exchange
+from collective.session import Oracle, Session
+from emulated.cluster import RankStopped, Settings
+from emulated.conftest import Schedules
+from emulated.host_api import Faults
+from emulated.kernel_library import KernelLibrary
+from emulated.runtime import EmulatedRuntime, run_emulated
+
+from deepcomm import RecvLayout
+from deepcomm.errors import CommTimeout
+from deepcomm.jit import KERNELS
+from deepcomm.testing import LocalGroup
+from deepcomm.testing.oracle import ROUTING_KINDS
+
+TOKEN, EXPERT, PADDED = RecvLayout
+WIRES = ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
+SMALL = Case(num_ranks=3, num_tokens=10)
+HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
+
+WIRE_CASES = [
+    replace(SMALL, layout=layout, wire=wire, alignment=8 if layout is EXPERT else 1)
+    for layout, wire in itertools.product(RecvLayout, WIRES)
+]
+CLUSTER_CASES = [
+    replace(SMALL, num_ranks=ranks, num_tokens=6, num_topk=3, experts_per_rank=3, layout=layout)
+    for ranks, layout in itertools.product((1, 2, 8), RecvLayout)
+]
+ROUTING_CASES = [
+    replace(SMALL, routing=routing, layout=layout)
+    for routing, layout in itertools.product(ROUTING_KINDS, RecvLayout)
+]
+OPTION_CASES = [
+    *(replace(SMALL, id_dtype=torch.int32, layout=layout) for layout in RecvLayout),
+    *(replace(SMALL, strided=True, wire="scaled", layout=layout) for layout in RecvLayout),
+    *(replace(SMALL, even=True, num_tokens=1, layout=layout) for layout in RecvLayout),
+    *(replace(SMALL, capacity=capacity, layout=layout, num_topk=3) for layout in (TOKEN, EXPERT)
+      for capacity in (4, 40)),
+    *(replace(SMALL, alignment=alignment, layout=EXPERT, wire="fp8") for alignment in (3, 128)),
+    # More chunks than are announced at once, rows of several vectors a lane, more tiles of scales.
+    *(replace(SMALL, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
+    *(replace(SMALL, hidden=1040, num_ranks=2, wire="fp8", layout=layout) for layout in RecvLayout),
+]  # fmt: skip
+CASES = WIRE_CASES + CLUSTER_CASES + ROUTING_CASES + OPTION_CASES
+
+
+def play(settings: Settings, case: Case, oracle: Oracle) -> None:
+    run_emulated(
+        lambda group: exchange(group, case, oracle, **HIGH_THROUGHPUT_ONLY),
+        case.num_ranks,
+        settings,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_exchange_equals_reference(schedules: Schedules, case: Case) -> None:
+    oracle = Oracle()
+    for settings in schedules():
+        play(settings, case, oracle)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 5])
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_exchange_equals_reference_for_any_number_of_blocks(
+    schedules: Schedules, layout: RecvLayout, num_sms: int
+) -> None:
+    case, oracle = replace(SMALL, num_tokens=20, layout=layout), Oracle()
+    for settings in schedules(num_sms=num_sms):
+        play(settings, case, oracle)
+
+
+SLOW = {
+    "delayed": Faults(delay_rank=1, delay_from_ns=50_000, delay_for_ns=2_000_000),
+    "slow-link": Faults(slow_src=0, slow_dst=2, slow_extra_ns=100_000),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW)
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_exchange_equals_reference_beside_slow_peers(
+    schedules: Schedules, layout: RecvLayout, fault: str
+) -> None:
+    case, oracle = replace(SMALL, layout=layout), Oracle()
+    for settings in schedules(faults=SLOW[fault]):
+        play(settings, case, oracle)
+
+
+def exchange_for_ever(group: LocalGroup, case: Case, oracle: Oracle) -> None:
+    """Repeat dispatch and combine; what fails in a combine is raised by the next operation."""
+    with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+        inputs, rank = session.inputs(0), group.rank
+        for _ in range(1000):
+            received = session.buffer.dispatch(
+                inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], recv_layout=case.layout
+            )
+            session.buffer.combine(received.x, received.handle)
+
+
+@pytest.mark.parametrize("stop_at_ns", [0, 30_000, 100_000, 200_000, 400_000])
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_stopped_rank_is_named_by_its_peers(
+    schedules: Schedules, layout: RecvLayout, stop_at_ns: int
+) -> None:
+    case, oracle = replace(SMALL, layout=layout), Oracle()
+    errors: dict[int, int | None] = {}
+
+    def run_into_timeout(group: LocalGroup) -> None:
+        if group.rank == 1:
+            exchange_for_ever(group, case, oracle)
+        with pytest.raises(CommTimeout) as caught:
+            exchange_for_ever(group, case, oracle)
+        errors[group.rank] = caught.value.peer
+
+    for settings in schedules(faults=Faults(stop_rank=1, stop_at_ns=stop_at_ns)):
+        with pytest.raises(RankStopped):
+            run_emulated(run_into_timeout, case.num_ranks, settings)
+        assert set(errors) == {0, 2}
+        # A rank may run out of time on one that runs out of time on the stopped one.
+        assert 1 in errors.values()
+        assert all(peer in {0, 1, 2} - {rank} for rank, peer in errors.items())
+        errors.clear()
+
+
+def test_every_kernel_of_the_backend_is_run(
+    schedules: Schedules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: set[str] = set()
+    launch = EmulatedRuntime.launch
+
+    def remember(self: EmulatedRuntime, function: KernelLibrary, grid: int, params: Any) -> None:
+        launched.add(function.name)
+        launch(self, function, grid, params)
+
+    monkeypatch.setattr(EmulatedRuntime, "launch", remember)
+    for layout, wire in itertools.product(RecvLayout, ("bf16", "fp8")):
+        play(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
+    assert launched == {
+        kernel.name for kernel in KERNELS if not kernel.source.startswith("kernels/probe/")
+    }
