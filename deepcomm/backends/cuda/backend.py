@@ -15,7 +15,13 @@ import torch
 
 from deepcomm.backends.cuda.combine import Combine
 from deepcomm.backends.cuda.dispatch import Dispatch, refuse
-from deepcomm.backends.cuda.exchange import CountReport, Exchange, Functions, Workspace
+from deepcomm.backends.cuda.exchange import (
+    NUM_COUNTERS,
+    CountReport,
+    Exchange,
+    Functions,
+    Workspace,
+)
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.errors import CommTimeout, InvalidArgument
@@ -76,7 +82,7 @@ class CudaBackend:
         self.exchange = Exchange(runtime, self._group, self.config, self.topology)
         self.report_tag = 0
         self.serial = 0
-        self._num_dispatches = self._num_combines = 0
+        self._num_dispatches = self._num_combines = self._tokens_sent = 0
         self._low_latency = self._open_low_latency(None)
         self._closed = False
 
@@ -192,6 +198,7 @@ class CudaBackend:
         """High-throughput dispatch."""
         operation = self._prepare("dispatch", lambda: Dispatch(self, request))
         self._num_dispatches += 1
+        self._tokens_sent += operation.num_tokens
         if not request.async_op:
             self._wait_for(request.previous_event)
             output = operation.run()
@@ -273,12 +280,42 @@ class CudaBackend:
         return torch.tensor(self._low_latency.rank_mask())
 
     def stats(self) -> BufferStats:
-        """Return the counters."""
-        raise NotImplementedError
+        """Return the counters; waits for the operations so far.
+
+        Bytes, rows and waits are those of high-throughput operations.
+        """
+        self.runtime.flush()
+        counters = self.workspace.counters.tolist()
+        return BufferStats(
+            num_dispatches=self._num_dispatches + self._low_latency.num_dispatches,
+            num_combines=self._num_combines + self._low_latency.num_combines,
+            tokens_sent=self._tokens_sent + self._low_latency.tokens_sent,
+            tokens_received=counters[2],
+            bytes_local=counters[0],
+            bytes_node=counters[1],
+            bytes_network=0,
+            wait_us=tuple(wait_ns // 1000 for wait_ns in counters[NUM_COUNTERS:]),
+        )
 
     def explain(self) -> str:
         """Return what was chosen and why."""
-        raise NotImplementedError
+        config, topology = self.config, self.topology
+        sms = "as asked" if config.num_sms else f"{DEFAULT_NUM_SMS} fill the link, or what there is"
+        growable = " (growable)" if config.growable else ""
+        lines = [
+            f"backend    cuda on {self.device}: kernels on symmetric memory, loads and stores",
+            f"topology   rank {topology.rank} of {topology.num_ranks}, one NVLink domain",
+            "rail       none: one NVLink domain",
+            f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms})",
+            f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
+            "which can be leased to views",
+            f"slots      {config.num_low_latency_slots} low-latency operations in flight",
+            f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
+            f"{config.max_tokens_per_rank} tokens a rank{growable}",
+            f"timeout    {config.timeout_s:g} s on the device; the host logs counts that are late "
+            f"after {config.late_warning_s:g} s",
+        ]
+        return "\n".join(lines)
 
     def close(self) -> None:
         """Release everything; idempotent."""

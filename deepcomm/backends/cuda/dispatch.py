@@ -115,6 +115,11 @@ class Dispatch:
         self._kept_weights = None if weights is None else torch.empty_like(weights)
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._checked.num_tokens
+
+    @property
     def is_exact(self) -> bool:
         """Whether the host has to know how many rows arrive."""
         return self._cached is None and self._checked.capacity is None and not self.is_padded
