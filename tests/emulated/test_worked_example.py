@@ -15,9 +15,10 @@ from emulated.runtime import run_emulated
 from deepcomm import Buffer, RecvLayout
 
 if TYPE_CHECKING:
+    from deepcomm import DispatchOutput
     from deepcomm.testing import LocalGroup
 
-NUM_RANKS, NUM_EXPERTS, HIDDEN, MAX_TOKENS = 2, 4, 8, 8
+NUM_RANKS, NUM_EXPERTS, HIDDEN, MAX_TOKENS, NUM_GENERATIONS = 2, 4, 8, 8, 2
 IDS = ([[0, 2], [3, 2]], [[0, 3]])
 WEIGHTS = ([[0.5, 0.25], [0.5, 0.5]], [[0.5, 1.0]])
 LETTERS = ("ab", "c")  # every element of a row is its letter's place in the alphabet
@@ -84,15 +85,32 @@ class Words:
 
 def play_experts(buffer: Buffer, arguments: tuple[torch.Tensor, ...]) -> dict[str, str]:
     """Dispatch to an expert layout and combine, operations 1 and 2 of the buffer."""
-    words, peer = Words(buffer), 1 - buffer.rank
     output = buffer.dispatch(
         *arguments, recv_layout=RecvLayout.EXPERT, expert_alignment=4, zero_padding=True
     )
+    result = dispatched(buffer, output)
+    buffer.group.barrier()  # what has been read is written again below
+    words, peer, record = Words(buffer), 1 - buffer.rank, output.handle.records
+    summed = buffer.combine(output.x, output.handle, apply_weights=True)
+    num_back = int((record.token_slot[record.topk_idx // 2 == peer] >= 0).sum())
+    back = words.layout.generation(NUM_GENERATIONS)  # the combine region follows the last one
+    result |= {
+        "pushed_chunk of the peer": words.pushed_chunk(peer),
+        "combine rows": show(words.rows(back, num_back)[:, 0]),
+        "combined": show(summed.x[:, 0]),
+    }
+    buffer.group.barrier()
+    return result
+
+
+def dispatched(buffer: Buffer, output: DispatchOutput) -> dict[str, str]:
+    """Return what operation 1 has left."""
+    words, peer = Words(buffer), 1 - buffer.rank
     record = output.handle.records
     plan = record.plan.tolist()
     begin, end = plan[peer], plan[peer + 1]
     landing = words.layout.generation(0) + words.layout.landing.rows
-    result = {
+    return {
         "topk_idx": show(record.topk_idx),
         "topk_weights": show(output.handle.topk_weights),
         "counts of rank 0": words.counts_from(0, epoch=1),
@@ -117,17 +135,6 @@ def play_experts(buffer: Buffer, arguments: tuple[torch.Tensor, ...]) -> dict[st
         "weights of x": show(output.topk_weights),
         "arrived": show(words.read(ctypes.c_uint32, ARRIVED, NUM_RANKS)),
     }
-    buffer.group.barrier()  # what is read above is written again below
-    summed = buffer.combine(output.x, output.handle, apply_weights=True)
-    num_back = int((record.token_slot[record.topk_idx // 2 == peer] >= 0).sum())
-    back = words.layout.generation(2)  # the combine region follows the last generation
-    result |= {
-        "pushed_chunk of the peer": words.pushed_chunk(peer),
-        "combine rows": show(words.rows(back, num_back)[:, 0]),
-        "combined": show(summed.x[:, 0]),
-    }
-    buffer.group.barrier()
-    return result
 
 
 def play_tokens(buffer: Buffer, arguments: tuple[torch.Tensor, ...]) -> dict[str, str]:
@@ -156,7 +163,7 @@ def play(group: LocalGroup) -> dict[str, str]:
     x = torch.tensor(places, dtype=torch.bfloat16)[:, None].expand(-1, HIDDEN).contiguous()
     arguments = (x, torch.tensor(IDS[group.rank]), torch.tensor(WEIGHTS[group.rank]))
     sizes = {"num_experts": NUM_EXPERTS, "num_topk": 2, "max_tokens_per_rank": MAX_TOKENS}
-    rings = {"num_generations": 2, "num_low_latency_slots": 0}
+    rings = {"num_generations": NUM_GENERATIONS, "num_low_latency_slots": 0}
     with Buffer(group, hidden=HIDDEN, **sizes, **rings) as buffer:
         return play_experts(buffer, arguments) | play_tokens(buffer, arguments)
 
