@@ -85,7 +85,6 @@ class Workspace:
     def __init__(self, runtime: Runtime, config: BufferConfig, num_ranks: int) -> None:
         """Reserve and zero them."""
         self.epoch = runtime.memory(EPOCH_STATE_BYTES)
-        self.round = runtime.memory(EPOCH_STATE_BYTES)
         num_partials = num_ranks + config.num_experts + 1
         self.partials = runtime.memory(MAX_COUNT_BLOCKS * num_partials * 8)
         # bytes local and to peers, tokens received, one unused; then ns awaited of each rank.
@@ -132,6 +131,7 @@ class Exchange:
         self.memory = runtime.symmetric_memory(group, self.layout.total_bytes)
         table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
         self._bases = runtime.upload(table)
+        self.round = runtime.memory(EPOCH_STATE_BYTES)  # counts with the words that arrivals add to
         self._num_generations = config.num_generations
         self.max_rows = topology.num_ranks * config.max_tokens_per_rank
         self.max_tokens = config.max_tokens_per_rank
