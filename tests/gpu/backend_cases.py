@@ -65,7 +65,7 @@ def option_cases(base: Case) -> list[Case]:
 
 def shape_cases(base: Case) -> list[Case]:
     return [
-        *(replace(base, layout=layout, hidden=7168, num_tokens=300, even=True, wire=wire)
+        *(replace(base, layout=layout, hidden=7168, num_tokens=130, even=True, wire=wire)
           for layout, wire in ((TOKEN, "bf16"), (EXPERT, "fp8"), (PADDED, "fp8_ue8m0"))),
         *(replace(base, layout=layout, hidden=24, num_tokens=33) for layout in RecvLayout),
         *(replace(base, layout=layout, hidden=1040, num_tokens=33, wire=wire)

@@ -90,8 +90,8 @@ def dispatch(session: Session, mistake: Mistake, options: dict[str, Any]) -> Non
     """Dispatch and wait for what the device found."""
     case, inputs, rank = session.case, session.inputs(0), session.rank
     arguments = {
-        "x": inputs.xs[rank].to(case.device),
-        "topk_idx": inputs.ids[rank].to(case.device),
+        "x": inputs.xs[rank].to(case.device, copy=True),
+        "topk_idx": inputs.ids[rank].to(case.device, copy=True),
     }
     if rank == BAD_RANK:
         mistake.change(arguments, case.num_experts)
