@@ -22,7 +22,7 @@ class BufferBytes:
 
     Attributes:
         high_throughput: Reserved at construction: the generations of the ring, for bfloat16 rows of
-            ``TOKEN`` layout. Wider rows and ``EXPERT`` rows reserve more when they come.
+            ``TOKEN`` layout. On CPUs wider rows and ``EXPERT`` rows reserve more when they come.
         low_latency: Reserved by the first low-latency operation, for bfloat16 rows.
     """
 
@@ -45,8 +45,9 @@ def buffer_bytes(
     ranks_per_node: int | None = None,
     num_generations: int = 3,
     num_low_latency_slots: int = 4,
+    device: str = "cpu",
 ) -> BufferBytes:
-    """Return the symmetric memory of one rank of a CPU buffer; needs no group and no GPU.
+    """Return the symmetric memory of one rank of a buffer; needs no group and no GPU.
 
     Args:
         num_ranks: R, ranks of the group.
@@ -57,6 +58,7 @@ def buffer_bytes(
         ranks_per_node: See ``Buffer``; None is one node.
         num_generations: See ``Buffer``.
         num_low_latency_slots: See ``Buffer``.
+        device: "cpu" or "cuda".
 
     Raises:
         InvalidArgument: An argument is out of range.
@@ -75,6 +77,8 @@ def buffer_bytes(
         num_low_latency_slots=num_low_latency_slots,
     )
     config.check(num_ranks)
+    if device != "cpu":
+        return _cuda_bytes(config, num_ranks, device)
     native = native_config(config, rank=0, num_ranks=num_ranks, num_threads=1)
     row_bytes = hidden * 2
     scale_bytes = -(-hidden // SCALE_TILE) * 4
@@ -82,6 +86,28 @@ def buffer_bytes(
         high_throughput=cpu.reserved_bytes(native),
         low_latency=cpu.low_latency_bytes(native, row_bytes, scale_bytes)
         if num_low_latency_slots
+        else 0,
+    )
+
+
+def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferBytes:
+    from deepcomm._C import kernels
+
+    if device != "cuda":
+        raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    exchange, low_latency = kernels.ExchangeShape(), kernels.LowLatencyShape()
+    for shape in (exchange, low_latency):
+        shape.num_ranks = num_ranks
+        shape.num_experts = config.num_experts
+        shape.num_topk = config.num_topk
+        shape.hidden = config.hidden
+        shape.max_tokens = config.max_tokens_per_rank
+    exchange.num_generations = config.num_generations
+    low_latency.num_slots = config.num_low_latency_slots
+    return BufferBytes(
+        high_throughput=kernels.ExchangeLayout.make(exchange).total_bytes,
+        low_latency=kernels.LowLatencyLayout.make(low_latency).total_bytes
+        if config.num_low_latency_slots
         else 0,
     )
 

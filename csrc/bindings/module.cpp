@@ -48,5 +48,6 @@ PYBIND11_MODULE(_C, module) {
     deepcomm::bind_simd(module);
     deepcomm::bind_cpu(module);
     deepcomm::bind_kernels(module);
+    deepcomm::bind_kernels_low_latency(module);
     deepcomm::bind_cuda(module);
 }

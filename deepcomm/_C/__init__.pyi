@@ -2,4 +2,5 @@
 # Generated from the built extension by `python .ci/stub.py`; do not edit.
 from . import cpu as cpu
 from . import cuda as cuda
+from . import kernels as kernels
 from . import simd as simd

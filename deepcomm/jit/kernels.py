@@ -51,6 +51,9 @@ class Kernel:
 NUM_RANKS = SpecParameter("num_ranks", (2, 8))
 HIDDEN = SpecParameter("hidden", (7168,))
 BY_EXPERT = SpecParameter("by_expert", (False, True))
+PHASES = SpecParameter("phases", (1, 2, 3))
+"""Of a low-latency launch: send, receive, both."""
+NUM_THREADS = SpecParameter("num_threads", (256,))
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("probe_signal", "kernels/probe/signal.cuh"),
@@ -79,6 +82,20 @@ KERNELS: tuple[Kernel, ...] = (
         shared="CombineShared",
         spec=(NUM_RANKS, HIDDEN, BY_EXPERT),
     ),
+    Kernel(
+        "low_latency_dispatch",
+        "kernels/low_latency/dispatch.cuh",
+        shared="LowLatencyDispatchShared",
+        spec=(HIDDEN, SpecParameter("rows", (0, 1, 2, 3, 4)), PHASES, NUM_THREADS),
+    ),
+    Kernel(
+        "low_latency_combine",
+        "kernels/low_latency/combine.cuh",
+        shared="LowLatencyCombineShared",
+        spec=(HIDDEN, PHASES, NUM_THREADS),
+    ),
+    Kernel("low_latency_mask", "kernels/low_latency/mask.cuh"),
+    Kernel("low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"),
 )
 
 

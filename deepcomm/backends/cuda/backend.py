@@ -17,6 +17,7 @@ from deepcomm.backends.cuda.combine import Combine
 from deepcomm.backends.cuda.dispatch import Dispatch, refuse
 from deepcomm.backends.cuda.exchange import CountReport, Exchange, Functions, Workspace
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
+from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.errors import CommTimeout, InvalidArgument
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.topology import Topology
@@ -76,6 +77,7 @@ class CudaBackend:
         self.report_tag = 0
         self.serial = 0
         self._num_dispatches = self._num_combines = 0
+        self._low_latency = self._open_low_latency(None)
         self._closed = False
 
     def _check_config(self, config: BufferConfig) -> None:
@@ -95,7 +97,7 @@ class CudaBackend:
         """
         entries = self._group.all_gather(self._device_identity())
         sharing = entries.count(entries[self.topology.rank])
-        most = max(1, self.runtime.num_sms // sharing)
+        most = self.max_sms = max(1, self.runtime.num_sms // sharing)
         if self.config.num_sms is not None and self.config.num_sms > most:
             raise InvalidArgument(
                 f"num_sms: expected at most {most} ({self.runtime.num_sms} SMs, {sharing} rank(s) "
@@ -112,7 +114,18 @@ class CudaBackend:
     @property
     def num_bytes(self) -> int:
         """Bytes of symmetric memory reserved on this rank."""
-        return self.exchange.memory.num_bytes
+        return self.exchange.memory.num_bytes + self._low_latency.num_bytes
+
+    def _open_low_latency(self, previous: LowLatency | None) -> LowLatency:
+        place = Place(
+            self._group,
+            self.runtime,
+            self.topology,
+            self.buffer_id,
+            self.failure,
+            self.config.num_sms or self.max_sms,
+        )
+        return LowLatency(place, self.config, previous)
 
     @property
     def meet(self) -> kernels.MeetParams:
@@ -230,25 +243,34 @@ class CudaBackend:
         exchange = Exchange(self.runtime, self._group, config, self.topology)
         self.exchange.close()
         self.config, self.exchange = config, exchange
+        previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
+        previous.close()
         return self.dispatch(request)
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
-        raise NotImplementedError
+        self._check_open("low_latency_dispatch")
+        return self._low_latency.dispatch(request)
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
-        raise NotImplementedError
+        self._check_open("low_latency_combine")
+        return self._low_latency.combine(request)
 
     # ---- the rest
 
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead or alive."""
-        raise NotImplementedError
+        if not 0 <= rank < self.topology.num_ranks or rank == self.topology.rank:
+            raise InvalidArgument(
+                f"rank: expected a peer in 0..{self.topology.num_ranks - 1} other than "
+                f"{self.topology.rank}, got {rank}"
+            )
+        self._low_latency.set_masked(rank, masked)
 
     def rank_mask(self) -> torch.Tensor:
         """Return bool [R]."""
-        raise NotImplementedError
+        return torch.tensor(self._low_latency.rank_mask())
 
     def stats(self) -> BufferStats:
         """Return the counters."""
@@ -263,6 +285,7 @@ class CudaBackend:
         if not self._closed:
             self._closed = True
             self.exchange.close()
+            self._low_latency.close()
 
 
 def agree_on(group: Group, produce: Callable[[], T]) -> T:

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// deepcomm._C.kernels: the arguments of the low-latency kernels and the map of their memory.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string_view>
+
+#include "bindings/address.hpp"
+#include "bindings/bind.hpp"
+#include "kernels/low_latency/params.hpp"
+
+namespace py = pybind11;
+
+namespace deepcomm {
+namespace {
+
+using kernels::LowLatencyCombineParams;
+using kernels::LowLatencyDispatchParams;
+using kernels::LowLatencyMaskParams;
+using kernels::LowLatencyParams;
+using kernels::LowLatencyRefuseParams;
+using layout::LowLatencyLayout;
+using layout::LowLatencyRecordLayout;
+using layout::LowLatencyShape;
+
+void bind_maps(py::module_& module) {
+    py::class_<LowLatencyShape>(module, "LowLatencyShape")
+        .def(py::init<>())
+        .def_readwrite("num_ranks", &LowLatencyShape::num_ranks)
+        .def_readwrite("num_experts", &LowLatencyShape::num_experts)
+        .def_readwrite("num_topk", &LowLatencyShape::num_topk)
+        .def_readwrite("hidden", &LowLatencyShape::hidden)
+        .def_readwrite("max_tokens", &LowLatencyShape::max_tokens)
+        .def_readwrite("num_slots", &LowLatencyShape::num_slots)
+        .def_property_readonly("token_words", &LowLatencyShape::token_words);
+    py::class_<LowLatencyLayout>(module, "LowLatencyLayout")
+        .def_static("make", &LowLatencyLayout::make, py::arg("shape"))
+        .def_readonly("header_packets", &LowLatencyLayout::header_packets)
+        .def_readonly("row_stride", &LowLatencyLayout::row_stride)
+        .def_readonly("slot_stride", &LowLatencyLayout::slot_stride)
+        .def_readonly("total_bytes", &LowLatencyLayout::total_bytes)
+        .def("header_offset", &LowLatencyLayout::header_offset, py::arg("slot"), py::arg("peer"))
+        .def("row_offset", &LowLatencyLayout::row_offset, py::arg("slot"), py::arg("peer"),
+             py::arg("token"));
+    py::class_<LowLatencyRecordLayout>(module, "LowLatencyRecordLayout")
+        .def_static("make", &LowLatencyRecordLayout::make, py::arg("num_ranks"),
+                    py::arg("max_tokens"), py::arg("num_topk"))
+        .def_readonly("turn", &LowLatencyRecordLayout::turn)
+        .def_readonly("entries", &LowLatencyRecordLayout::entries)
+        .def_readonly("num_words", &LowLatencyRecordLayout::num_words);
+    module.attr("MAX_LOW_LATENCY_RANKS") = layout::kMaxLowLatencyRanks;
+    module.attr("MAX_LOW_LATENCY_EXPERTS") = layout::kMaxLowLatencyExperts;
+    module.attr("MAX_LOW_LATENCY_TOKEN_WORDS") = layout::kMaxLowLatencyTokenWords;
+    module.attr("MAX_LOW_LATENCY_HIDDEN") = layout::kMaxLowLatencyHidden;
+    module.attr("LOW_LATENCY_STATE_BYTES") = sizeof(layout::LowLatencyState);
+    module.attr("LOW_LATENCY_STATUS_BYTES") = sizeof(layout::LowLatencyStatus);
+}
+
+void bind_base(py::module_& module) {
+    py::class_<LowLatencyParams> base(module, "LowLatencyParams");
+    base.def_readonly("comm", &LowLatencyParams::comm)
+        .def_readwrite("map", &LowLatencyParams::map)
+        .def_readwrite("record_map", &LowLatencyParams::record_map)
+        .def_readwrite("signature", &LowLatencyParams::signature)
+        .def_readwrite("num_topk", &LowLatencyParams::num_topk)
+        .def_readwrite("num_tokens", &LowLatencyParams::num_tokens)
+        .def_readwrite("mask_late", &LowLatencyParams::mask_late);
+    def_address(base, "local", &LowLatencyParams::local);
+    def_address(base, "state", &LowLatencyParams::state);
+    def_address(base, "turn", &LowLatencyParams::turn);
+    def_address(base, "rank_mask", &LowLatencyParams::rank_mask);
+    def_address(base, "decisions", &LowLatencyParams::decisions);
+    def_address(base, "late_ranks", &LowLatencyParams::late_ranks);
+    def_address(base, "status", &LowLatencyParams::status);
+    def_address(base, "wait_us", &LowLatencyParams::wait_us);
+    def_address(base, "record", &LowLatencyParams::record);
+}
+
+/// A zeroed struct that a kernel takes, with the fields of all low-latency kernels inside.
+template <typename Struct>
+py::class_<Struct> operation_params(py::module_& module, const char* name) {
+    auto params = kernel_params<Struct>(module, name);
+    params.def_readonly("base", &Struct::base).def("copy", [](const Struct& self) { return self; });
+    return params;
+}
+
+void bind_dispatch(py::module_& module) {
+    auto params = operation_params<LowLatencyDispatchParams>(module, "LowLatencyDispatchParams");
+    params.def_readwrite("x_stride", &LowLatencyDispatchParams::x_stride)
+        .def_readwrite("scale_stride", &LowLatencyDispatchParams::scale_stride)
+        .def_readwrite("topk_idx_is_int64", &LowLatencyDispatchParams::topk_idx_is_int64)
+        .def_readwrite("num_experts", &LowLatencyDispatchParams::num_experts)
+        .def_readwrite("scale_block_stride", &LowLatencyDispatchParams::scale_block_stride)
+        .def_readwrite("scale_row_stride", &LowLatencyDispatchParams::scale_row_stride)
+        .def_readwrite("scale_word_stride", &LowLatencyDispatchParams::scale_word_stride)
+        .def_readwrite("stats_is_int64", &LowLatencyDispatchParams::stats_is_int64)
+        .def_readwrite("is_token_layout", &LowLatencyDispatchParams::is_token_layout);
+    def_address(params, "x", &LowLatencyDispatchParams::x);
+    def_address(params, "scales", &LowLatencyDispatchParams::scales);
+    def_address(params, "topk_idx", &LowLatencyDispatchParams::topk_idx);
+    def_address(params, "topk_weights", &LowLatencyDispatchParams::topk_weights);
+    def_address(params, "handle_topk_idx", &LowLatencyDispatchParams::handle_topk_idx);
+    def_address(params, "handle_topk_weights", &LowLatencyDispatchParams::handle_topk_weights);
+    def_address(params, "out_x", &LowLatencyDispatchParams::out_x);
+    def_address(params, "out_scales", &LowLatencyDispatchParams::out_scales);
+    def_address(params, "out_topk_idx", &LowLatencyDispatchParams::out_topk_idx);
+    def_address(params, "out_topk_weights", &LowLatencyDispatchParams::out_topk_weights);
+    def_address(params, "counts", &LowLatencyDispatchParams::counts);
+    def_address(params, "num_recv", &LowLatencyDispatchParams::num_recv);
+    def_address(params, "expert_token_stats", &LowLatencyDispatchParams::expert_token_stats);
+}
+
+void bind_combine(py::module_& module) {
+    auto params = operation_params<LowLatencyCombineParams>(module, "LowLatencyCombineParams");
+    params.def_readwrite("y_stride", &LowLatencyCombineParams::y_stride)
+        .def_readwrite("bias_stride", &LowLatencyCombineParams::bias_stride)
+        .def_readwrite("apply_weights", &LowLatencyCombineParams::apply_weights)
+        .def_readwrite("is_token_layout", &LowLatencyCombineParams::is_token_layout);
+    def_address(params, "y", &LowLatencyCombineParams::y);
+    def_address(params, "topk_idx", &LowLatencyCombineParams::topk_idx);
+    def_address(params, "source_weights", &LowLatencyCombineParams::source_weights);
+    def_address(params, "carried", &LowLatencyCombineParams::carried);
+    def_address(params, "out_topk_weights", &LowLatencyCombineParams::out_topk_weights);
+    def_address(params, "bias", &LowLatencyCombineParams::bias);
+    def_address(params, "out", &LowLatencyCombineParams::out);
+}
+
+void bind_others(py::module_& module) {
+    auto refuse = operation_params<LowLatencyRefuseParams>(module, "LowLatencyRefuseParams");
+    refuse.def_readwrite("is_combine", &LowLatencyRefuseParams::is_combine)
+        .def(
+            "set_message",
+            [](LowLatencyRefuseParams& self, std::string_view text) {
+                std::memset(self.message, 0, sizeof self.message);
+                std::memcpy(self.message, text.data(),
+                            std::min(text.size(), sizeof self.message - 1));
+            },
+            py::arg("text"), "Keeps as much of it as travels.");
+    auto mask = kernel_params<LowLatencyMaskParams>(module, "LowLatencyMaskParams");
+    mask.def_readwrite("peer", &LowLatencyMaskParams::peer)
+        .def_readwrite("value", &LowLatencyMaskParams::value);
+    def_address(mask, "rank_mask", &LowLatencyMaskParams::rank_mask);
+}
+
+}  // namespace
+
+void bind_kernels_low_latency(py::module_& parent) {
+    auto module = parent.attr("kernels").cast<py::module_>();
+    bind_maps(module);
+    bind_base(module);
+    bind_dispatch(module);
+    bind_combine(module);
+    bind_others(module);
+}
+
+}  // namespace deepcomm

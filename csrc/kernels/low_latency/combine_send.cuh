@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role: for each token that came here, a block sums the rows of its experts, rounds once and stores
+// packets to the token's rank. Before that, weights given at the sources go to the expert ranks.
+// PROTOCOLS.md: low_latency_combine.
+#pragma once
+
+#include "kernels/low_latency/combine_spec.cuh"
+#include "kernels/rows/sum.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// Rank of the expert in column k of a token, -1 where there is none or it takes no part.
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t rank_of_expert(const LowLatencyCombineParams& params, const Shared& shared,
+                                       int64_t index) {
+    const int32_t expert = params.topk_idx[index];
+    if (expert < 0) return -1;
+    const int32_t rank = expert / params.base.map.num_local_experts;
+    const int32_t* connected = params.base.record + params.base.record_map.connected;
+    return shared.peers.masked[rank] || !connected[rank] ? -1 : rank;
+}
+
+/// Sends the weights of this rank's tokens to each of their ranks; all blocks share the work.
+template <typename Shared>
+DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const device::Block& block,
+                                  const LowLatencyTurn& turn, const Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const int32_t num_topk = base.num_topk;
+    const auto num_packets = static_cast<int32_t>(layout::packets_of(num_topk));
+    const int32_t stride = block.num_blocks() * block.size();
+    for (int32_t i = block.block_idx() * block.size() + block.thread_idx();
+         i < base.num_tokens * num_topk * num_packets; i += stride) {
+        const int32_t packet = i % num_packets, k = i / num_packets % num_topk;
+        const int32_t token = i / num_packets / num_topk;
+        const int64_t first = static_cast<int64_t>(token) * num_topk;
+        const int32_t dst = rank_of_expert(params, shared, first + k);
+        bool is_first = dst >= 0;
+        for (int32_t before = 0; before < k && is_first; ++before) {
+            is_first = rank_of_expert(params, shared, first + before) != dst;
+        }
+        if (!is_first) continue;
+        uint32_t words[layout::kPacketWords];
+        for (int32_t part = 0; part < layout::kPacketWords; ++part) {
+            const auto column = static_cast<int32_t>(packet * layout::kPacketWords) + part;
+            words[part] = column < num_topk
+                              ? device::float_bits(params.source_weights[first + column])
+                              : 0;
+        }
+        const int64_t offset = base.map.weights_offset(turn.slot, base.comm.rank, token);
+        device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + packet,
+                               {{words[0], words[1], words[2], turn.tag}});
+    }
+}
+
+/// One token of one source, to be summed here.
+struct Summed {
+    int32_t source;
+    int32_t token;
+};
+
+/// The rows of a token's experts as one lane sees them: that of its entry.
+struct ExpertRow {
+    const unsigned char* row;  ///< or null
+    float weight;
+    int32_t column;
+};
+
+/// Lane i finds entry i of a token, and the weight recorded for it.
+DEEPCOMM_DEVICE ExpertRow find_row(const LowLatencyCombineParams& params, const device::Warp& warp,
+                                   const Summed& summed) {
+    const LowLatencyParams& base = params.base;
+    const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
+    if (lane >= num_topk) return {nullptr, 1.0f, 0};
+    const int64_t index =
+        (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk + lane;
+    const int32_t entry = base.record[base.record_map.entries + index];
+    if (entry < 0) return {nullptr, 1.0f, 0};
+    const int32_t slot = entry & ((1 << layout::kEntrySlotBits) - 1);
+    ExpertRow mine = {params.y + slot * params.y_stride, 1.0f, entry >> layout::kEntrySlotBits};
+    if (params.apply_weights && params.source_weights == nullptr) {
+        mine.weight = device::float_from_bits(
+            static_cast<uint32_t>(base.record[base.record_map.weights + index]));
+    }
+    return mine;
+}
+
+/// Waits for the weight that the token's rank has sent for a lane's entry.
+DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
+                                     const LowLatencyTurn& turn, const Summed& summed,
+                                     ExpertRow* mine) {
+    if (params.source_weights == nullptr || mine->row == nullptr) return Arrival::kHere;
+    const LowLatencyParams& base = params.base;
+    const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReduce,
+                                   summed.source, summed.token};
+    const auto words = static_cast<int32_t>(layout::kPacketWords);
+    const int64_t offset = base.map.weights_offset(turn.slot, summed.source, summed.token);
+    const Vec128* address = packets_at(base.local, offset) + mine->column / words;
+    Vec128 packet{};
+    const Arrival arrival = wait_packet(base, site, address, turn.tag, &packet);
+    mine->weight = device::float_from_bits(payload_word(packet, mine->column % words));
+    return arrival;
+}
+
+/// Sums vectors first, first + threads, ... of a token's rows in FP32, by ascending expert. The next
+/// row's vectors are loaded while those of the one before are added.
+template <typename Spec>
+struct PartialSum {
+    static constexpr int kAll = (Spec::kRowVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int kCount = kAll < 4 ? kAll : 4;
+
+    Floats8 sums[kCount];
+
+    static DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first,
+                                     Vec128 (&vectors)[kCount]) {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * Spec::kNumThreads;
+            if (index < Spec::kRowVectors) {
+                vectors[i] = device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + index);
+            }
+        }
+    }
+
+    DEEPCOMM_DEVICE void run(const ExpertRow& mine, int32_t count, bool has_weights,
+                             int32_t first) {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) sums[i] = Floats8{};
+        Vec128 next[kCount] = {};
+        const auto bits = reinterpret_cast<uint64_t>(mine.row);
+        load(reinterpret_cast<const unsigned char*>(device::warp_shuffle(bits, 0)), first, next);
+        for (int32_t j = 0; j < count; ++j) {
+            Vec128 current[kCount];
+#pragma unroll
+            for (int32_t i = 0; i < kCount; ++i) current[i] = next[i];
+            const float weight = device::warp_shuffle(mine.weight, j);
+            if (j + 1 < count) {
+                const uint64_t row = device::warp_shuffle(bits, j + 1);
+                load(reinterpret_cast<const unsigned char*>(row), first, next);
+            }
+#pragma unroll
+            for (int32_t i = 0; i < kCount; ++i) {
+                Floats8 terms = floats_of(current[i]);
+                if (has_weights) scale_by(&terms, weight);
+                add_to(&sums[i], terms);
+            }
+        }
+    }
+
+    template <typename Shared>
+    DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * Spec::kNumThreads;
+            if (index < Spec::kRowVectors) {
+                reinterpret_cast<Vec128*>(shared.row)[index] = bf16_of(sums[i]);
+            }
+        }
+    }
+};
+
+/// The value to bring back for one column of a token; entries: those of the token here.
+DEEPCOMM_DEVICE float carried_value(const LowLatencyCombineParams& params, const int32_t* entries,
+                                    int32_t column) {
+    const int32_t num_topk = params.base.num_topk;
+    if (column >= num_topk) return 0;
+    if (params.is_token_layout) {
+        return params.carried[static_cast<int64_t>(entries[0]) * num_topk + column];
+    }
+    for (int32_t i = 0; i < num_topk && entries[i] >= 0; ++i) {
+        if (entries[i] >> layout::kEntrySlotBits != column) continue;
+        return params.carried[entries[i] & ((1 << layout::kEntrySlotBits) - 1)];
+    }
+    return 0;
+}
+
+/// Brings back the values of a token's columns, in the head of its row: three a thread.
+DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, int32_t thread_idx,
+                                  int64_t first, uint32_t tag, Vec128* head) {
+    const auto column = thread_idx * static_cast<int32_t>(layout::kPacketWords);
+    if (column >= params.base.num_topk) return;
+    const int32_t* entries = params.base.record + params.base.record_map.entries + first;
+    device::st_relaxed_sys(head + thread_idx,
+                           {{device::float_bits(carried_value(params, entries, column)),
+                             device::float_bits(carried_value(params, entries, column + 1)),
+                             device::float_bits(carried_value(params, entries, column + 2)), tag}});
+}
+
+/// Sums one token's rows, stages the sum and stores its packets. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const device::Block& block,
+                                  const LowLatencyTurn& turn, const Summed& summed, ExpertRow mine,
+                                  Shared& shared) {
+    using Spec = typename Shared::Spec;
+    using Sum = PartialSum<Spec>;
+    const LowLatencyParams& base = params.base;
+    const Arrival arrival = await_weight(params, turn, summed, &mine);
+    const int32_t count = device::popcount(device::warp_ballot(mine.row != nullptr));
+    if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // ORDER: the row is free again
+    const bool is_here = !base.mask_late || block.sync_and(arrival == Arrival::kHere);
+    if (!is_here && block.is_leader()) mask_late_peer(base, summed.source);
+    if (!is_here || count == 0) return true;
+    for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
+        const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
+        Sum sum;
+        sum.run(mine, count, params.apply_weights != 0, first);
+        sum.stage(first, shared);
+    }
+    block.sync();  // ORDER: the staged row before its packets
+    const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, summed.token);
+    Vec128* head = packets_at(shared.peers.bases[summed.source], offset);
+    for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
+        const uint32_t* words = shared.row + i * layout::kPacketWords;
+        device::st_relaxed_sys(head + base.map.num_topk + i,
+                               {{words[0], words[1], words[2], turn.tag}});
+    }
+    if (params.carried != nullptr) {
+        const int64_t index = static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
+        send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
+    }
+    return true;
+}
+
+/// Zeros behind the row, which go with its last packet.
+template <typename Shared>
+DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    const int32_t word = Spec::kRowWords + block.thread_idx();
+    if (word < Spec::kStagedWords) shared.row[word] = 0;
+}
+
+/// The tokens that a block sums, one after the other: those of the peers first, which have the
+/// longer way.
+struct SummedWalk {
+    const LowLatencyParams& params;
+    int32_t most;  ///< tokens of any source
+    int32_t next;
+
+    DEEPCOMM_DEVICE explicit SummedWalk(const LowLatencyParams& of, const device::Block& block)
+        : params(of), most(0), next(block.block_idx()) {
+        for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+            const int32_t num = num_tokens(source);
+            most = num > most ? num : most;
+        }
+    }
+
+    DEEPCOMM_DEVICE int32_t num_tokens(int32_t source) const {
+        return params.record[params.record_map.num_tokens + source];
+    }
+
+    /// False: none is left.
+    DEEPCOMM_DEVICE bool advance(const device::Block& block, Summed* summed) {
+        while (next < most * params.map.num_ranks) {
+            *summed = {(params.comm.rank + 1 + next / most) % params.map.num_ranks, next % most};
+            next += block.num_blocks();
+            if (summed->token < num_tokens(summed->source)) return true;
+        }
+        return false;
+    }
+};
+
+/// Weights given at the sources go first; who ends the operation is then known. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
+                                      const device::Block& block, const LowLatencyTurn& turn,
+                                      Shared& shared, bool* has_ended) {
+    *has_ended = false;
+    if (params.source_weights == nullptr) return true;
+    send_weights(params, block, turn, shared);
+    if (!receive_combine_headers(params.base, block, turn, 0, shared)) return false;
+    *has_ended = find_culprit(params.base, shared.refusals) != layout::kNoPeer;
+    return true;
+}
+
+/// False: leave. The first token is looked up while the credits are.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
+                                  const LowLatencyTurn& turn, Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const device::Warp warp;
+    SummedWalk walk(base, block);
+    Summed summed = {0, 0};
+    bool has_token = walk.advance(block, &summed);
+    ExpertRow mine = has_token ? find_row(params, warp, summed) : ExpertRow{};
+    const bool has_peers =
+        open_peers(base, Operation::kLowLatencyCombine, turn, block, &shared.peers);
+    clear_tail(block, shared);
+    if (!block.sync_and(has_peers)) return false;  // ORDER: the credits before all that is sent
+    if (block.block_idx() == block.num_blocks() - 1) {
+        send_combine_headers(base, block, turn, shared);
+    }
+    bool has_ended;
+    if (!exchange_weights(params, block, turn, shared, &has_ended)) return false;
+    while (has_token && !has_ended) {
+        const Summed current = summed;
+        const ExpertRow row = mine;
+        has_token = walk.advance(block, &summed);
+        if (has_token) mine = find_row(params, warp, summed);
+        if (shared.peers.masked[current.source]) continue;
+        if (!send_partial(params, block, turn, current, row, shared)) return false;
+    }
+    return true;
+}
+
+}  // namespace deepcomm::kernels::low_latency

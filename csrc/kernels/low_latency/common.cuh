@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both low-latency operations share: whose turn it is, the peers and their credits, packets,
+// and how a phase ends. PROTOCOLS.md: low latency.
+#pragma once
+
+#include "device/device.cuh"
+#include "kernels/low_latency/params.hpp"
+
+namespace deepcomm::kernels {
+
+// Blocks that shall be resident on an SM: leaves each thread of 256 some 80 or 128 registers.
+constexpr int kLowLatencyDispatchBlocks = 3;
+constexpr int kLowLatencyCombineBlocks = 2;
+
+}  // namespace deepcomm::kernels
+
+namespace deepcomm::kernels::low_latency {
+
+using device::Vec128;
+using layout::LowLatencyTurn;
+using layout::Operation;
+
+/// Of each peer, in shared memory.
+struct Peers {
+    unsigned char* bases[layout::kMaxLowLatencyRanks];
+    uint32_t masked[layout::kMaxLowLatencyRanks];
+};
+
+/// How a wait for a peer ended; after kFailed the block leaves and signals nobody.
+enum class Arrival { kHere, kAbsent, kFailed };
+
+DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params) {
+    return {params.comm.record, params.comm.timeout_ns, params.comm.rank};
+}
+
+/// Skips a peer from now on, because it is late.
+DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, int32_t peer) {
+    device::st_relaxed_gpu(&params.rank_mask[peer], 1u);
+    device::st_relaxed_sys(&params.late_ranks[peer], 1u);
+}
+
+/// The bounded wait of these kernels: a late peer fails the operation, or is absent.
+template <typename Poll>
+DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::WaitSite& site,
+                                 uint64_t expected, const void* address, Poll&& poll) {
+    device::WaitContext context = wait_context(params);
+    if (params.mask_late) context.record = nullptr;  // no failure
+    if (device::wait_until(context, site, expected, address, poll)) return Arrival::kHere;
+    return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
+}
+
+// ---- turns
+
+/// The turn of the operation that a launch begins.
+DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params) {
+    return layout::next_turn(params.state->last, params.map.num_slots);
+}
+
+/// Finds the peers and whether they are masked; the group's threads share the work. The block meets
+/// before others use them.
+template <typename Group>
+DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& group, Peers* peers) {
+    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
+        peers->bases[peer] = params.comm.bases[peer];
+        // Another block may mask a late peer at this moment.
+        peers->masked[peer] = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+    }
+}
+
+/// What a peer has read so far in the turn's slot.
+DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                          int32_t peer) {
+    return reinterpret_cast<const uint64_t*>(params.local +
+                                             params.map.credit_offset(turn.slot, peer));
+}
+
+DEEPCOMM_DEVICE device::Observed poll_credit(const LowLatencyParams& params,
+                                             const LowLatencyTurn& turn, const uint64_t* credit) {
+    // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
+    const uint64_t received = device::ld_acquire_sys(credit);
+    return {received, received + static_cast<uint64_t>(params.map.num_slots) >= turn.number};
+}
+
+/// find_peers, and waits until those that are not masked have read what this rank sent in the
+/// slot's last turn. Everything is loaded before the first of it is needed. False: leave.
+template <typename Group>
+DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
+                                const LowLatencyTurn& turn, const Group& group, Peers* peers) {
+    bool goes_on = true;
+    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
+        unsigned char* base = params.comm.bases[peer];
+        uint32_t masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+        const uint64_t* credit = credit_of(params, turn, peer);
+        const bool is_free = poll_credit(params, turn, credit).is_ready;
+        if (!is_free && !masked) {
+            const device::WaitSite site = {operation, device::Role::kSend, peer, turn.slot};
+            const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
+            const Arrival arrival = wait_for(params, site, expected, credit, [&] {
+                return poll_credit(params, turn, credit);
+            });
+            goes_on = goes_on && arrival != Arrival::kFailed;
+            if (arrival == Arrival::kAbsent) {
+                mask_late_peer(params, peer);
+                masked = 1;
+            }
+        }
+        peers->bases[peer] = base;
+        peers->masked[peer] = masked;
+    }
+    return goes_on;
+}
+
+// ---- packets
+
+DEEPCOMM_DEVICE Vec128* packets_at(unsigned char* base, int64_t offset) {
+    return reinterpret_cast<Vec128*>(base + offset);
+}
+
+/// Word part of a packet, without an array in memory.
+DEEPCOMM_DEVICE uint32_t payload_word(const Vec128& packet, int32_t part) {
+    return part == 0 ? packet.words[0] : part == 1 ? packet.words[1] : packet.words[2];
+}
+
+/// Polls one packet until it carries the tag.
+DEEPCOMM_DEVICE Arrival wait_packet(const LowLatencyParams& params, const device::WaitSite& site,
+                                    const Vec128* address, uint32_t tag, Vec128* packet) {
+    return wait_for(params, site, tag, address, [&]() -> device::Observed {
+        *packet = device::ld_relaxed_sys(address);
+        return {packet->words[3], packet->words[3] == tag};
+    });
+}
+
+/// The same for a packet without which the operation fails in any case. False: leave.
+DEEPCOMM_DEVICE bool must_arrive(const LowLatencyParams& params, const device::WaitSite& site,
+                                 const Vec128* address, uint32_t tag, Vec128* packet) {
+    return device::wait_until(wait_context(params), site, tag, address, [&]() -> device::Observed {
+        *packet = device::ld_relaxed_sys(address);
+        return {packet->words[3], packet->words[3] == tag};
+    });
+}
+
+/// A row of packets that threads take in turns, stride apart.
+struct PacketRange {
+    const Vec128* packets;
+    int32_t stride;
+    int32_t num;
+};
+
+/// Packets first, first + stride, ... of a range: all loads fly before the first is tested.
+template <int kCount>
+struct PacketBatch {
+    Vec128 packets[kCount];
+
+    DEEPCOMM_DEVICE void load(const PacketRange& range, int32_t first) {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * range.stride;
+            if (index < range.num) packets[i] = device::ld_relaxed_sys(range.packets + index);
+        }
+    }
+
+    /// Polls those that had not arrived.
+    DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
+                                 const PacketRange& range, int32_t first, uint32_t tag) {
+        Arrival arrival = Arrival::kHere;
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * range.stride;
+            if (index >= range.num || packets[i].words[3] == tag) continue;
+            if (arrival != Arrival::kHere) continue;
+            arrival = wait_packet(params, site, range.packets + index, tag, &packets[i]);
+        }
+        return arrival;
+    }
+};
+
+// ---- ends
+
+/// Tells every peer, masked ones too, that this rank has read what came in this turn.
+DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn) {
+    device::fence_acq_rel_sys();  // ORDER: all reads of the operation before the credits
+    const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
+    for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
+        auto* credit = reinterpret_cast<uint64_t*>(params.comm.bases[peer] + offset);
+        device::st_relaxed_sys(credit, turn.number);
+    }
+}
+
+/// The block's last step of a launch that sends; one block passes the turn on.
+DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::Block& block,
+                                 const LowLatencyTurn& turn) {
+    if (!block.is_leader()) return;
+    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
+    uint32_t* num_finished = &params.state->num_send_finished;
+    // ORDER: this block's reads of the state before the last block's write
+    const bool is_last = device::atom_add_acq_rel_gpu(num_finished, 1u) == last;
+    if (!is_last) return;
+    device::st_relaxed_gpu(num_finished, 0u);  // the next launch starts after this one
+    params.state->last = turn;
+    *params.turn = turn;
+}
+
+/// Called once the block has read all that it reads of the operation; what it still writes is the
+/// kernel's end's to publish. phases: whether the launch has sent as well.
+DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
+                                    const LowLatencyTurn& turn, int32_t phases) {
+    block.sync();  // ORDER: the reads of all threads before the leader's arrival
+    if (!block.is_leader()) return;
+    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
+    uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
+    // ORDER: this block's reads; the last block acquires those of all blocks
+    const bool is_last = device::atom_add_acq_rel_gpu(num_finished, 1u) == last;
+    if (!is_last) return;
+    device::st_relaxed_gpu(num_finished, 0u);  // the slot's next turn starts after this one
+    pass_on_credits(params, turn);
+    if (phases & kSendPhase) params.state->last = turn;
+}
+
+}  // namespace deepcomm::kernels::low_latency

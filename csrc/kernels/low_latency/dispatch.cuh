@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// low_latency_dispatch: send phase, receive phase, or both in one launch. PROTOCOLS.md:
+// low_latency_dispatch.
+#pragma once
+
+#include "kernels/low_latency/dispatch_receive.cuh"
+#include "kernels/low_latency/dispatch_send.cuh"
+
+namespace deepcomm::kernels {
+
+template <int kHidden, int kRows, int kPhases, int kThreads>
+__global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
+    low_latency_dispatch(const __grid_constant__ LowLatencyDispatchParams params) {
+    using Shared = LowLatencyDispatchShared<kHidden, kRows, kPhases, kThreads>;
+    const device::Block block;
+    auto& shared = device::shared_storage<Shared>();
+    constexpr bool kSends = (kPhases & kSendPhase) != 0;
+    constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
+    const layout::LowLatencyTurn turn =
+        kSends ? low_latency::take_turn(params.base) : *params.base.turn;
+    if constexpr (kSends) {
+        if (!low_latency::send_dispatch(params, block, turn, shared)) return;
+    } else {
+        low_latency::find_peers(params.base, block, &shared.peers);
+    }
+    if constexpr (kReceives) {
+        low_latency::receive_dispatch<kPhases>(params, block, turn, shared);
+    } else {
+        low_latency::finish_send(params.base, block, turn);
+    }
+}
+
+}  // namespace deepcomm::kernels

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a dispatch writes into the caller's tensors: copies of rows, counts, padding; and what it
+// says where it delivers nothing.
+#pragma once
+
+#include "kernels/low_latency/dispatch_header.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// One token of one source.
+struct Pair {
+    int32_t source;
+    int32_t token;
+    int64_t index;  ///< source * max_tokens + token
+};
+
+DEEPCOMM_DEVICE void store_id(const LowLatencyDispatchParams& params, int64_t index, int32_t id) {
+    if (params.topk_idx_is_int64) {
+        static_cast<int64_t*>(params.out_topk_idx)[index] = id;
+    } else {
+        static_cast<int32_t*>(params.out_topk_idx)[index] = id;
+    }
+}
+
+/// Puts the payload of packets that have arrived in its place in shared memory.
+template <typename Spec, int kCount, typename Shared>
+DEEPCOMM_DEVICE void stage_packets(const PacketBatch<kCount>& batch, int32_t first,
+                                   Shared& shared) {
+#pragma unroll
+    for (int32_t i = 0; i < kCount; ++i) {
+        const int32_t index = first + i * Spec::kNumThreads;
+        if (index >= Spec::kPackets) continue;
+        uint32_t* words = shared.row + index * layout::kPacketWords;
+        words[0] = batch.packets[i].words[0];
+        words[1] = batch.packets[i].words[1];
+        words[2] = batch.packets[i].words[2];
+    }
+}
+
+/// Writes the staged row to all its slots.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, const Shared& shared) {
+    using Spec = typename Shared::Spec;
+    const int32_t num_copies = shared.num_copies;
+    for (int32_t i = block.thread_idx(); i < Spec::kRowVectors; i += block.size()) {
+        const Vec128 vector = reinterpret_cast<const Vec128*>(shared.row)[i];
+        for (int32_t copy = 0; copy < num_copies; ++copy) {
+            unsigned char* row =
+                params.out_x + static_cast<int64_t>(shared.slots[copy]) * Spec::kRowBytes;
+            device::st_weak_streaming(reinterpret_cast<Vec128*>(row) + i, vector);
+        }
+    }
+    const int32_t block_rows = params.base.map.num_ranks * params.base.map.max_tokens;
+    for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += block.size()) {
+        const int32_t slot = shared.slots[i / Spec::kScaleWords], word = i % Spec::kScaleWords;
+        const int64_t at = slot / block_rows * params.scale_block_stride +
+                           slot % block_rows * params.scale_row_stride +
+                           word * params.scale_word_stride;
+        params.out_scales[at] = shared.row[Spec::kRowWords + word];
+    }
+}
+
+/// Turns the counts of each source into sums over the sources before it.
+template <typename Shared>
+DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Block& block,
+                                Shared& shared) {
+    const int32_t num_local = params.map.num_local_experts;
+    for (int32_t expert = block.thread_idx(); expert < num_local; expert += block.size()) {
+        uint32_t total = 0;
+        for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+            uint32_t& count = shared.counts[source * num_local + expert];
+            const uint32_t before = total;
+            total += count;
+            count = before;
+        }
+        shared.totals[expert] = total;
+    }
+    block.sync();  // ORDER: the sums before they are used
+}
+
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t num_token_rows(const LowLatencyParams& params, const Shared& shared) {
+    uint32_t count = 0;
+    for (int32_t word = 0; word < params.map.num_ranks * params.map.token_words; ++word) {
+        count += static_cast<uint32_t>(device::popcount(shared.token_bits[word]));
+    }
+    return static_cast<int32_t>(count);
+}
+
+/// Block 0 writes the counts and adds to the statistics.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, const Shared& shared) {
+    if (block.block_idx() != 0) return;
+    const int32_t num_local = params.base.map.num_local_experts;
+    for (int32_t expert = block.thread_idx(); expert < num_local; expert += block.size()) {
+        const auto total = static_cast<int32_t>(shared.totals[expert]);
+        params.counts[expert] = total;
+        if (params.expert_token_stats == nullptr) continue;
+        if (params.stats_is_int64) {
+            static_cast<int64_t*>(params.expert_token_stats)[expert] += total;
+        } else {
+            static_cast<int32_t*>(params.expert_token_stats)[expert] += total;
+        }
+    }
+    if (!block.is_leader()) return;
+    int32_t num_recv = 0;
+    if (params.is_token_layout) num_recv = num_token_rows(params.base, shared);
+    for (int32_t expert = 0; !params.is_token_layout && expert < num_local; ++expert) {
+        num_recv += static_cast<int32_t>(shared.totals[expert]);
+    }
+    *params.num_recv = num_recv;
+}
+
+/// Rows without a token have weight 0 and ids -1; all blocks share the work.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
+                                   const device::Block& block, const Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const int32_t block_rows = base.map.num_ranks * base.map.max_tokens;
+    const int32_t first = block.block_idx() * block.size() + block.thread_idx();
+    const int32_t stride = block.num_blocks() * block.size();
+    if (params.is_token_layout) {
+        const int64_t begin = static_cast<int64_t>(num_token_rows(base, shared)) * base.num_topk;
+        const int64_t end = static_cast<int64_t>(block_rows) * base.num_topk;
+        for (int64_t i = begin + first; i < end; i += stride) {
+            store_id(params, i, -1);
+            if (params.out_topk_weights != nullptr) params.out_topk_weights[i] = 0;
+        }
+    } else if (params.out_topk_weights != nullptr) {
+        for (int32_t i = first; i < base.map.num_local_experts * block_rows; i += stride) {
+            const auto total = static_cast<int32_t>(shared.totals[i / block_rows]);
+            if (i % block_rows >= total) params.out_topk_weights[i] = 0;
+        }
+    }
+}
+
+/// An operation that some rank has refused, or about which the ranks differ.
+template <typename Shared>
+DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
+                                      const device::Block& block, const LowLatencyTurn& turn,
+                                      int32_t culprit, const Shared& shared) {
+    if (block.block_idx() != 0) return;
+    for (int32_t i = block.thread_idx(); i < params.base.map.num_local_experts; i += block.size()) {
+        params.counts[i] = 0;
+    }
+    if (!block.is_leader()) return;
+    *params.num_recv = 0;
+    report_refusal(params.base, Operation::kLowLatencyDispatch, turn, culprit, shared.refusals);
+}
+
+}  // namespace deepcomm::kernels::low_latency

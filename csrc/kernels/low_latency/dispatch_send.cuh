@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role: a block sends tokens. It casts the row into shared memory while its last warp finds the
+// destinations and their credits and the others count where the token's copies will lie, and then
+// stores packets to every destination at once. PROTOCOLS.md: low_latency_dispatch.
+#pragma once
+
+#include "kernels/low_latency/dispatch_header.cuh"
+#include "kernels/rows/cast.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// Casts 8 channels of a lane; the lanes of a tile agree on its scale. All lanes call it.
+template <typename Shared>
+DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    constexpr bool kIsFp32 = Spec::kScaleFormat == ScaleFormat::kFp32;
+    const uint32_t amax = tile_amax(input);
+    if (vector >= Spec::kInputVectors) return;
+    const device::TileScale scale =
+        kIsFp32 ? device::fp32_tile_scale(amax) : device::ue8m0_tile_scale(amax);
+    reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(input, scale.inverse);
+    if (vector % kLanesPerTile != 0) return;
+    uint32_t* scales = shared.row + Spec::kRowWords;
+    const int32_t tile = vector / kLanesPerTile;
+    if constexpr (kIsFp32) {
+        scales[tile] = scale.stored;
+    } else {
+        reinterpret_cast<uint8_t*>(scales)[tile] = static_cast<uint8_t>(scale.stored);
+    }
+}
+
+/// The vectors of a row that a thread stages: loaded early, used late.
+template <typename Shared>
+struct RowInput {
+    using Spec = typename Shared::Spec;
+    static constexpr int kAll =
+        (Spec::kInputVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int kCount = kAll < 4 ? kAll : 4;  ///< in flight at once
+
+    Vec128 vectors[kCount];
+
+    DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t vector = first + i * Spec::kNumThreads;
+            vectors[i] = vector < Spec::kInputVectors
+                             ? device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + vector)
+                             : Vec128{};
+        }
+    }
+
+    DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
+#pragma unroll
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t vector = first + i * Spec::kNumThreads;
+            if constexpr (Spec::kCasts) {
+                cast_vector(vectors[i], vector, shared);
+            } else if (vector < Spec::kInputVectors) {
+                reinterpret_cast<Vec128*>(shared.row)[vector] = vectors[i];
+            }
+        }
+    }
+};
+
+/// Zeros behind the row, and scales that come with it.
+template <typename Shared>
+DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const device::Block& block,
+                                int32_t token, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    constexpr int32_t kGiven = Spec::kCasts ? 0 : Spec::kScaleWords;
+    const uint32_t* scales = params.scales + token * params.scale_stride;
+    const int32_t first_zero = Spec::kRowWords + Spec::kScaleWords;
+    for (int32_t word = Spec::kRowWords + block.thread_idx(); word < Spec::kStagedWords;
+         word += block.size()) {
+        if (word < Spec::kRowWords + kGiven) shared.row[word] = scales[word - Spec::kRowWords];
+        if (word >= first_zero) shared.row[word] = 0;
+    }
+    // The absent tiles of the last word of exponents.
+    if (Spec::kCasts && Spec::kScaleFormat == ScaleFormat::kUe8m0 && block.is_leader()) {
+        auto* bytes = reinterpret_cast<uint8_t*>(shared.row + Spec::kRowWords);
+        for (int32_t tile = Spec::kTiles; tile < 4 * Spec::kScaleWords; ++tile) bytes[tile] = 0;
+    }
+}
+
+/// What a lane of the last warp knows of its column of a token.
+struct Column {
+    int32_t expert;  ///< or -1
+    float weight;
+};
+
+/// The last warp: reads the token's columns, and writes the handle's copies.
+DEEPCOMM_DEVICE Column read_column(const LowLatencyDispatchParams& params, int32_t k,
+                                   int32_t token) {
+    if (k >= params.base.num_topk) return {-1, 0};
+    const int64_t index = static_cast<int64_t>(token) * params.base.num_topk + k;
+    const Column column = {expert_at(params, index),
+                           params.topk_weights != nullptr ? params.topk_weights[index] : 0.0f};
+    params.handle_topk_idx[index] = column.expert;
+    if (params.topk_weights != nullptr) params.handle_topk_weights[index] = column.weight;
+    return column;
+}
+
+/// The last warp: destinations of the token, in the order of their first columns.
+template <typename Shared>
+DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
+                                       const device::Warp& warp, const Column& column,
+                                       Shared& shared) {
+    const int32_t k = warp.thread_idx();
+    const int32_t num_local = params.base.map.num_local_experts;
+    const int32_t dst = column.expert < 0 ? -1 : column.expert / num_local;
+    const bool is_sent = dst >= 0 && !shared.peers.masked[dst];
+    const uint32_t alike = device::warp_match(is_sent ? static_cast<uint32_t>(dst) : kNoExpert);
+    const int32_t first = device::lowest_bit(alike);
+    const uint32_t firsts = device::warp_ballot(is_sent && first == k);
+    const int32_t dst_idx = device::popcount(firsts & ((1u << first) - 1u));
+    if (is_sent && first == k) shared.destinations[dst_idx] = dst;
+    if (k < params.base.num_topk) {
+        shared.entries[k] = {is_sent ? dst_idx : -1,
+                             is_sent ? column.expert - dst * num_local : 0, column.weight};
+    }
+    if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
+}
+
+/// The other warps: how many tokens of this rank before this one have each of its experts.
+DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
+                                     const device::Block& block, int32_t token,
+                                     uint32_t* positions) {
+    const int64_t num_ids = static_cast<int64_t>(token) * params.base.num_topk;
+    const int32_t num_threads = block.size() - device::kWarpSize;
+    for (int32_t k = 0; k < params.base.num_topk; ++k) {
+        const int32_t expert = expert_at(params, num_ids + k);
+        if (expert < 0) continue;
+        uint32_t count = 0;
+        for (int64_t i = block.thread_idx(); i < num_ids; i += num_threads) {
+            count += id_at(params, i) == expert ? 1 : 0;
+        }
+        if (count > 0) device::red_add_relaxed_block(&positions[k], count);
+    }
+}
+
+/// Stores the staged row and what its destinations need to place it.
+template <typename Shared>
+DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
+                                   const device::Block& block, const LowLatencyTurn& turn,
+                                   int32_t token, const uint32_t* positions,
+                                   const Shared& shared) {
+    using Spec = typename Shared::Spec;
+    const int32_t num_topk = params.base.num_topk;
+    const int64_t offset =
+        params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
+    const int32_t num_destinations = shared.num_destinations;
+    for (int32_t i = block.thread_idx(); i < num_destinations * num_topk; i += block.size()) {
+        const int32_t dst_idx = i / num_topk, k = i % num_topk;
+        const LowLatencyEntry& entry = shared.entries[k];
+        const bool is_there = entry.dst_idx == dst_idx;
+        const uint32_t expert = is_there ? static_cast<uint32_t>(entry.local_expert) : kNoExpert;
+        unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
+        device::st_relaxed_sys(
+            packets_at(base, offset) + k,
+            {{expert, positions[k], device::float_bits(entry.weight), turn.tag}});
+    }
+    for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
+        const uint32_t* words = shared.row + i * layout::kPacketWords;
+        const Vec128 packet = {{words[0], words[1], words[2], turn.tag}};
+        for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
+            unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
+            device::st_relaxed_sys(packets_at(base, offset) + params.base.map.num_topk + i, packet);
+        }
+    }
+}
+
+/// One token. goes_on: what the block's threads know of the credits so far. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
+                                const LowLatencyTurn& turn, int32_t token, Shared& shared,
+                                bool is_first) {
+    using Input = RowInput<Shared>;
+    const device::Warp warp;
+    const unsigned char* row = params.x + token * params.x_stride;
+    Input input;
+    input.load(row, block.thread_idx());
+    uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
+    if (block.thread_idx() < params.base.num_topk) positions[block.thread_idx()] = 0;
+    block.sync();  // ORDER: the token before has left shared memory; the zeros before the counts
+    bool goes_on = true;
+    if (block.thread_idx() >= block.size() - device::kWarpSize) {
+        const Column column = read_column(params, warp.thread_idx(), token);
+        if (is_first) {
+            goes_on = open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp,
+                                 &shared.peers);
+            warp.sync();  // ORDER: the peers before their use by other lanes
+        }
+        find_destinations(params, warp, column, shared);
+    } else {
+        count_positions(params, block, token, positions);
+    }
+    input.stage(block.thread_idx(), shared);
+    for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
+        input.load(row, block.thread_idx() + first * block.size());
+        input.stage(block.thread_idx() + first * block.size(), shared);
+    }
+    stage_tail(params, block, token, shared);
+    if (!block.sync_and(goes_on)) return false;  // ORDER: the credits and the staged row, to all
+    store_packets(params, block, turn, token, positions, shared);
+    return true;
+}
+
+/// What the combine must know of the send phase.
+template <typename Shared>
+DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::Block& block,
+                                 const LowLatencyTurn& turn, const Shared& shared) {
+    int32_t* connected = params.record + params.record_map.connected;
+    for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
+        connected[peer] = shared.peers.masked[peer] ? 0 : 1;
+    }
+    if (block.is_leader()) params.record[params.record_map.tag] = static_cast<int32_t>(turn.tag);
+}
+
+/// The last block also sends the headers, before its tokens. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
+                                   const device::Block& block, const LowLatencyTurn& turn,
+                                   Shared& shared) {
+    const bool sends_headers = block.block_idx() == block.num_blocks() - 1;
+    const int32_t num_tokens = params.base.num_tokens;
+    if (sends_headers) {
+        const bool goes_on =
+            open_peers(params.base, Operation::kLowLatencyDispatch, turn, block, &shared.peers);
+        if (!block.sync_and(goes_on)) return false;  // ORDER: the credits before the headers
+        send_headers(params, block, turn, shared);
+        record_send(params.base, block, turn, shared);
+    } else if (block.block_idx() >= num_tokens) {
+        find_peers(params.base, block, &shared.peers);  // to receive from
+    }
+    bool is_first = !sends_headers;
+    for (int32_t token = block.block_idx(); token < num_tokens; token += block.num_blocks()) {
+        if (!send_token(params, block, turn, token, shared, is_first)) return false;
+        is_first = false;
+    }
+    return true;
+}
+
+}  // namespace deepcomm::kernels::low_latency

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a dispatch kernel is compiled for, what it keeps in shared memory, and the words of its
+// headers.
+#pragma once
+
+#include "kernels/low_latency/refusal.cuh"
+
+namespace deepcomm::kernels {
+
+/// What a kernel is compiled for. Its receive phase sees only what travels.
+template <int kHidden, int kRows, int kThreads>
+struct LowLatencyDispatchSpec {
+    static constexpr auto kKind = static_cast<LowLatencyRows>(kRows);
+    static constexpr bool kCasts =
+        kKind == LowLatencyRows::kCastFp32 || kKind == LowLatencyRows::kCastUe8m0;
+    static constexpr ScaleFormat kScaleFormat =
+        kKind == LowLatencyRows::kBf16 ? ScaleFormat::kNone
+        : kKind == LowLatencyRows::kFp8Fp32 || kKind == LowLatencyRows::kCastFp32
+            ? ScaleFormat::kFp32
+            : ScaleFormat::kUe8m0;
+    static constexpr int kNumThreads = kThreads;
+    static constexpr int kTiles = static_cast<int>(ceil_div(kHidden, kScaleTile));
+    static constexpr int kRowBytes = kScaleFormat == ScaleFormat::kNone ? 2 * kHidden : kHidden;
+    static constexpr int kRowWords = kRowBytes / 4;
+    static constexpr int kScaleWords = kScaleFormat == ScaleFormat::kNone   ? 0
+                                       : kScaleFormat == ScaleFormat::kFp32 ? kTiles
+                                                                            : (kTiles + 3) / 4;
+    static constexpr int kPackets = static_cast<int>(layout::packets_of(kRowWords + kScaleWords));
+    static constexpr int kStagedWords =
+        static_cast<int>(round_up(kPackets * layout::kPacketWords, 4));
+    static constexpr int kInputVectors = (kCasts ? 2 * kHidden : kRowBytes) / 16;
+    static constexpr int kRowVectors = kRowBytes / 16;
+
+    static_assert(kHidden <= layout::kMaxLowLatencyHidden, "a row is staged in shared memory");
+    static_assert(kRowBytes % 16 == 0, "rows move in 16-byte vectors");
+    static_assert(kThreads % 32 == 0 && kThreads >= 64, "the last warp has a role of its own");
+};
+
+/// One expert of the token that the block sends or delivers.
+struct LowLatencyEntry {
+    int32_t dst_idx;  ///< index into destinations, or -1
+    int32_t local_expert;
+    float weight;
+};
+
+template <int kHidden, int kRows, int kPhases, int kThreads>
+struct LowLatencyDispatchShared {
+    using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
+
+    alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales
+    low_latency::Peers peers;
+    /// Sent: tokens of each expert. Received, [R][L]: those of sources before this one.
+    uint32_t counts[layout::kMaxLowLatencyExperts];
+    uint32_t totals[layout::kMaxLowLatencyExperts];  ///< [L]
+    uint32_t token_bits[layout::kMaxLowLatencyTokenWords];  ///< [R][ceil(T / 32)]
+    int32_t num_tokens[layout::kMaxLowLatencyRanks];
+    int32_t destinations[kMaxTopk];
+    LowLatencyEntry entries[kMaxTopk];
+    /// Of the token among those of its source for each expert; in turns, so that one is zeroed while
+    /// the other may still be read.
+    uint32_t positions[2][kMaxTopk];
+    int32_t num_destinations;
+    int32_t num_copies;
+    int32_t slots[kMaxTopk];  ///< of the row's copies
+    uint32_t refusal;  ///< flags of the header that is sent
+    low_latency::Refusals refusals;
+};
+
+namespace low_latency {
+
+constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
+
+DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
+    return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
+                                    : static_cast<const int32_t*>(params.topk_idx)[index];
+}
+
+/// The id of an expert, -1 for none as for what is no expert: the header tells of those.
+DEEPCOMM_DEVICE int32_t expert_at(const LowLatencyDispatchParams& params, int64_t index) {
+    const int64_t id = id_at(params, index);
+    return id >= 0 && id < params.num_experts ? static_cast<int32_t>(id) : -1;
+}
+
+}  // namespace low_latency
+
+}  // namespace deepcomm::kernels

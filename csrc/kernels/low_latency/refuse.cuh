@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// low_latency_refuse: takes the turn of an operation that this rank's host has found to be wrong.
+// Every peer learns why; what they send is dropped. PROTOCOLS.md: low_latency_refuse.
+#pragma once
+
+#include "kernels/low_latency/refusal.cuh"
+
+namespace deepcomm::kernels {
+
+struct LowLatencyRefuseShared {
+    low_latency::Peers peers;
+};
+
+namespace low_latency {
+
+/// Packet of the header of a refusal: the first says so, the others bring the text.
+DEEPCOMM_DEVICE Vec128 refusal_packet(const LowLatencyRefuseParams& params, int32_t packet,
+                                      uint32_t tag) {
+    if (packet == 0) {
+        return {{params.base.signature, refusal_flag(layout::RefusalKind::kByHost), 0, tag}};
+    }
+    const auto first = (packet - 1) * static_cast<int32_t>(layout::kPacketWords);
+    if (first >= layout::kMessageWords) return {{0, 0, 0, tag}};
+    return {{params.message[first], params.message[first + 1], params.message[first + 2], tag}};
+}
+
+}  // namespace low_latency
+
+extern "C" __global__ void __launch_bounds__(256)
+    low_latency_refuse(const __grid_constant__ LowLatencyRefuseParams params) {
+    using namespace low_latency;
+    const LowLatencyParams& base = params.base;
+    // A combine of a dispatch that was refused itself takes no turn on any rank.
+    if (base.record != nullptr && base.record[base.record_map.is_void]) return;
+    const device::Block block;
+    auto& shared = device::shared_storage<LowLatencyRefuseShared>();
+    const LowLatencyTurn turn = take_turn(base);
+    const Operation operation =
+        params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
+    const bool has_peers = open_peers(base, operation, turn, block, &shared.peers);
+    if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
+    const int64_t offset = base.map.header_offset(turn.slot, base.comm.rank);
+    for (int32_t i = block.thread_idx(); i < base.map.num_ranks * base.map.header_packets;
+         i += block.size()) {
+        const int32_t peer = i / base.map.header_packets, packet = i % base.map.header_packets;
+        if (shared.peers.masked[peer]) continue;
+        device::st_relaxed_sys(packets_at(shared.peers.bases[peer], offset) + packet,
+                               refusal_packet(params, packet, turn.tag));
+    }
+    finish_receive(base, block, turn, kBothPhases);
+}
+
+}  // namespace deepcomm::kernels

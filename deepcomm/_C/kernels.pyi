@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+# Generated from the built extension by `python .ci/stub.py`; do not edit.
+import typing
+
+LOW_LATENCY_STATE_BYTES: int
+LOW_LATENCY_STATUS_BYTES: int
+MAX_LOW_LATENCY_EXPERTS: int
+MAX_LOW_LATENCY_HIDDEN: int
+MAX_LOW_LATENCY_RANKS: int
+MAX_LOW_LATENCY_TOKEN_WORDS: int
+
+class CombineParams:
+    meet: MeetParams
+    num_tokens: int
+    num_topk: int
+    table: RoutingTable
+    topk_weights: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def outputs(self) -> ExpertOutputs: ...
+    @property
+    def target(self) -> CombineTarget: ...
+
+class CombineTarget:
+    bias: int
+    bias_stride: int
+    out: int
+    topk_weights: int
+    def __init__(self, *args, **kwargs) -> None: ...
+
+class CommParams:
+    bases: int
+    num_ranks: int
+    rank: int
+    record: int
+    timeout_ns: int
+    def __init__(self, *args, **kwargs) -> None: ...
+
+class CountParams:
+    counts: int
+    ids_are_64: int
+    meet: MeetParams
+    num_recv: int
+    num_tokens: int
+    num_topk: int
+    offsets: int
+    overflow: int
+    partials: int
+    recv_layout: int
+    report: int
+    report_tag: int
+    table: RoutingTable
+    topk_idx: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class ExchangeLayout:
+    def __init__(self, *args, **kwargs) -> None: ...
+    def generation(self, index: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @staticmethod
+    def make(shape: ExchangeShape) -> ExchangeLayout: ...
+    @property
+    def landing(self) -> LandingOffsets: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+class ExchangeShape:
+    hidden: int
+    max_tokens: int
+    num_experts: int
+    num_generations: int
+    num_ranks: int
+    num_topk: int
+    def __init__(self) -> None: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def num_counters(self) -> int: ...
+
+class ExpertOutputs:
+    carried: int
+    row_slots: int
+    row_stride: int
+    row_weights: int
+    rows: int
+    def __init__(self, *args, **kwargs) -> None: ...
+
+class ExpertTarget:
+    row_slots: int
+    row_weights: int
+    rows: int
+    scales: int
+    topk_weights: int
+    def __init__(self, *args, **kwargs) -> None: ...
+
+class Header:
+    def __init__(self, signature: typing.SupportsInt | typing.SupportsIndex, capacity: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, landing: typing.SupportsInt | typing.SupportsIndex, alignment: typing.SupportsInt | typing.SupportsIndex, refusal: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+
+class LandingOffsets:
+    def __init__(self, *args, **kwargs) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def scales(self) -> int: ...
+    @property
+    def topk_idx(self) -> int: ...
+    @property
+    def topk_weights(self) -> int: ...
+
+class LowLatencyCombineParams:
+    apply_weights: int
+    bias: int
+    bias_stride: int
+    carried: int
+    is_token_layout: int
+    out: int
+    out_topk_weights: int
+    source_weights: int
+    topk_idx: int
+    y: int
+    y_stride: int
+    def __init__(self) -> None: ...
+    def copy(self) -> LowLatencyCombineParams: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def base(self) -> LowLatencyParams: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class LowLatencyDispatchParams:
+    counts: int
+    expert_token_stats: int
+    handle_topk_idx: int
+    handle_topk_weights: int
+    is_token_layout: int
+    num_experts: int
+    num_recv: int
+    out_scales: int
+    out_topk_idx: int
+    out_topk_weights: int
+    out_x: int
+    scale_block_stride: int
+    scale_row_stride: int
+    scale_stride: int
+    scale_word_stride: int
+    scales: int
+    stats_is_int64: int
+    topk_idx: int
+    topk_idx_is_int64: int
+    topk_weights: int
+    x: int
+    x_stride: int
+    def __init__(self) -> None: ...
+    def copy(self) -> LowLatencyDispatchParams: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def base(self) -> LowLatencyParams: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class LowLatencyLayout:
+    def __init__(self, *args, **kwargs) -> None: ...
+    def header_offset(self, slot: typing.SupportsInt | typing.SupportsIndex, peer: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @staticmethod
+    def make(shape: LowLatencyShape) -> LowLatencyLayout: ...
+    def row_offset(self, slot: typing.SupportsInt | typing.SupportsIndex, peer: typing.SupportsInt | typing.SupportsIndex, token: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def header_packets(self) -> int: ...
+    @property
+    def row_stride(self) -> int: ...
+    @property
+    def slot_stride(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+class LowLatencyMaskParams:
+    peer: int
+    rank_mask: int
+    value: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class LowLatencyParams:
+    decisions: int
+    late_ranks: int
+    local: int
+    map: LowLatencyLayout
+    mask_late: int
+    num_tokens: int
+    num_topk: int
+    rank_mask: int
+    record: int
+    record_map: LowLatencyRecordLayout
+    signature: int
+    state: int
+    status: int
+    turn: int
+    wait_us: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    @property
+    def comm(self) -> CommParams: ...
+
+class LowLatencyRecordLayout:
+    def __init__(self, *args, **kwargs) -> None: ...
+    @staticmethod
+    def make(num_ranks: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, num_topk: typing.SupportsInt | typing.SupportsIndex) -> LowLatencyRecordLayout: ...
+    @property
+    def entries(self) -> int: ...
+    @property
+    def num_words(self) -> int: ...
+    @property
+    def turn(self) -> int: ...
+
+class LowLatencyRefuseParams:
+    is_combine: int
+    def __init__(self) -> None: ...
+    def copy(self) -> LowLatencyRefuseParams: ...
+    def set_message(self, text: str) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def base(self) -> LowLatencyParams: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class LowLatencyShape:
+    hidden: int
+    max_tokens: int
+    num_experts: int
+    num_ranks: int
+    num_slots: int
+    num_topk: int
+    def __init__(self) -> None: ...
+    @property
+    def token_words(self) -> int: ...
+
+class MeetParams:
+    epoch: int
+    header: Header
+    layout: ExchangeLayout
+    max_tokens: int
+    trouble: int
+    def __init__(self) -> None: ...
+    @property
+    def comm(self) -> CommParams: ...
+
+class RoutingTable:
+    pair_slot: int
+    plan: int
+    token_slot: int
+    topk_idx: int
+    topk_weights: int
+    def __init__(self) -> None: ...
+
+class RowSource:
+    row_stride: int
+    rows: int
+    scale_stride: int
+    scales: int
+    def __init__(self, *args, **kwargs) -> None: ...
+
+class ScaleParams:
+    block_rows: int
+    column_words: int
+    columns: int
+    num_rows: int
+    rows: int
+    scale_words: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class SendParams:
+    counts: int
+    meet: MeetParams
+    num_tokens: int
+    num_topk: int
+    opens: int
+    round: int
+    scale_words: int
+    scales_are_ue8m0: int
+    table: RoutingTable
+    topk_weights: int
+    zero_padding: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def source(self) -> RowSource: ...
+    @property
+    def target(self) -> ExpertTarget: ...
+
+def plan_words(num_ranks: typing.SupportsInt | typing.SupportsIndex) -> int: ...

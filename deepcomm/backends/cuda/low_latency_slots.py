@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What low-latency operations of a buffer keep: memory, kernels, and how many are in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+from deepcomm._C import kernels
+from deepcomm.backends.cuda.low_latency_status import DISPATCH, Status
+from deepcomm.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from deepcomm.backends.cuda.runtime import Function, Memory, Runtime
+    from deepcomm.config import BufferConfig
+    from deepcomm.group import Group
+    from deepcomm.topology import Topology
+
+P = TypeVar(
+    "P",
+    kernels.LowLatencyDispatchParams,
+    kernels.LowLatencyCombineParams,
+    kernels.LowLatencyRefuseParams,
+)
+
+__all__ = ["BOTH", "RECEIVE", "SEND", "Failure", "Place", "Slots", "low_latency_layout"]
+
+SEND, RECEIVE, BOTH = 1, 2, 3
+"""Phases of a launch; csrc/kernels/low_latency/params.hpp."""
+
+NUM_THREADS: Final = 256
+MAX_BLOCKS_PER_SM: Final = 3
+TOKEN_BITS: Final = 32
+
+
+class Failure(Protocol):
+    """What the backend knows of waits that ran out."""
+
+    @property
+    def record_device_address(self) -> int:
+        """Where kernels leave a record of it."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the buffer can only be closed."""
+
+    def check_usable(self, operation: str) -> None:
+        """Raise CommTimeout or CommError once a wait has run out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the operations of one buffer take place.
+
+    Attributes:
+        num_sms: SMs that this rank's kernels may count on.
+    """
+
+    group: Group
+    runtime: Runtime
+    topology: Topology
+    buffer_id: bytes
+    failure: Failure
+    num_sms: int
+
+
+def low_latency_shape(config: BufferConfig, num_ranks: int) -> kernels.LowLatencyShape:
+    """Return the sizes that decide the map of the symmetric memory."""
+    shape = kernels.LowLatencyShape()
+    shape.num_ranks = num_ranks
+    shape.num_experts = config.num_experts
+    shape.num_topk = config.num_topk
+    shape.hidden = config.hidden
+    shape.max_tokens = config.max_tokens_per_rank
+    shape.num_slots = config.num_low_latency_slots
+    return shape
+
+
+def low_latency_layout(config: BufferConfig, num_ranks: int) -> kernels.LowLatencyLayout:
+    """Return the map of one rank's symmetric memory."""
+    return kernels.LowLatencyLayout.make(low_latency_shape(config, num_ranks))
+
+
+def check_sizes(config: BufferConfig, topology: Topology) -> None:
+    """Raise InvalidArgument for what the kernels of this mode do not take."""
+    limits = (
+        ("ranks", topology.num_ranks, kernels.MAX_LOW_LATENCY_RANKS),
+        ("num_experts", config.num_experts, kernels.MAX_LOW_LATENCY_EXPERTS),
+        ("hidden", config.hidden, kernels.MAX_LOW_LATENCY_HIDDEN),
+        (
+            "max_tokens_per_rank",
+            -(-config.max_tokens_per_rank // TOKEN_BITS) * topology.num_ranks,
+            kernels.MAX_LOW_LATENCY_TOKEN_WORDS,
+        ),
+    )
+    for name, value, most in limits:
+        if value <= most:
+            continue
+        if name == "max_tokens_per_rank":
+            most = most // topology.num_ranks * TOKEN_BITS
+            value = config.max_tokens_per_rank
+        raise InvalidArgument(
+            f"{name}: expected at most {most} for low-latency operations, got {value}"
+        )
+    if topology.num_nodes > 1:
+        raise InvalidArgument(
+            "ranks_per_node: expected one node for low-latency operations on GPUs, "
+            f"got {topology.num_nodes}"
+        )
+
+
+class Slots:
+    """Symmetric memory of the slots, and what this rank's kernels share beside it."""
+
+    def __init__(self, place: Place, config: BufferConfig) -> None:
+        """Reserve; collective over the group."""
+        check_sizes(config, place.topology)
+        runtime, num_ranks = place.runtime, place.topology.num_ranks
+        self.map = low_latency_layout(config, num_ranks)
+        self.memory = runtime.symmetric_memory(place.group, self.map.total_bytes)
+        self.status = Status(
+            runtime.host_memory(kernels.LOW_LATENCY_STATUS_BYTES),
+            place.topology.rank,
+            config.num_experts,
+        )
+        self._place = place
+        self._config = config
+        self._bases = runtime.upload(
+            b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        )
+        self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
+        self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
+        self._functions: dict[tuple[str, int, int], Function] = {}
+        self._in_flight: deque[int] = deque()
+        self._num_opened = 0
+
+    # ---- kernels
+
+    def grid(self, function: Function, num_wanted: int) -> int:
+        """Return how many blocks to launch: all of them resident at once."""
+        per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
+        return max(1, min(num_wanted, self._place.num_sms * per_sm))
+
+    def function(self, operation: str, phases: int, rows: int = 0) -> Function:
+        """Return a kernel; the first use of a kind of operation compiles all of its phases.
+
+        Raises:
+            InvalidArgument: It is the first use, and a graph is being captured.
+        """
+        key = (operation, phases, rows)
+        if key not in self._functions:
+            if self._place.runtime.is_capturing():
+                raise InvalidArgument(
+                    f"{operation}: expected a first call of this kind before the graph's capture"
+                )
+            for each in (SEND, RECEIVE, BOTH):
+                spec = {"hidden": self._config.hidden}
+                if operation == DISPATCH:
+                    spec["rows"] = rows
+                spec |= {"phases": each, "num_threads": NUM_THREADS}
+                self._functions[operation, each, rows] = self._place.runtime.load(operation, spec)
+        return self._functions[key]
+
+    def fill(self, params: P, mask: Memory, late_ranks: int) -> P:
+        """Fill what the kernels of all operations have; return the arguments."""
+        topology, base = self._place.topology, params.base
+        base.comm.rank = topology.rank
+        base.comm.num_ranks = topology.num_ranks
+        base.comm.timeout_ns = int(self._config.timeout_s * 1e9)
+        base.comm.record = self._place.failure.record_device_address
+        base.comm.bases = self._bases.address
+        base.map = self.map
+        base.local = self.memory.bases[topology.rank]
+        base.state = self._state.address
+        base.rank_mask = mask.address
+        base.decisions = self._decisions.address
+        base.late_ranks = late_ranks
+        base.status = self.status.device_address
+        return params
+
+    # ---- operations in flight
+
+    def check_free(self, operation: str) -> None:
+        """Raise InvalidArgument unless another operation may begin."""
+        most = self._config.num_low_latency_slots
+        if self._in_flight and self._in_flight[0] <= self._num_opened - most:
+            raise InvalidArgument(
+                f"{operation}: expected at most num_low_latency_slots = {most} operations in "
+                "flight: call the hook of the oldest first"
+            )
+
+    def open(self) -> int:
+        """Begin an operation; return its number."""
+        self._num_opened += 1
+        return self._num_opened - 1
+
+    def leave_in_flight(self, number: int) -> None:
+        """Note that an operation waits for its hook."""
+        self._in_flight.append(number)
+
+    def settle(self, number: int) -> None:
+        """Note that the hook has been called."""
+        self._in_flight.remove(number)
+
+    def close(self) -> None:
+        """Give the symmetric memory back."""
+        self.memory.close()

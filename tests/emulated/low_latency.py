@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-latency operations of the CUDA backend on emulated ranks, beside the reference."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from collective.case import Case
+from collective.session import Oracle, Session
+from emulated.cluster import Settings
+from emulated.runtime import EmulatedRuntime, run_emulated
+
+from deepcomm import Buffer
+from deepcomm.backends.cuda import low_latency_slots
+from deepcomm.backends.cuda.low_latency import LowLatency, Place
+from deepcomm.config import BufferConfig
+from deepcomm.errors import CommTimeout
+from deepcomm.topology import Topology
+
+if TYPE_CHECKING:
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.types import CombineOutput, DispatchOutput
+
+T = TypeVar("T")
+
+NUM_THREADS = 64  # of a block: fewer than on a GPU, so that a seed takes milliseconds
+TIMEOUT_S = 1.0  # of virtual time
+COMPLETE = 2
+PEER_OFFSET = 20  # layout/error_record.hpp
+RECORD_BYTES = 64
+
+
+class Failure:
+    """The error record alone."""
+
+    def __init__(self, runtime: EmulatedRuntime) -> None:
+        self._memory = runtime.host_memory(RECORD_BYTES)
+        self.record_device_address = self._memory.device_address
+
+    @property
+    def failed(self) -> bool:
+        return ctypes.c_uint32.from_address(self._memory.address).value == COMPLETE
+
+    def check_usable(self, operation: str) -> None:
+        if self.failed:
+            peer = ctypes.c_int32.from_address(self._memory.address + PEER_OFFSET).value
+            raise CommTimeout(f"{operation}: rank {peer} did not come", peer)
+
+
+class EmulatedBackend:
+    """The part of ``deepcomm.backends.base.Backend`` that is low latency; calls are complete."""
+
+    def __init__(self, group: Any, config: BufferConfig) -> None:
+        self.runtime: EmulatedRuntime = group.runtime
+        self.config = config
+        self.device = self.runtime.device
+        self.topology = Topology(group.rank, group.size, group.size)
+        place = Place(
+            group,
+            self.runtime,
+            self.topology,
+            b"buffer",
+            Failure(self.runtime),
+            self.runtime.num_sms,
+        )
+        self.low_latency = LowLatency(place, config, None)
+
+    def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        return self._complete(self.low_latency.dispatch(request))
+
+    def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
+        return self._complete(self.low_latency.combine(request))
+
+    def _complete(self, output: Any) -> Any:
+        hook = output.hook
+        if hook is None:
+            self.settle()
+            return output
+
+        def hook_and_settle() -> None:
+            hook()
+            self.settle()
+
+        return replace(output, hook=hook_and_settle)
+
+    def settle(self) -> None:
+        self.runtime.flush()
+        self.low_latency.check()
+
+    def set_rank_mask(self, rank: int, masked: bool) -> None:
+        self.low_latency.set_masked(rank, masked)
+
+    def rank_mask(self) -> torch.Tensor:
+        return torch.tensor(self.low_latency.rank_mask())
+
+    def close(self) -> None:
+        self.low_latency.close()
+
+
+class LowLatencySession(Session):
+    """One emulated rank of a case."""
+
+    def __init__(self, group: Any, case: Case, oracle: Oracle, **options: Any) -> None:
+        config = BufferConfig(
+            num_experts=case.num_experts,
+            num_topk=case.num_topk,
+            hidden=case.hidden,
+            max_tokens_per_rank=case.num_tokens,
+            **{"timeout_s": TIMEOUT_S, **options},
+        )
+        config.check(case.num_ranks)
+        self.backend = EmulatedBackend(group, config)
+        self.buffer = Buffer.__new__(Buffer)
+        self.buffer._backend = self.backend  # type: ignore[assignment]
+        self.buffer.group = group
+        self.case, self.group, self.rank = case, group, group.rank
+        self._oracle, self._step = oracle, 0
+        self._random = np.random.default_rng(self.rank)
+
+
+def play(
+    case: Case,
+    body: Callable[[LowLatencySession], T],
+    settings: Settings | None = None,
+    **options: Any,
+) -> list[T]:
+    """Run ``body`` on every rank of an emulated cluster; return the results by rank."""
+    oracle = Oracle()
+
+    def on_rank(group: Any) -> T:
+        with LowLatencySession(group, case, oracle, **options) as session:
+            return body(session)
+
+    return run_emulated(on_rank, case.num_ranks, settings)
+
+
+def use_small_blocks(monkeypatch: Any) -> None:
+    """Launch blocks of few threads."""
+    monkeypatch.setattr(low_latency_slots, "NUM_THREADS", NUM_THREADS)
