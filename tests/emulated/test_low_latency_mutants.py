@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every line of the low-latency kernels that orders memory is needed, and broken twins are caught."""
+"""Every line of the low-latency kernels that orders memory is needed; broken twins are caught."""
 
 from __future__ import annotations
 
@@ -146,9 +146,7 @@ def fails(name: str, mutant: int, seed: int) -> bool:
     """Whether a scene notices a mutant under one schedule."""
     scene = SCENES[name]
     options: dict[str, Any] = {"num_low_latency_slots": 3}
-    settings = Settings(
-        seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4)
-    )
+    settings = Settings(seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4))
     try:
         play(scene.case, scene.body, settings, **options)
     # A race, a deadlock, wrong results, a time-out: all count.
