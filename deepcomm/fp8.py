@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from deepcomm.errors import InvalidArgument
 from deepcomm.types import SCALE_TILE, ScaledTensor
 
-__all__ = ["dequantize_fp8", "quantize_fp8"]
+__all__ = ["dequantize_fp8", "quantize_fp8", "unpack_ue8m0"]
 
 FP8_MAX = 448.0
 AMAX_FLOOR = 1e-4
@@ -64,8 +64,15 @@ def dequantize_fp8(x: ScaledTensor) -> torch.Tensor:
     num_tiles = -(-hidden // SCALE_TILE)
     scales_s = x.scales
     if scales_s.dtype == torch.int32:
-        scales_s = _ue8m0_value(scales_s.contiguous().view(torch.uint8)[..., :num_tiles])
+        scales_s = unpack_ue8m0(scales_s, num_tiles)
     return x.data.float() * scales_s.repeat_interleave(SCALE_TILE, -1)[..., :hidden]
+
+
+def unpack_ue8m0(scales: torch.Tensor, num_tiles: int) -> torch.Tensor:
+    """Return packed UE8M0 scales, int32 [..., ceil(S / 4)], as float32 [..., S]."""
+    # NOTE: contiguous() keeps the stride of an axis of length 1, which view() then refuses.
+    words = scales.clone(memory_format=torch.contiguous_format)
+    return _ue8m0_value(words.view(torch.uint8)[..., :num_tiles])
 
 
 def _round_up_to_ue8m0(scales: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ the skip of a test that carries none of MARKS: that test was expected to run the
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 MARKERS = (
+    "clients(module, ...): needs programs written against DeepEP (extra compat-test)",
     "gpu(n=1): needs n CUDA devices",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
     "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
@@ -49,6 +51,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs root to make network namespaces")
         if shutil.which("ip") is None:
             pytest.skip("needs iproute2 to make network namespaces")
+    for marker in item.iter_markers("clients"):
+        if missing := [name for name in marker.args if importlib.util.find_spec(name) is None]:
+            pytest.skip(f"needs {', '.join(missing)} (extra compat-test)")
     if item.get_closest_marker("nvrtc") and (reason := missing_nvrtc()):
         pytest.skip(reason)
 

@@ -23,32 +23,10 @@ void check_signals() {
     }
 }
 
-/// Keeps a generation from being reused.
-class GenerationLease {
-  public:
-    GenerationLease(std::shared_ptr<cpu::Leases> leases, int32_t generation)
-        : leases_(std::move(leases)), generation_(generation) {
-        count().fetch_add(1, std::memory_order_relaxed);
-    }
-    GenerationLease(GenerationLease&& other) = default;
-    ~GenerationLease() {
-        if (leases_ != nullptr) {
-            // ORDER: pairs with the acquire in Endpoint::choose_landing: the reader is done first.
-            count().fetch_sub(1, std::memory_order_release);
-        }
-    }
-
-  private:
-    std::atomic<int32_t>& count() { return leases_->count[static_cast<size_t>(generation_)]; }
-
-    std::shared_ptr<cpu::Leases> leases_;
-    int32_t generation_;
-};
-
-py::capsule lease(const Endpoint& endpoint, int32_t generation, int64_t offset, int64_t num_bytes) {
-    const std::shared_ptr<cpu::Leases>& leases = endpoint.leases();
-    std::byte* const data = leases->segment->data() + offset;
-    return lease_capsule(GenerationLease(leases, generation), {kDlCpu, 0}, data, num_bytes);
+/// Bytes that live as long as their storage.
+py::capsule bytes_capsule(std::shared_ptr<std::byte> bytes, int64_t num_bytes) {
+    std::byte* const data = bytes.get();
+    return lease_capsule(std::move(bytes), {kDlCpu, 0}, data, num_bytes);
 }
 
 void bind_endpoint(py::module_& module) {
@@ -96,8 +74,25 @@ void bind_endpoint(py::module_& module) {
         .def("find_culprit", &Endpoint::find_culprit, py::call_guard<py::gil_scoped_release>())
         .def("finish_epoch", &Endpoint::finish_epoch, py::arg("epoch"))
         .def("close", &Endpoint::close)
-        .def("lease", &lease, py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
-             "DLPack capsule of bytes; the generation is leased until its storage is freed.");
+        .def(
+            "lease",
+            [](const Endpoint& self, int32_t generation, int64_t offset, int64_t num_bytes) {
+                return bytes_capsule(self.lease(generation, offset), num_bytes);
+            },
+            py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
+            "DLPack capsule of bytes; the generation is leased until its storage is freed.")
+        .def(
+            "take_result",
+            [](const Endpoint& self, int64_t num_bytes) {
+                return bytes_capsule(self.results().take(num_bytes), num_bytes);
+            },
+            py::arg("num_bytes"),
+            "DLPack capsule of uninitialised bytes, used again once its storage is freed.")
+        .def_property_readonly("idle_result_bytes",
+                               [](const Endpoint& self) { return self.results().idle_bytes(); })
+        .def_property_readonly("max_idle_result_bytes", [](const Endpoint& self) {
+            return self.results().max_idle_bytes();
+        });
 }
 
 }  // namespace
@@ -106,6 +101,8 @@ void bind_cpu(py::module_& parent) {
     py::module_ module = parent.def_submodule("cpu", "The CPU backend.");
     bind_cpu_args(module);
     bind_endpoint(module);
+    module.def("remove_stale_segments", &cpu::Segment::remove_stale,
+               "Removes the names of segments whose owners died while constructing.");
     bind_cpu_operations(module);
 }
 

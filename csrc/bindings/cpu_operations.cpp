@@ -237,7 +237,6 @@ void bind_low_latency(py::module_& module) {
                                [](const Combine& self) { return bytes_of(self.signature()); })
         .def("open", guarded(&Combine::open), py::arg("endpoint"))
         .def("num_weights_to", &Combine::num_weights_to, py::arg("node"))
-        .def("num_weights_from", &Combine::num_weights_from, py::arg("source"))
         .def(
             "pack_weights",
             [](const Combine& self, int32_t node, uintptr_t weights) {

@@ -49,6 +49,8 @@ Endpoint::Endpoint(const EndpointConfig& config, WaitPolicy policy)
       segment_(Segment::create(map_.total_bytes)),
       own_control_(nullptr),
       leases_(std::make_shared<Leases>()),
+      results_(std::make_shared<ResultPool>(  // as much as one landing area
+          config.shape().max_rows() * config.hidden * layout::kDefaultItemBytes)),
       pool_(std::make_unique<ThreadPool>(config.num_threads)),
       last_read_(static_cast<size_t>(config.num_generations), 0) {
     std::vector<Segment::Range> ranges{{0, map_.control_bytes()}};
@@ -130,6 +132,15 @@ void Endpoint::continue_from(const Endpoint& other) {
     counters_.bytes_node = other.counters_.bytes_node.load();
     counters_.bytes_network = other.counters_.bytes_network.load();
     counters_.wait_us = other.counters_.wait_us;
+}
+
+std::shared_ptr<std::byte> Endpoint::lease(int32_t generation, int64_t offset) const {
+    leases_->count[static_cast<size_t>(generation)].fetch_add(1, std::memory_order_relaxed);
+    return {leases_->segment->data() + offset, [leases = leases_, generation](std::byte*) {
+                // ORDER: pairs with the acquire in choose_landing: the reader is done first.
+                leases->count[static_cast<size_t>(generation)].fetch_sub(1,
+                                                                         std::memory_order_release);
+            }};
 }
 
 Landing Endpoint::choose_landing(OpKind kind) {
@@ -240,6 +251,7 @@ void Endpoint::close() {
     }
     ring_all();
     segment_->unlink();
+    results_->close();
 }
 
 }  // namespace deepcomm::cpu

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/control.hpp"
+#include "cpu/result_pool.hpp"
 #include "cpu/segment.hpp"
 #include "cpu/simd/simd.hpp"
 #include "cpu/thread_pool.hpp"
@@ -86,8 +87,11 @@ class Endpoint {
     Isa isa() const { return isa_; }
     ThreadPool& pool() { return *pool_; }
     Counters& counters() { return counters_; }
-    const std::shared_ptr<Leases>& leases() const { return leases_; }
     Segment& segment() { return *segment_; }
+    /// Bytes of this rank's segment, from offset on; leases the generation until they are let go.
+    std::shared_ptr<std::byte> lease(int32_t generation, int64_t offset) const;
+    /// Memory of results that are no views.
+    ResultPool& results() const { return *results_; }
     int64_t reserved_bytes() const { return segment_->reserved_bytes(); }
 
     // Addresses
@@ -192,6 +196,7 @@ class Endpoint {
     std::shared_ptr<Segment> segment_;
     Control* own_control_;
     std::shared_ptr<Leases> leases_;
+    std::shared_ptr<ResultPool> results_;
     std::vector<Peer> peers_;
     std::unique_ptr<Waiter> waiter_;
     std::unique_ptr<ThreadPool> pool_;

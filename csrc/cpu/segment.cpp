@@ -2,13 +2,18 @@
 #include "cpu/segment.hpp"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <cctype>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <random>
+#include <system_error>
 
 #include "common/error.hpp"
 
@@ -16,23 +21,71 @@ namespace deepcomm::cpu {
 
 namespace {
 
+constexpr const char* kDirectory = "/dev/shm";
+constexpr const char* kPrefix = "deepcomm-";
+
 std::string fresh_name() {
     std::random_device device;
-    return format("/deepcomm-%d-%08x%08x", getpid(), device(), device());
+    return format("/%s%d-%08x%08x", kPrefix, getpid(), device(), device());
 }
 
 constexpr double kMiB = 1024.0 * 1024.0;
 
+/// Opens a new segment under a shared lock, which says that its owner lives. Returns its descriptor.
+int create_locked(std::string& name) {
+    while (true) {
+        name = fresh_name();
+        const int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
+        if (fd < 0) {
+            throw CommError(format("shared memory: cannot create /dev/shm%s: %s", name.c_str(),
+                                   std::strerror(errno)),
+                            -1);
+        }
+        struct stat status{};
+        const bool locked = flock(fd, LOCK_SH | LOCK_NB) == 0;
+        if (locked && fstat(fd, &status) == 0 && status.st_nlink > 0) {
+            return fd;
+        }
+        ::close(fd);  // between the two calls another process took it for a dead one's
+    }
+}
+
+/// A prefix and a process number; probes of the topology have a word there, and no lock.
+bool is_segment_name(const std::string& name) {
+    const std::string prefix = kPrefix;
+    return name.size() > prefix.size() && name.compare(0, prefix.size(), prefix) == 0 &&
+           std::isdigit(static_cast<unsigned char>(name[prefix.size()])) != 0;
+}
+
+void remove_if_stale(const std::string& name) {
+    const int fd = shm_open(name.c_str(), O_RDWR | O_CLOEXEC, 0);
+    if (fd < 0) {  // gone by now, or another user's
+        return;
+    }
+    if (flock(fd, LOCK_EX | LOCK_NB) == 0) {
+        shm_unlink(name.c_str());
+    }
+    ::close(fd);
+}
+
 }  // namespace
 
-std::shared_ptr<Segment> Segment::create(int64_t num_bytes) {
-    const std::string name = fresh_name();
-    const int fd = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0) {
-        throw CommError(format("shared memory: cannot create /dev/shm%s: %s", name.c_str(),
-                               std::strerror(errno)),
-                        -1);
+void Segment::remove_stale() {
+    std::error_code failure;
+    std::filesystem::directory_iterator entries(kDirectory, failure);
+    for (; !failure && entries != std::filesystem::directory_iterator();
+         entries.increment(failure)) {
+        const std::string name = entries->path().filename().string();
+        if (is_segment_name(name)) {
+            remove_if_stale("/" + name);
+        }
     }
+}
+
+std::shared_ptr<Segment> Segment::create(int64_t num_bytes) {
+    remove_stale();
+    std::string name;
+    const int fd = create_locked(name);
     if (ftruncate(fd, num_bytes) != 0) {
         const int code = errno;
         ::close(fd);
@@ -117,7 +170,7 @@ void Segment::reserve(const std::vector<Range>& ranges) {
         release(ranges[index]);
     }
     struct statvfs status{};
-    statvfs("/dev/shm", &status);
+    statvfs(kDirectory, &status);
     const double free_bytes =
         static_cast<double>(status.f_bavail) * static_cast<double>(status.f_frsize);
     throw CommError(

@@ -17,7 +17,10 @@ class Segment {
         int64_t num_bytes;
     };
 
+    /// Removes this user's names whose owners died before all ranks had connected.
+    static void remove_stale();
     /// Creates a segment with a fresh name and num_bytes of address range; nothing is reserved yet.
+    /// Removes stale names first.
     static std::shared_ptr<Segment> create(int64_t num_bytes);
     /// Maps a peer's segment; throws CommError where it cannot be opened.
     static std::shared_ptr<Segment> open(const std::string& name, int64_t num_bytes);

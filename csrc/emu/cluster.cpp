@@ -15,7 +15,7 @@ void* Cluster::alloc_bytes(int rank, const char* name, size_t num_bytes, Fill fi
     return machine->memory.at(machine->memory.alloc(rank, name, num_bytes, fill == Fill::kZero));
 }
 
-void Cluster::free_bytes(void* begin) { machine->memory.free(machine->memory.offset_of(begin)); }
+void Cluster::free_bytes(void* begin) { machine->free_later(machine->memory.offset_of(begin)); }
 
 void Cluster::define(const void* begin, size_t num_bytes) {
     const size_t offset = machine->memory.offset_of(begin);
@@ -23,9 +23,7 @@ void Cluster::define(const void* begin, size_t num_bytes) {
     machine->memory.define(offset, num_bytes);
 }
 
-void Cluster::launch(int rank, Launch launch) {
-    machine->ranks[static_cast<size_t>(rank)].program.push_back({false, std::move(launch)});
-}
+void Cluster::launch(int rank, Launch launch) { machine->launch(rank, std::move(launch)); }
 
 void Cluster::host_barrier() {
     for (Rank& rank : machine->ranks) rank.program.push_back({true, {0, 0, 0, nullptr}});

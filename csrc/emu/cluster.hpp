@@ -82,7 +82,8 @@ class Cluster {
     T* alloc(int rank, const char* name, size_t count = 1, Fill fill = Fill::kPoison) {
         return static_cast<T*>(alloc_bytes(rank, name, count * sizeof(T), fill));
     }
-    /// Ends the life of memory: later accesses are errors. Nothing that runs may use it.
+    /// Ends the life of memory once the kernels launched so far have ended, as a driver's free
+    /// waits for them: later accesses are errors.
     void free_bytes(void* begin);
     /// Marks memory that the host has filled as defined.
     void define(const void* begin, size_t num_bytes);

@@ -60,6 +60,7 @@ void Machine::reset(int num_ranks, uint64_t seed, const Options& new_options) {
     threads.clear();
     thread_of_entry.assign(AsyncEngine::kNumAgents, nullptr);
     ranks.clear();
+    pending_frees.clear();
     ranks.resize(static_cast<size_t>(num_ranks));
     memory.reset(options.allow_foreign);
     strong.reset();
@@ -206,6 +207,33 @@ void Machine::end_launch(Rank& rank) {
     }
     rank.is_running = false;
     rank.program.pop_front();
+    ++rank.num_ended;
+    free_what_is_due();
+}
+
+void Machine::launch(int rank, Launch launch) {
+    Rank& owner = ranks[static_cast<size_t>(rank)];
+    owner.program.push_back({false, std::move(launch)});
+    ++owner.num_queued;
+}
+
+void Machine::free_later(size_t offset) {
+    PendingFree pending{offset, {}};
+    for (const Rank& rank : ranks) pending.num_ended.push_back(rank.num_queued);
+    pending_frees.push_back(std::move(pending));
+    free_what_is_due();
+}
+
+void Machine::free_what_is_due() {
+    const auto is_due = [&](const PendingFree& pending) {
+        for (size_t i = 0; i < ranks.size(); ++i) {
+            if (ranks[i].num_ended < pending.num_ended[i]) return false;
+        }
+        memory.free(pending.offset);
+        return true;
+    };
+    pending_frees.erase(std::remove_if(pending_frees.begin(), pending_frees.end(), is_due),
+                        pending_frees.end());
 }
 
 /// Ends kernels that are through and starts what their streams hold next; false if there is none.

@@ -112,6 +112,12 @@ struct Step {
     Launch launch;
 };
 
+/// Memory to be freed once the kernels launched so far have ended, as a driver's free waits.
+struct PendingFree {
+    size_t offset;
+    std::vector<int> num_ended;  ///< by rank: what has to be reached
+};
+
 struct SmemArea {
     size_t offset;
     size_t num_bytes;
@@ -123,8 +129,10 @@ struct Rank {
     int num_live = 0;              ///< threads of the running kernel
     int num_copies = 0;            ///< asynchronous operations issued by it and still in flight
     bool is_running = false;
+    int num_queued = 0;    ///< kernels launched
     int num_launches = 0;  ///< kernels begun
-    Knowledge know;        ///< what its stream knows between kernels
+    int num_ended = 0;
+    Knowledge know;  ///< what its stream knows between kernels
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<SmemArea> smem;
@@ -146,6 +154,7 @@ struct Machine {
     StackPool stacks;
 
     std::deque<Rank> ranks;
+    std::vector<PendingFree> pending_frees;
     std::deque<Thread> threads;
     std::vector<Thread*> thread_of_entry;  ///< by actor id; null for agents and views
     Thread* current = nullptr;             ///< null while the host runs
@@ -188,6 +197,8 @@ struct Machine {
     void check_collectives(Warp& warp);
     void finish_current();
     bool start_ready_launches();
+    void launch(int rank, Launch launch);
+    void free_later(size_t offset);
     void on_copy_done(int rank);
 
   private:
@@ -197,6 +208,7 @@ struct Machine {
     void create_thread(Rank& rank, Block& block, int thread_idx);
     std::string describe_deadlock() const;
     std::string describe_wait(const Thread& thread) const;
+    void free_what_is_due();
     bool is_done() const;
     bool is_over(int rank, const HostWait& wait) const;
     bool find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const;

@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,11 +22,11 @@ import torch
 from deepcomm._C import cpu
 from deepcomm.backends.cpu_explain import Choices, explain
 from deepcomm.backends.cpu_low_latency import LowLatency, Place
+from deepcomm.backends.cpu_results import combine_output
 from deepcomm.backends.cpu_tensors import (
     CpuRecord,
     DispatchTensors,
     combine_args,
-    combine_output,
     dispatch_args,
     make_handle,
     native_record,
@@ -115,6 +116,9 @@ class CpuBackend:
             names = [name for name, _, _ in local]
             pids = [pid if namespace == own_namespace else 0 for _, namespace, pid in local]
             agree(self._group, "Buffer", lambda: created[0].connect(names, pids))
+        except BaseException:
+            cpu.remove_stale_segments()  # of a peer that was killed
+            raise
         finally:  # the name is needed no longer, even where the group itself fails
             for endpoint in created:
                 endpoint.unlink()
@@ -237,14 +241,23 @@ class CpuBackend:
         self._relay.exchange_announcements(op.round, "dispatch")
         return checked, op
 
-    def _relay_dispatch(self, op: cpu.DispatchOp) -> None:
-        def packer(node: int) -> Leg:
-            return Leg(
-                node,
-                op.num_rows_to(node),
-                lambda begin, end, address: op.pack(node, begin, end, address),
-            )
+    def _relay_records(
+        self,
+        op: cpu.DispatchOp | cpu.CombineOp,
+        name: str,
+        packed_for: Callable[[int], int],
+        take: Callable[[int], Leg],
+    ) -> None:
+        """Exchange records with the rail peer on each node: ``op.pack`` knows it as packed_for."""
+        nodes = list(self._relay.other_nodes)
+        packers = [
+            Leg(node, op.num_rows_to(packed_for(node)), partial(op.pack, packed_for(node)))
+            for node in nodes
+        ]
+        takers = [take(node) for node in nodes]
+        self._relay.exchange_records(packers, takers, op.record_bytes, op.round.epoch, name)
 
+    def _relay_dispatch(self, op: cpu.DispatchOp) -> None:
         def forwarder(node: int) -> Leg:
             source = self._relay.peer(node)
             return Leg(
@@ -253,15 +266,8 @@ class CpuBackend:
                 lambda begin, end, address: op.forward(source, end - begin, address),
             )
 
-        nodes = list(self._relay.other_nodes)
-        self._relay.exchange_records(
-            [packer(node) for node in nodes],
-            [forwarder(node) for node in nodes],
-            op.record_bytes,
-            op.round.epoch,
-            "dispatch",
-        )
-        for node in nodes:
+        self._relay_records(op, "dispatch", lambda node: node, forwarder)
+        for node in self._relay.other_nodes:
             op.publish(self._relay.peer(node))
 
     def combine(self, request: CombineRequest) -> CombineOutput:
@@ -287,7 +293,7 @@ class CpuBackend:
     ) -> tuple[CheckedCombine, CombineOutput, cpu.CombineOp]:
         checked = check_combine(request, self.config, self._num_local_experts, self.device)
         native_record(request.handle, self._buffer_id)
-        output = combine_output(request, checked, self.config.hidden)
+        output = combine_output(self._endpoint, request, checked)
         op = cpu.CombineOp(self._endpoint, combine_args(request, checked, output))
         op.stage(self._endpoint)
         self._relay.exchange_announcements(op.round, "combine")
@@ -296,14 +302,6 @@ class CpuBackend:
     def _relay_combine(self, op: cpu.CombineOp) -> list[torch.Tensor | None]:
         """Exchange the nodes' partial sums; returns those for this rank's tokens, by node."""
         partials: list[torch.Tensor | None] = [None] * self.topology.num_nodes
-
-        def packer(node: int) -> Leg:
-            source = self._relay.peer(node)
-            return Leg(
-                node,
-                op.num_rows_to(source),
-                lambda begin, end, address: op.pack(source, begin, end, address),
-            )
 
         def collector(node: int) -> Leg:
             num_rows = op.num_rows_from(node)
@@ -316,14 +314,7 @@ class CpuBackend:
 
             return Leg(node, num_rows, collect)
 
-        nodes = list(self._relay.other_nodes)
-        self._relay.exchange_records(
-            [packer(node) for node in nodes],
-            [collector(node) for node in nodes],
-            op.record_bytes,
-            op.round.epoch,
-            "combine",
-        )
+        self._relay_records(op, "combine", self._relay.peer, collector)
         return partials
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -377,6 +368,7 @@ class CpuBackend:
                 num_threads=self._num_threads,
                 num_cores=self._num_cores,
                 num_bytes=self.num_bytes,
+                max_idle_result_bytes=self._endpoint.max_idle_result_bytes,
             )
         )
 

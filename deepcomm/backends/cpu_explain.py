@@ -25,6 +25,7 @@ class Choices:
     num_threads: int
     num_cores: int
     num_bytes: int
+    max_idle_result_bytes: int
 
 
 def explain(choices: Choices) -> str:
@@ -45,6 +46,8 @@ def explain(choices: Choices) -> str:
         f"slots      {config.num_low_latency_slots} low-latency operations in flight",
         f"memory     {choices.num_bytes / 2**20:.1f} MiB reserved for "
         f"{config.max_tokens_per_rank} tokens a rank{growable}",
+        f"results    large ones that are no views take turns in memory of which at most "
+        f"{choices.max_idle_result_bytes / 2**20:.1f} MiB are kept idle",
         f"timeout    {config.timeout_s:g} s; late peers are logged after "
         f"{config.late_warning_s:g} s",
     ]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from deepcomm._C import cpu
+from deepcomm.backends.cpu_results import combine_output
 from deepcomm.backends.cpu_tensors import (
     CpuRecord,
     DispatchTensors,
-    combine_output,
     dispatch_args,
     fill_combine_args,
     make_handle,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LowLatency"]
 
+T = TypeVar("T")
+
 DISPATCH, COMBINE = cpu.OpKind.LOW_LATENCY_DISPATCH, cpu.OpKind.LOW_LATENCY_COMBINE
 NAMES = {DISPATCH: "low_latency_dispatch", COMBINE: "low_latency_combine"}
 FIRST_PHASE = {DISPATCH: LL_ROWS, COMBINE: LL_WEIGHTS}
@@ -54,6 +56,11 @@ class Place:
     relay: Relay
     topology: Topology
     buffer_id: bytes
+
+
+def masks_late(request: DispatchRequest | CombineRequest) -> bool:
+    """Return whether a peer that is late is masked, instead of an error."""
+    return request.on_timeout == "mask"
 
 
 class LowLatency:
@@ -89,6 +96,38 @@ class LowLatency:
         for node in rail.nodes:
             rail.receive(node, phase)
         rail.finish()
+
+    def _open(
+        self,
+        kind: cpu.OpKind,
+        request: DispatchRequest | CombineRequest,
+        prepare: Callable[[], T],
+    ) -> T:
+        """Check an operation and reserve what it needs; what fails here is refused on all ranks."""
+        if request.previous_event is not None:
+            request.previous_event.synchronize()
+        self._endpoint.check_usable(kind)
+        try:
+            self.ring.check_free(kind)
+            return prepare()
+        except Exception as error:
+            self._refuse_if_open(kind, error)
+            raise
+
+    def _rail_operation(
+        self,
+        kind: cpu.OpKind,
+        request: DispatchRequest | CombineRequest,
+        op: cpu.LowLatencyDispatchOp | cpu.LowLatencyCombineOp,
+    ) -> RailOperation:
+        return RailOperation(
+            self._relay,
+            self.ring,
+            NAMES[kind],
+            op.epoch,
+            signature=op.signature,
+            mask_late=masks_late(request),
+        )
 
     def _hook(self, kind: cpu.OpKind, finish: Callable[[], None]) -> Callable[[], None]:
         """Return a hook that runs ``finish``, and refuses to run it again."""
@@ -126,30 +165,13 @@ class LowLatency:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Send; then receive, or leave that to the hook."""
-        if request.previous_event is not None:
-            request.previous_event.synchronize()
-        self._endpoint.check_usable(DISPATCH)
-        mask_late = request.on_timeout == "mask"
-        try:
-            checked = self._check_dispatch(request)
-            max_rows = self._topology.num_ranks * self._config.max_tokens_per_rank
-            tensors = DispatchTensors.of_low_latency(request, checked, self._num_local, max_rows)
-            args = dispatch_args(checked, self._config.hidden)
-            op = cpu.LowLatencyDispatchOp(self._endpoint, self.ring, args, mask_late)
-        except Exception as error:
-            self._refuse_if_open(DISPATCH, error)
-            raise
+        checked, tensors, op = self._open(
+            DISPATCH, request, lambda: self._prepare_dispatch(request)
+        )
         with self._settled(DISPATCH):
             with self._waits_added_to(request.wait_us_stats):
                 op.send(self._endpoint)
-            rail = RailOperation(
-                self._relay,
-                self.ring,
-                NAMES[DISPATCH],
-                op.epoch,
-                signature=op.signature,
-                mask_late=mask_late,
-            )
+            rail = self._rail_operation(DISPATCH, request, op)
             for node in rail.nodes:
                 num_rows = op.num_rows_to(node)
                 data = torch.empty(num_rows * op.record_bytes, dtype=torch.uint8)
@@ -176,12 +198,19 @@ class LowLatency:
             return
         self._refuse(kind, error)
 
-    def _check_dispatch(self, request: DispatchRequest) -> CheckedDispatch:
-        self.ring.check_free(DISPATCH)
+    def _prepare_dispatch(
+        self, request: DispatchRequest
+    ) -> tuple[CheckedDispatch, DispatchTensors, cpu.LowLatencyDispatchOp]:
         checked = check_dispatch(request, self._config, self.device)
         check_length("expert_token_stats", request.expert_token_stats, self._num_local)
         check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
-        return checked
+        max_rows = self._topology.num_ranks * self._config.max_tokens_per_rank
+        tensors = DispatchTensors.of_low_latency(
+            request, checked, self._num_local, max_rows, self._endpoint
+        )
+        args = dispatch_args(checked, self._config.hidden)
+        op = cpu.LowLatencyDispatchOp(self._endpoint, self.ring, args, masks_late(request))
+        return checked, tensors, op
 
     def _dispatch_output(
         self,
@@ -250,30 +279,10 @@ class LowLatency:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """Send; then receive and sum, or leave that to the hook."""
-        if request.previous_event is not None:
-            request.previous_event.synchronize()
-        self._endpoint.check_usable(COMBINE)
-        mask_late = request.on_timeout == "mask"
-        try:
-            self.ring.check_free(COMBINE)
-            checked = check_combine(request, self._config, self._num_local, self.device)
-            check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
-            native_record(request.handle, self._buffer_id)
-            output = combine_output(request, checked, self._config.hidden)
-            op = self._combine_op(request, checked, output, mask_late)
-        except Exception as error:
-            self._refuse_if_open(COMBINE, error)
-            raise
+        checked, output, op = self._open(COMBINE, request, lambda: self._prepare_combine(request))
         with self._settled(COMBINE):
             op.open(self._endpoint)
-            rail = RailOperation(
-                self._relay,
-                self.ring,
-                NAMES[COMBINE],
-                op.epoch,
-                signature=op.signature,
-                mask_late=mask_late,
-            )
+            rail = self._rail_operation(COMBINE, request, op)
             with self._waits_added_to(request.wait_us_stats):
                 problem = self._send_combine(request, checked, op, rail)
 
@@ -289,19 +298,19 @@ class LowLatency:
             finish()
             return output
 
-    def _combine_op(
-        self,
-        request: CombineRequest,
-        checked: CheckedCombine,
-        output: CombineOutput,
-        mask_late: bool,
-    ) -> cpu.LowLatencyCombineOp:
+    def _prepare_combine(
+        self, request: CombineRequest
+    ) -> tuple[CheckedCombine, CombineOutput, cpu.LowLatencyCombineOp]:
+        checked = check_combine(request, self._config, self._num_local, self.device)
+        check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
+        native_record(request.handle, self._buffer_id)
+        output = combine_output(self._endpoint, request, checked)
         args = cpu.LowLatencyCombineArgs()
         fill_combine_args(args.combine, request, checked, output)
         if checked.source_weights is not None:
             args.source_weights = checked.source_weights.data_ptr() or 1
-        args.mask_late = mask_late
-        return cpu.LowLatencyCombineOp(self._endpoint, self.ring, args)
+        args.mask_late = masks_late(request)
+        return checked, output, cpu.LowLatencyCombineOp(self._endpoint, self.ring, args)
 
     def _send_combine(
         self,

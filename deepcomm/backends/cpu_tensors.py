@@ -10,25 +10,25 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from deepcomm._C import cpu
+from deepcomm.backends.cpu_results import OutputShape, allocate_rows, allocate_scales
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import CombineOutput, Handle, RecvLayout
+from deepcomm.types import Handle, RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.checks import CheckedCombine, CheckedDispatch
+    from deepcomm.types import CombineOutput
 
 __all__ = [
     "CpuRecord",
     "DispatchTensors",
     "combine_args",
-    "combine_output",
     "dispatch_args",
     "make_handle",
 ]
 
 STREAM_BYTES = 4 << 20
-SCALE_ALIGN = 4
 
 DTYPES = {
     torch.bfloat16: cpu.DType.BF16,
@@ -136,32 +136,13 @@ def make_handle(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputShape:
-    """Sizes of a dispatch's outputs.
+@dataclass(frozen=True, slots=True, eq=False)
+class RowTensors:
+    """The rows to be received, and whether they lie in ``x`` already."""
 
-    Attributes:
-        rows: Rows of ``x``, all blocks together.
-        num_blocks: Blocks of ``EXPERT_PADDED``, else 1.
-        partly_filled: Whether some rows of TOKEN metadata hold no token.
-    """
-
-    layout: RecvLayout
-    rows: int
-    num_blocks: int
-    num_local_experts: int
-    num_topk: int
-    hidden: int
-    scale_words: int
-    scale_dtype: torch.dtype
-    partly_filled: bool
-
-    @property
-    def x(self) -> tuple[int, ...]:
-        """Shape of ``x``."""
-        if self.layout is RecvLayout.EXPERT_PADDED:
-            return (self.num_blocks, self.rows // self.num_blocks, self.hidden)
-        return (self.rows, self.hidden)
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    in_place: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -209,15 +190,20 @@ class DispatchTensors:
             capsule = endpoint.lease(op.generation, op.rows_offset, num_bytes)
             x = from_dlpack(capsule).view(dtype).view(shape.x)
         else:
-            x = allocate_rows(request.out, shape, dtype)
+            x = allocate_rows(endpoint, request.out, shape, dtype)
         id_dtype = checked.id_dtype
         if request.handle is not None:
             id_dtype = request.handle.records.id_dtype
-        return allocate(request, checked, shape, x, may_view, id_dtype)
+        scales = allocate_scales(endpoint, shape, request.zero_padding)
+        return allocate(request, checked, shape, RowTensors(x, scales, may_view), id_dtype)
 
     @staticmethod
     def of_low_latency(
-        request: DispatchRequest, checked: CheckedDispatch, num_local: int, max_rows: int
+        request: DispatchRequest,
+        checked: CheckedDispatch,
+        num_local: int,
+        max_rows: int,
+        endpoint: cpu.Endpoint,
     ) -> DispatchTensors:
         """Allocate for a low-latency dispatch, whose shapes are fixed."""
         token = checked.recv_layout is RecvLayout.TOKEN
@@ -226,8 +212,9 @@ class DispatchTensors:
         dtype = row_dtype(checked)
         if request.out is not None:
             check_out_shape(request.out, shape.x, dtype)
-        x = allocate_rows(request.out, shape, dtype)
-        return allocate(request, checked, shape, x, False, checked.id_dtype)
+        x = allocate_rows(endpoint, request.out, shape, dtype)
+        scales = allocate_scales(endpoint, shape, request.zero_padding)
+        return allocate(request, checked, shape, RowTensors(x, scales, False), checked.id_dtype)
 
     def target(self) -> cpu.DeliverTarget:
         """Return where the native code writes."""
@@ -280,26 +267,14 @@ def output_shape(
     )
 
 
-def allocate_rows(out: torch.Tensor | None, shape: OutputShape, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``out``, cut to the rows, if it fits, else a fresh tensor."""
-    if out is None or out.dtype != dtype or len(out.shape) != len(shape.x):
-        return torch.empty(shape.x, dtype=dtype)
-    if tuple(out.shape) == shape.x:
-        return out
-    if len(shape.x) == 2 and out.shape[0] >= shape.rows:
-        return out[: shape.rows]
-    return torch.empty(shape.x, dtype=dtype)
-
-
 def allocate(
     request: DispatchRequest,
     checked: CheckedDispatch,
     shape: OutputShape,
-    x: torch.Tensor,
-    in_place: bool,
+    rows: RowTensors,
     id_dtype: torch.dtype,
 ) -> DispatchTensors:
-    """Allocate all outputs but ``x``."""
+    """Allocate all outputs but the rows and their scales."""
     token = shape.layout is RecvLayout.TOKEN
     topk_idx: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
@@ -316,46 +291,16 @@ def allocate(
     if shape.layout is RecvLayout.EXPERT:
         offsets = torch.empty(shape.num_local_experts + 1, dtype=torch.int32)
     return DispatchTensors(
-        x=x,
-        in_place=in_place,
+        x=rows.x,
+        in_place=rows.in_place,
         out=request.out,
-        scales=allocate_scales(shape, request.zero_padding),
+        scales=rows.scales,
         topk_idx=topk_idx,
         topk_weights=topk_weights,
         counts=torch.empty(shape.num_local_experts, dtype=torch.int32),
         offsets=offsets,
         zero_padding=request.zero_padding,
     )
-
-
-def allocate_scales(shape: OutputShape, zero: bool) -> torch.Tensor | None:
-    """Return the scale tensor of the layout: row-major for TOKEN, else column-major in blocks."""
-    if shape.scale_words == 0:
-        return None
-    make = torch.zeros if zero else torch.empty
-    words = shape.scale_words
-    if shape.layout is RecvLayout.TOKEN:
-        return make(shape.rows, words, dtype=shape.scale_dtype)
-    block = shape.rows // shape.num_blocks
-    stride = -(-block // SCALE_ALIGN) * SCALE_ALIGN
-    storage = make(shape.num_blocks * words * stride, dtype=shape.scale_dtype)
-    if shape.layout is RecvLayout.EXPERT:
-        return storage.as_strided((block, words), (1, stride))
-    return storage.as_strided((shape.num_blocks, block, words), (words * stride, 1, stride))
-
-
-def combine_output(request: CombineRequest, checked: CheckedCombine, hidden: int) -> CombineOutput:
-    """Allocate the outputs of a high-throughput combine."""
-    from deepcomm.event import CompletedEvent
-
-    handle = request.handle
-    x = request.out
-    if x is None:
-        x = torch.empty(handle.num_tokens, hidden, dtype=checked.rows.dtype)
-    weights: torch.Tensor | None = None
-    if checked.carried is not None:
-        weights = torch.empty(handle.num_tokens, handle.topk_idx.shape[1])
-    return CombineOutput(x, weights, CompletedEvent() if request.async_op else None)
 
 
 def combine_args(

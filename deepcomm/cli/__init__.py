@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepcomm.cli import bench, doctor
+from deepcomm.cli import bench, deep_ep_path, doctor
 from deepcomm.cli import compile as compile_command
 from deepcomm.cli.environment import package_version
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     bench.add_parser(commands)
     compile_command.add_parser(commands)
+    deep_ep_path.add_parser(commands)
     doctor.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

@@ -14,7 +14,13 @@ import deepcomm
 
 TESTS = Path(__file__).parents[1]
 # Re-exports are covered by their own modules; these modules are the public ones.
-PUBLIC_MODULES = ("deepcomm", "deepcomm.functional", "deepcomm.nn", "deepcomm.testing")
+PUBLIC_MODULES = (
+    "deepcomm",
+    "deepcomm.compat",
+    "deepcomm.functional",
+    "deepcomm.nn",
+    "deepcomm.testing",
+)
 
 
 def names_used(source: str) -> set[str]:

@@ -189,3 +189,11 @@ def test_dequantize_is_close_and_ignores_strides(scale_format: str) -> None:
     assert ((dequantize_fp8(q) - x).abs() <= bound).all()
     column_major = ScaledTensor(q.data, q.scales.t().contiguous().t())
     assert torch.equal(dequantize_fp8(column_major), dequantize_fp8(q))
+
+
+def test_dequantize_takes_one_column_major_word_a_row() -> None:
+    x = torch.randn(6, 256, generator=torch.Generator().manual_seed(3))
+    scaled = quantize_fp8(x, "ue8m0")
+    column = scaled.scales.new_empty(1, 8)[:, :6].t().copy_(scaled.scales)
+    assert column.stride() == (1, 8)
+    assert torch.equal(dequantize_fp8(ScaledTensor(scaled.data, column)), dequantize_fp8(scaled))

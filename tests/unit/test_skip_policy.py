@@ -16,6 +16,7 @@ EXPLAINED = "import pytest\ndef test_it(): pytest.skip('no such device')"
 UNEXPLAINED = "import pytest\ndef test_it(): pytest.skip('')"
 UNEXPLAINED_MARK = "import pytest\n@pytest.mark.skip\ndef test_it(): pass"
 NO_GPU = "import pytest\n@pytest.mark.gpu(4096)\ndef test_it(): pass"
+NO_CLIENT = "import pytest\n@pytest.mark.clients('no_such_module')\ndef test_it(): pass"
 WHOLE_MODULE = "import pytest\npytest.importorskip('no_such_module')\ndef test_it(): pass"
 EXPECTED_FAILURE = "import pytest\n@pytest.mark.xfail\ndef test_it(): assert False"
 
@@ -47,6 +48,8 @@ def run_suite(folder: Path, source: str, *options: str) -> subprocess.CompletedP
         pytest.param(UNEXPLAINED_MARK, (), False, id="no-reason-mark"),
         pytest.param(NO_GPU, (GPU_ONLY,), True, id="gpu-allowed-in-ci"),
         pytest.param(NO_GPU, (FORBIDDEN,), False, id="gpu-expected"),
+        pytest.param(NO_CLIENT, ("--allow-skips=gpu,clients",), True, id="client-allowed"),
+        pytest.param(NO_CLIENT, (FORBIDDEN,), False, id="client-expected"),
         pytest.param(WHOLE_MODULE, (GPU_ONLY,), False, id="module-unexpected-in-ci"),
         pytest.param(EXPECTED_FAILURE, (FORBIDDEN,), True, id="xfail-is-no-skip"),
     ],

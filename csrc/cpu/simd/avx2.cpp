@@ -32,14 +32,24 @@ struct Avx2 : Vectors<32> {
         return static_cast<uint32_t>(_mm_cvtsi128_si32(max));
     }
 
-    static void store_low16(void* dst, U32 x) {
-        const auto lanes = bit_cast<__m256i>(x);
-        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0x08);
-        store(dst, _mm256_castsi256_si128(packed));
+    static void store_codes(void* dst, const U32 (&even)[2], const U32 (&odd)[2],
+                            const U32 (&signed_halves)[2]) {
+        __m256i codes[2];
+        for (int i = 0; i < 2; ++i) {
+            const __m256i halves = _mm256_blend_epi16(bit_cast<__m256i>(even[i]),
+                                                      bit_cast<__m256i>(odd[i] << 16), 0xaa);
+            codes[i] = _mm256_and_si256(halves, _mm256_set1_epi16(0x7f));
+        }
+        const __m256i signs = _mm256_packs_epi16(bit_cast<__m256i>(signed_halves[0]),
+                                                 bit_cast<__m256i>(signed_halves[1]));
+        const __m256i bytes =
+            _mm256_or_si256(_mm256_packus_epi16(codes[0], codes[1]),
+                            _mm256_and_si256(signs, _mm256_set1_epi8(static_cast<char>(0x80))));
+        store(dst, _mm256_permute4x64_epi64(bytes, 0xd8));
     }
 
     static void store_low8(void* dst, U32 x) {
-        const auto lanes = bit_cast<__m256i>(x);
+        const auto lanes = bit_cast<__m256i>(x & 0xffu);
         const __m128i words =
             _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
         store(dst, static_cast<int64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words))));

@@ -30,8 +30,13 @@ struct Avx512 : Vectors<64> {
         return static_cast<uint32_t>(_mm512_reduce_max_epi32(bit_cast<__m512i>(x)));
     }
 
-    static void store_low16(void* dst, U32 x) {
-        store(dst, _mm512_cvtepi32_epi16(bit_cast<__m512i>(x)));
+    static void store_codes(void* dst, const U32 (&even)[2], const U32 (&odd)[2],
+                            const U32 (&signed_halves)[2]) {
+        for (int i = 0; i < 2; ++i) {
+            const U32 codes = join_codes(even[i], odd[i], signed_halves[i]);
+            store(static_cast<char*>(dst) + i * kVectorBytes / 2,
+                  _mm512_cvtepi32_epi16(bit_cast<__m512i>(codes)));
+        }
     }
 
     static void store_low8(void* dst, U32 x) {

@@ -21,7 +21,15 @@ struct Portable : Vectors<16> {
         return static_cast<uint32_t>(max);
     }
 
-    static void store_low16(void* dst, U32 x) { store(dst, __builtin_convertvector(x, U16Half)); }
+    static void store_codes(void* dst, const U32 (&even)[2], const U32 (&odd)[2],
+                            const U32 (&signed_halves)[2]) {
+        for (int i = 0; i < 2; ++i) {
+            const U32 codes = join_codes(even[i], odd[i], signed_halves[i]);
+            store(static_cast<char*>(dst) + i * kVectorBytes / 2,
+                  __builtin_convertvector(codes, U16Half));
+        }
+    }
+
     static void store_low8(void* dst, U32 x) { store(dst, __builtin_convertvector(x, U8Quarter)); }
 
     static F32 from_f16(const void* src) {

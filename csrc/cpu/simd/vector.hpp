@@ -59,6 +59,14 @@ inline T max_of(T a, T b) {
     return a > b ? a : b;
 }
 
+/// Of each lane the low bytes of even and odd, whose bit 7 is clear, with the signs of its two halves:
+/// 16 bits; the others are undefined.
+template <class U>
+inline U join_codes(U even, U odd, U signed_halves) {
+    const U signs = signed_halves & 0x80008000u;
+    return (even & 0x7fu) | (odd << 8) | (signs >> 8) | (signs >> 16);
+}
+
 /// Two vectors of FP32, in the order that their codec finds cheapest.
 template <class V>
 struct Pair {

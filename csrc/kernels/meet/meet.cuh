@@ -104,8 +104,8 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
         const device::WaitSite site = {operation, device::Role::kMeet, peer};
         is_complete = await_header(params, site, epoch, &table->headers[peer]) && is_complete;
+        device::fence_acq_rel_sys();  // ORDER: pairs with the fence of publish_header
     }
-    device::fence_acq_rel_sys();  // ORDER: pairs with the fence of publish_header
     if (!block.sync_and(is_complete)) return false;  // ORDER: the table before its judge
     if (block.is_leader()) judge(params, table);
     block.sync();  // ORDER: the verdict before anybody reads it

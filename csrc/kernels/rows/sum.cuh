@@ -6,7 +6,7 @@
 
 namespace deepcomm::kernels {
 
-constexpr int32_t kSumUnroll = 2;  ///< vectors of each lane that are summed together
+constexpr int32_t kSumUnroll = 4;  ///< vectors of each lane that are summed together
 constexpr uint32_t kNanPair = 0x7FFF7FFFu;
 
 /// A lane's row to add, if it has one; terms are added in ascending order of their keys.
@@ -138,35 +138,48 @@ DEEPCOMM_UNROLL
     }
 }
 
-/// All lanes of a warp. The next term's vectors are loaded while those of the one before are added.
+/// All lanes of a warp. The next vectors to add are loaded while those before them are added, also
+/// from the end of one part of the row to the beginning of the next.
 template <int32_t kHidden, bool kByExpert>
 DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has_weights,
                                const SumTarget& target) {
     constexpr int32_t kNumVectors = kHidden / 8;
+    constexpr int32_t kPart = kSumUnroll * device::kWarpSize;
+    constexpr int32_t kNumParts = (kNumVectors + kPart - 1) / kPart;
     const int32_t lane = device::Warp{}.thread_idx();
     const int32_t count = target.is_lost ? 0 : order.count;
-    for (int32_t begin = 0; begin < kNumVectors; begin += kSumUnroll * device::kWarpSize) {
-        const int32_t first = begin + lane;
-        Accumulator<kByExpert> sums[kSumUnroll] = {};
-        RowVectors<kNumVectors> next{};
-        Term term{};
-        if (count > 0) {
-            term = term_at(own, order, 0);
-            next.load(term.row, first);
+    Accumulator<kByExpert> sums[kSumUnroll] = {};
+    if (count == 0) {
+        for (int32_t part = 0; part < kNumParts; ++part) {
+            store_sum<kNumVectors>(sums, target, part * kPart + lane);
         }
-        for (int32_t j = 0; j < count; ++j) {
-            const RowVectors<kNumVectors> current = next;
-            const Term added = term;
-            if (j + 1 < count) {
-                term = term_at(own, order, j + 1);
-                next.load(term.row, first);
-            }
-DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kSumUnroll; ++i) {
-                sums[i].add(current.vectors[i], added, has_weights);
-            }
+        return;
+    }
+    RowVectors<kNumVectors> next{};
+    Term term = term_at(own, order, 0);
+    next.load(term.row, lane);
+    int32_t part = 0, position = 0;
+    while (part < kNumParts) {
+        const RowVectors<kNumVectors> current = next;
+        const Term added = term;
+        const int32_t first = part * kPart + lane;
+        const bool is_last = ++position == count;
+        if (is_last) {
+            position = 0;
+            ++part;
         }
+        if (part < kNumParts) {
+            if (count > 1) term = term_at(own, order, position);
+            next.load(term.row, part * kPart + lane);
+        }
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kSumUnroll; ++i) {
+            sums[i].add(current.vectors[i], added, has_weights);
+        }
+        if (!is_last) continue;
         store_sum<kNumVectors>(sums, target, first);
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kSumUnroll; ++i) sums[i] = Accumulator<kByExpert>{};
     }
 }
 

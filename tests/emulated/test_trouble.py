@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations that do not take place: the rank at fault says why, its peers say who, all go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from collective.case import Case
+from collective.session import Oracle, Session
+from emulated.conftest import Schedules
+from emulated.runtime import run_emulated
+
+from deepcomm import RecvLayout
+from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument
+from deepcomm.testing import LocalGroup
+
+AT_FAULT = 1
+SMALL = Case(num_ranks=3, num_tokens=4, even=True)
+
+Arguments = dict[str, Any]
+
+
+def out_of_range(arguments: Arguments) -> None:
+    arguments["topk_idx"][-1, -1] = SMALL.num_experts
+
+
+def expert_twice(arguments: Arguments) -> None:
+    arguments["topk_idx"][0] = 2
+
+
+def wrong_dtype(arguments: Arguments) -> None:
+    arguments["topk_weights"] = arguments["topk_weights"].double()
+
+
+def without_weights(arguments: Arguments) -> None:
+    arguments["topk_weights"] = None
+
+
+FAULTS: dict[str, tuple[Callable[[Arguments], None], str]] = {
+    "out-of-range": (out_of_range, r"topk_idx: expected ids in -1\.\.5"),
+    "expert-twice": (expert_twice, "topk_idx: expected distinct experts in a row"),
+    "wrong-dtype": (wrong_dtype, "topk_weights: expected .*float64"),
+}
+
+ON_DEVICE = ("out-of-range", "expert-twice")
+HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
+
+
+def dispatch_arguments(session: Session) -> Arguments:
+    """Return good arguments of one dispatch, of tensors of their own."""
+    inputs, rank = session.inputs(0), session.rank
+    return {
+        "x": inputs.xs[rank],
+        "topk_idx": inputs.ids[rank].clone(),
+        "topk_weights": inputs.weights[rank].clone(),
+        "recv_layout": session.case.layout,
+    }
+
+
+def layout_case(layout: RecvLayout) -> Case:
+    return Case(num_ranks=3, num_tokens=4, even=True, layout=layout, routing="uniform")
+
+
+def exchange_well(session: Session) -> None:
+    session.rewind(0)
+    session.combine(session.dispatch(0))
+
+
+def dispatch_badly(session: Session, spoil: Callable[[Arguments], None]) -> None:
+    """Dispatch with arguments that rank AT_FAULT spoils, and wait for what comes of it."""
+    arguments = dispatch_arguments(session)
+    if session.rank == AT_FAULT:
+        spoil(arguments)
+    session.buffer.dispatch(**arguments)
+    if session.case.layout is RecvLayout.EXPERT_PADDED:
+        session.buffer.dispatch(**dispatch_arguments(session))  # no host waits for the first
+
+
+def expect_refusal(session: Session, fault: str) -> None:
+    spoil, message = FAULTS[fault]
+    if session.rank == AT_FAULT:
+        with pytest.raises(InvalidArgument, match=message):
+            dispatch_badly(session, spoil)
+        return
+    with pytest.raises(CommError, match=f"rank {AT_FAULT} refused") as caught:
+        dispatch_badly(session, spoil)
+    assert caught.value.peer == AT_FAULT
+
+
+@pytest.mark.parametrize("fault", ON_DEVICE)
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_bad_ids_are_named_and_the_buffer_goes_on(
+    schedules: Schedules, layout: RecvLayout, fault: str
+) -> None:
+    case, oracle = layout_case(layout), Oracle()
+
+    def refuse(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            for _ in range(3):
+                exchange_well(session)
+                expect_refusal(session, fault)
+
+    for settings in schedules():
+        run_emulated(refuse, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("layout", [RecvLayout.TOKEN, RecvLayout.EXPERT])
+def test_refusing_host_is_named_and_the_buffer_goes_on(
+    schedules: Schedules, layout: RecvLayout
+) -> None:
+    case, oracle = layout_case(layout), Oracle()
+
+    def refuse(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            for _ in range(3):
+                exchange_well(session)
+                expect_refusal(session, "wrong-dtype")
+
+    for settings in schedules():
+        run_emulated(refuse, case.num_ranks, settings)
+
+
+def test_refusing_host_is_heard_of_one_operation_later(schedules: Schedules) -> None:
+    """Where no host waits, the peers raise in their next operation; so does the rank at fault."""
+    case, oracle = layout_case(RecvLayout.EXPERT_PADDED), Oracle()
+
+    def refuse(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            exchange_well(session)
+            arguments = dispatch_arguments(session)
+            if group.rank == AT_FAULT:
+                wrong_dtype(arguments)
+                with pytest.raises(InvalidArgument):
+                    session.buffer.dispatch(**arguments)
+            else:
+                session.buffer.dispatch(**arguments)
+            with pytest.raises(CommError, match="refused"):
+                dispatch_badly(session, lambda _: None)
+            exchange_well(session)
+
+    for settings in schedules():
+        run_emulated(refuse, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_ranks_that_differ_all_say_so(schedules: Schedules, layout: RecvLayout) -> None:
+    case, oracle = layout_case(layout), Oracle()
+
+    def differ(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            for _ in range(2):
+                with pytest.raises(ConfigMismatch, match="has_weights differs between ranks"):
+                    dispatch_badly(session, without_weights)
+                exchange_well(session)
+
+    for settings in schedules():
+        run_emulated(differ, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_larger_dispatch_grows_the_buffer_on_all_ranks(
+    schedules: Schedules, layout: RecvLayout
+) -> None:
+    def grow(group: LocalGroup) -> int:
+        options = {**HIGH_THROUGHPUT_ONLY, "max_tokens_per_rank": 2, "growable": True}
+        with Session(group, layout_case(layout), oracle, **options) as session:
+            session.combine(session.dispatch(0))
+            session.combine(session.dispatch(1))
+            return int(session.buffer.config.max_tokens_per_rank)
+
+    for settings in schedules():
+        oracle = Oracle()
+        sizes = run_emulated(grow, 3, settings)
+        assert len(set(sizes)) == 1
+        assert sizes[0] >= 4
