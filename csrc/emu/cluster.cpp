@@ -35,6 +35,14 @@ std::string Cluster::run_until_any(const std::vector<HostWait>& waits, std::vect
     return machine->run_until_any(waits, over);
 }
 
+std::string Cluster::observe(int rank, const HostWait& wait) {
+    try {
+        machine->observe(rank, wait);
+    } catch (const HostFailure&) {
+    }
+    return machine->error;
+}
+
 Statistics Cluster::statistics() const {
     const Scheduler& scheduler = machine->scheduler;
     return {scheduler.num_steps(), scheduler.num_switches(), scheduler.now_ns(),

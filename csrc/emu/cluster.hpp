@@ -101,6 +101,10 @@ class Cluster {
     /// again, from any thread, with more launched in between. Returns what went wrong, or nothing.
     std::string run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over);
 
+    /// Tells that a rank's host has seen the word or flag of a wait without one: as after it, what
+    /// it reads next must be ordered before.
+    std::string observe(int rank, const HostWait& wait);
+
     /// What has run so far.
     Statistics statistics() const;
 

@@ -18,6 +18,22 @@ bool Machine::is_over(int rank, const HostWait& wait) const {
            scheduler.now_ns() >= wait.deadline_ns;
 }
 
+/// The host goes on to read what the word or flag that it has seen stands for: the whole region
+/// around it, all of which must be known by then.
+void Machine::observe(int rank_idx, const HostWait& wait) {
+    Rank& rank = ranks[static_cast<size_t>(rank_idx)];
+    if (wait.kind == HostWait::Kind::kStream) {
+        rank.host_know.join(rank.know);
+        return;
+    }
+    const bool is_word = *wait.word == wait.expected;
+    if (!is_word && *wait.flag != wait.flag_value) return;
+    const void* seen = is_word ? static_cast<const void*>(wait.word) : wait.flag;
+    const size_t offset = memory.offset_of(seen);
+    strong.teach_host(offset, &rank.host_know);
+    memory.check_host_read(rank.host_know, offset);
+}
+
 bool Machine::find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const {
     over->assign(waits.size(), 0);
     for (size_t rank = 0; rank < waits.size(); ++rank) {
@@ -57,6 +73,9 @@ std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vect
             if (is_any_over && (!is_late || scheduler.is_idle())) break;
             scheduler.set_stop_when_idle(is_any_over);
         } while (scheduler.run_from_host() && error.empty());
+        for (size_t rank = 0; error.empty() && rank < waits.size(); ++rank) {
+            if ((*over)[rank]) observe(static_cast<int>(rank), waits[rank]);
+        }
     } catch (const HostFailure&) {
         current = nullptr;
     }

@@ -86,6 +86,7 @@ std::string Machine::actor_name(int actor) const {
 
 bool Machine::includes(Scope scope, int from, int to) const {
     if (scope == Scope::kSys) return true;
+    if (from < 0 || to < 0) return false;  // the host is reached by the widest scope only
     const Thread& a = thread_of(from);
     const Thread& b = thread_of(to);
     if (a.rank != b.rank) return false;

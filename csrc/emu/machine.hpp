@@ -132,7 +132,8 @@ struct Rank {
     int num_queued = 0;    ///< kernels launched
     int num_launches = 0;  ///< kernels begun
     int num_ended = 0;
-    Knowledge know;  ///< what its stream knows between kernels
+    Knowledge know;       ///< what its stream knows between kernels
+    Knowledge host_know;  ///< what its host knows
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<SmemArea> smem;
@@ -197,6 +198,7 @@ struct Machine {
     void check_collectives(Warp& warp);
     void finish_current();
     bool start_ready_launches();
+    void observe(int rank, const HostWait& wait);
     void launch(int rank, Launch launch);
     void free_later(size_t offset);
     void on_copy_done(int rank);

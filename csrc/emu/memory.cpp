@@ -279,6 +279,14 @@ void Memory::check_copy_write(const Actor& actor, size_t offset,
     }
 }
 
+void Memory::check_host_read(const Knowledge& know, size_t offset) {
+    const Region* region = find_region(offset);
+    const Actor host = {kHostRank, 0, &know, Access::kStrongSys, Proxy::kGeneric};
+    for_each_cell(region->begin, region->end - region->begin, [&](Cell& cell, size_t at_offset) {
+        check_against_write(host, cell, at_offset, "read");
+    });
+}
+
 void Memory::check_bounds(const char* what, size_t offset, size_t num_bytes) const {
     if (is_foreign(offset)) return;
     const Region* region = offset == kOutside ? nullptr : find_region(offset);

@@ -320,6 +320,14 @@ void StrongMemory::fence_sc(Thread& me, Scope scope) {
     if (scope == Scope::kSys) fence_order_sys_.join(me.fenced[index_of(scope)]);
 }
 
+void StrongMemory::teach_host(size_t offset, Knowledge* know) const {
+    const size_t word = offset / kWord;
+    if (word >= location_of_.size() || !location_of_[word]) return;
+    const Location& location = locations_[static_cast<size_t>(location_of_[word]) - 1];
+    const Message& newest = location.messages.back();
+    if (newest.scope == Scope::kSys) know->join(newest.released[index_of(Scope::kSys)]);
+}
+
 void StrongMemory::take_host_writes() {
     for (Location& location : locations_) {
         if (!location.is_hosts) continue;

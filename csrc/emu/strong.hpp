@@ -72,6 +72,8 @@ class StrongMemory {
     /// Tells that plain bytes were written where messages may exist.
     void on_weak_write(const Actor& actor, size_t offset, size_t num_bytes);
 
+    /// What the host learns from the newest message at offset, which it acquires.
+    void teach_host(size_t offset, Knowledge* know) const;
     /// Makes messages of what hosts have stored in their memory since kernels ran last.
     void take_host_writes();
 

@@ -139,6 +139,16 @@ class EmulatedCluster:
             self.turn.notify_all()
             self._stand_by(rank, lambda: self._waits[rank] is None)
 
+    def observe(self, rank: int, wait: CHostWait) -> None:
+        """Tell that a rank has seen what it would wait for."""
+        with self.turn:
+            self._check_newest()
+            error = self._api.short.deepcomm_observe(rank, ctypes.byref(wait))
+            if error:
+                self._error = error.decode()
+                self.turn.notify_all()
+            self._raise_error(rank)
+
     def wait_in_barrier(self, rank: int) -> bool:
         """Return once all ranks are in the barrier; False if one never will be."""
         with self.turn:

@@ -81,6 +81,10 @@ const char* deepcomm_run(const HostWait* waits, char* over) {
     });
 }
 
+const char* deepcomm_observe(int rank, const HostWait* wait) {
+    return catching([&] { return cluster->observe(rank, *wait); });
+}
+
 void deepcomm_statistics(Statistics* statistics) { *statistics = cluster->statistics(); }
 
 }  // extern "C"

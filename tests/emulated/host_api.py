@@ -103,6 +103,7 @@ def host_api() -> HostApi:
         "deepcomm_free": ([c_void_p], None),
         "deepcomm_launch": ([c_int, POINTER(CLaunch)], None),
         "deepcomm_set_mutant": ([c_int], None),
+        "deepcomm_observe": ([c_int, POINTER(CHostWait)], ctypes.c_char_p),
         "deepcomm_statistics": ([POINTER(Statistics)], None),
     }
     for name, (arguments, result) in signatures.items():

@@ -17,10 +17,12 @@ from emulated.build import BUILD, CSRC, Variant, digest
 # The emulated path: what kernels run here, less the two implementations of the primitives.
 MUTATED = ("device/*.cuh", "kernels/**/*.cuh")
 MARKER = re.compile(r"(?<!/)// ORDER:")
+VALUE = re.compile(r"(?:const )?(?!bool\b|return\b)\w+ \w+ = ")
 
 WEAKER: dict[str, tuple[str, ...]] = {
     "red_add_release_sys": ("red_add_relaxed_sys", "red_add_release_gpu"),
     "st_release_sys": ("st_relaxed_sys", "st_release_gpu"),
+    "ld_acquire_sys": ("ld_relaxed_sys", "ld_acquire_gpu"),
     "st_release_gpu": ("st_relaxed_gpu", "st_release_block"),
     "wait_reached_acquire_sys": ("wait_reached_relaxed_sys", "wait_reached_acquire_gpu"),
     "wait_reached_acquire_gpu": ("wait_reached_relaxed_sys",),
@@ -112,6 +114,10 @@ class Mutator:
                 broken = original.replace(call, weaker, 1)
                 choice = f"deepcomm_mutant({number}) ? {broken} : {choice}"
             weakened = weakened.replace(original, f"({choice})", 1)
+        if VALUE.match(statement):  # others need the name that it declares
+            if weakened == statement:
+                raise ValueError(f"nothing to weaken: {statement}")
+            return weakened
         number = self.add(begin, "delete", statement)
         return delete(weakened, statement, number)
 

@@ -152,13 +152,12 @@ class EmulatedRuntime:
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         word = ctypes.c_uint64.from_address(address)
-        if word.value == expected:
-            return True
         deadline_ns = self.now_ns() + int(timeout_s * 1e9)
-        self._cluster.wait(
-            self._rank,
-            CHostWait(WAIT_WORD, address, expected, record_address, RECORD_COMPLETE, deadline_ns),
-        )
+        wait = CHostWait(WAIT_WORD, address, expected, record_address, RECORD_COMPLETE, deadline_ns)
+        if word.value == expected:
+            self._cluster.observe(self._rank, wait)
+        else:
+            self._cluster.wait(self._rank, wait)
         return word.value == expected
 
     def flush(self) -> None:
