@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from low_latency_soak import Soak, SoakShape
 
 from deepcomm import Buffer, RecvLayout, reference
 from deepcomm.slots import ReferenceConfig
@@ -121,7 +122,9 @@ class Work:
     def check(self) -> None:
         """Compare every operation that is timed with the reference, bit for bit."""
         if self.num_tokens > MOST_FOR_REFERENCE:
-            soak = Soak(self.group, self.options, self.num_tokens, self.options.hidden)
+            options = self.options
+            shape = SoakShape(options.experts, options.topk, options.hidden, self.num_tokens)
+            soak = Soak(self.group, shape)
             soak.run(num_steps=6)
             soak.buffer.close()
             return
@@ -291,102 +294,6 @@ class Work:
         self.time_gemm()
 
 
-# ---- soak: random sizes and routings, checked on the GPU ------------------------------------
-
-
-class Soak:
-    """Dispatches and combines of random tokens, compared with torch on the same GPU."""
-
-    def __init__(
-        self, group: Any, options: Options, max_tokens: int = 128, hidden: int = 1024
-    ) -> None:
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.options, self.max_tokens, self.hidden = options, max_tokens, hidden
-        self.num_local = options.experts // self.num_ranks
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.generator = torch.Generator(self.device)
-        self.sizes = np.random.default_rng(1)
-        self.buffer = Buffer(
-            group,
-            num_experts=options.experts,
-            num_topk=options.topk,
-            hidden=hidden,
-            max_tokens_per_rank=max_tokens,
-            device=self.device,
-            timeout_s=TIMEOUT_S,
-        )
-
-    def step(self, number: int) -> torch.Tensor:
-        """Run one dispatch and its combine; return a bool on the device: all is right."""
-        self.generator.manual_seed(number)  # alike on all ranks, which know each other's tokens
-        sizes = self.sizes.integers(0, self.max_tokens + 1, self.num_ranks)
-        total, topk = int(sizes.sum()), self.options.topk
-        x = torch.randn(total, self.hidden, device=self.device, generator=self.generator).bfloat16()
-        scores = torch.rand(
-            total, self.options.experts, device=self.device, generator=self.generator
-        )
-        ids = scores.topk(topk).indices if total else scores.new_zeros(0, topk, dtype=torch.int64)
-        drop = torch.rand(ids.shape, device=self.device, generator=self.generator) < 0.1
-        ids = ids.masked_fill(drop, -1)
-        weights = torch.rand(ids.shape, device=self.device, generator=self.generator)
-        begin = int(sizes[: self.rank].sum())
-        own = slice(begin, begin + int(sizes[self.rank]))
-        hook = number % 3 == 0
-        got = self.buffer.low_latency_dispatch(x[own], ids[own], weights[own], return_hook=hook)
-        if hook:
-            got.hook()
-        back = self.buffer.low_latency_combine(got.x, got.handle, return_hook=hook)
-        if hook:
-            back.hook()
-        is_right = self.check_rows(got, x, ids, weights)
-        expected = self.expected_sum(x[own], ids[own], weights[own])
-        return is_right & (back.x == expected).all()
-
-    def check_rows(
-        self, got: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        local = ids - self.rank * self.num_local
-        is_here = (local >= 0) & (local < self.num_local)
-        column = local.clamp(0, self.num_local - 1)
-        chosen = torch.zeros(len(x), self.num_local, device=self.device)
-        chosen.scatter_add_(1, column, is_here.float())
-        weight = torch.zeros_like(chosen).scatter_add_(1, column, weights.masked_fill(~is_here, 0))
-        position = chosen.cumsum(0).long() - 1
-        expert, token = chosen.T.nonzero(as_tuple=True)
-        place = position[token, expert]
-        rows_equal = (got.x[expert, place] == x[token]).all()
-        weights_equal = (got.topk_weights[expert, place] == weight[token, expert]).all()
-        counts_equal = (got.num_tokens_per_expert == chosen.sum(0).int()).all()
-        return rows_equal & weights_equal & counts_equal
-
-    def expected_sum(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum in the specified order; every operation is a kernel, so that none is fused."""
-        order = ids.argsort(1)
-        ids, weights = ids.gather(1, order), weights.gather(1, order)
-        total = torch.zeros(x.shape, device=self.device)
-        for rank in range(self.num_ranks):
-            partial = torch.zeros_like(total)
-            for k in range(ids.shape[1]):
-                is_here = (ids[:, k] >= 0) & (ids[:, k] // self.num_local == rank)
-                term = weights[:, k, None] * x.float()
-                partial = torch.where(is_here[:, None], partial + term, partial)
-            total = total + partial.bfloat16().float()
-        return total.bfloat16()
-
-    def run(self) -> None:
-        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        for number in range(self.options.soak):
-            wrong += ~self.step(number)
-            if number % 1000 == 999 or number + 1 == self.options.soak:
-                assert wrong.item() == 0, (
-                    f"rank {self.rank}: wrong within the last 1000 of {number}"
-                )
-                if self.rank == 0:
-                    print(f"{number + 1} operations right", file=sys.stderr, flush=True)
-
-
 # ---- processes -------------------------------------------------------------------------------
 
 
@@ -394,7 +301,7 @@ def on_rank(group: Any, options: Options) -> list[dict[str, Any]]:
     """Measure on one GPU; all ranks return the same figures."""
     torch.cuda.set_device(dist.get_rank(group) % torch.cuda.device_count())
     if options.soak:
-        Soak(group, options).run(options.soak)
+        Soak(group, SoakShape(options.experts, options.topk)).run(options.soak)
         return []
     figures: list[Figure] = []
     for num_tokens in options.tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_status import DISPATCH, Status
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.topology import Topology
-
-P = TypeVar(
-    "P",
-    kernels.LowLatencyDispatchParams,
-    kernels.LowLatencyCombineParams,
-    kernels.LowLatencyRefuseParams,
-)
 
 __all__ = ["BOTH", "RECEIVE", "SEND", "Failure", "Place", "Slots", "low_latency_layout"]
 
@@ -113,8 +106,15 @@ def check_sizes(config: BufferConfig, topology: Topology) -> None:
 class Slots:
     """Symmetric memory of the slots, and what this rank's kernels share beside it."""
 
-    def __init__(self, place: Place, config: BufferConfig) -> None:
-        """Reserve; collective over the group."""
+    def __init__(self, place: Place, config: BufferConfig, mask: Memory, late_ranks: int) -> None:
+        """Reserve; collective over the group.
+
+        Args:
+            place: Where operations take place.
+            config: Of the buffer.
+            mask: uint32 [R], which peers are skipped.
+            late_ranks: Address on the device of uint32 [R] shared with the host.
+        """
         check_sizes(config, place.topology)
         runtime, num_ranks = place.runtime, place.topology.num_ranks
         self.map = low_latency_layout(config, num_ranks)
@@ -132,8 +132,17 @@ class Slots:
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
         self._functions: dict[tuple[str, int, int], Function] = {}
+        self._functions_of: dict[tuple[str, int], dict[int, Function]] = {}
+        self._keep = mask
         self._in_flight: deque[int] = deque()
         self._num_opened = 0
+        addresses = mask.address, late_ranks
+        self.dispatch_params = kernels.LowLatencyDispatchParams()
+        self.combine_params = kernels.LowLatencyCombineParams()
+        self.refuse_params = kernels.LowLatencyRefuseParams()
+        for params in (self.dispatch_params, self.combine_params, self.refuse_params):
+            self._fill(params.base, addresses)
+        self.dispatch_params.num_experts = config.num_experts
 
     # ---- kernels
 
@@ -162,9 +171,21 @@ class Slots:
                 self._functions[operation, each, rows] = self._place.runtime.load(operation, spec)
         return self._functions[key]
 
-    def fill(self, params: P, mask: Memory, late_ranks: int) -> P:
-        """Fill what the kernels of all operations have; return the arguments."""
-        topology, base = self._place.topology, params.base
+    def functions(self, operation: str, rows: int = 0, wire: int = 0) -> dict[int, Function]:
+        """Return a kernel for each of the phases: ``rows`` as given, and as they travel."""
+        found = self._functions_of.get((operation, rows))
+        if found is None:
+            found = {
+                SEND: self.function(operation, SEND, rows),
+                RECEIVE: self.function(operation, RECEIVE, wire),
+                BOTH: self.function(operation, BOTH, rows),
+            }
+            self._functions_of[operation, rows] = found
+        return found
+
+    def _fill(self, base: kernels.LowLatencyParams, addresses: tuple[int, int]) -> None:
+        """Fill what does not change from one operation to the next."""
+        topology = self._place.topology
         base.comm.rank = topology.rank
         base.comm.num_ranks = topology.num_ranks
         base.comm.timeout_ns = int(self._config.timeout_s * 1e9)
@@ -173,11 +194,9 @@ class Slots:
         base.map = self.map
         base.local = self.memory.bases[topology.rank]
         base.state = self._state.address
-        base.rank_mask = mask.address
+        base.rank_mask, base.late_ranks = addresses
         base.decisions = self._decisions.address
-        base.late_ranks = late_ranks
         base.status = self.status.device_address
-        return params
 
     # ---- operations in flight
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ FIELDS = (
 )
 
 
+@functools.cache
 def pack_signature(**values: int) -> int:
     """Return the word of some fields; the others are 0."""
     word = shift = 0

@@ -69,6 +69,18 @@ class Record:
     is_complete: bool = False
 
     @staticmethod
+    def make(buffer_id: bytes, shape: tuple[int, int, int], device: torch.device) -> Record:
+        """Allocate for (ranks, tokens of a rank, K)."""
+        record_map = kernels.LowLatencyRecordLayout.make(*shape)
+        words = torch.empty(record_map.num_words, dtype=torch.int32, device=device)
+        return Record(buffer_id, words, record_map)
+
+    def fill(self, base: kernels.LowLatencyParams) -> None:
+        """Tell a kernel where it is."""
+        base.record = self.words.data_ptr()
+        base.record_map = self.map
+
+    @staticmethod
     def of(handle: Handle, buffer_id: bytes) -> Record:
         """Return a handle's record.
 
