@@ -148,14 +148,13 @@ DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has
     constexpr int32_t kNumParts = (kNumVectors + kPart - 1) / kPart;
     const int32_t lane = device::Warp{}.thread_idx();
     const int32_t count = target.is_lost ? 0 : order.count;
+    Accumulator<kByExpert> sums[kSumUnroll] = {};
     if (count == 0) {
         for (int32_t part = 0; part < kNumParts; ++part) {
-            Accumulator<kByExpert> nothing[kSumUnroll] = {};  // the bias is added to it
-            store_sum<kNumVectors>(nothing, target, part * kPart + lane);
+            store_sum<kNumVectors>(sums, target, part * kPart + lane);
         }
         return;
     }
-    Accumulator<kByExpert> sums[kSumUnroll] = {};
     RowVectors<kNumVectors> next{};
     Term term = term_at(own, order, 0);
     next.load(term.row, lane);
