@@ -33,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="MARKS",
         help="comma-separated marks whose tests may be skipped; any other skip is a failure",
     )
+    parser.addoption(
+        "--soak-rounds",
+        type=int,
+        default=200,
+        help="rounds of the random soak on GPUs",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -81,6 +81,7 @@ void bind_meet(py::module_& module) {
         .def_readwrite("max_tokens", &MeetParams::max_tokens);
     def_address(meet, "epoch", &MeetParams::epoch);
     def_address(meet, "trouble", &MeetParams::trouble);
+    def_address(meet, "counters", &MeetParams::counters);
     py::class_<RoutingTable> table(module, "RoutingTable");
     table.def(py::init([] { return RoutingTable{}; }));
     def_address(table, "topk_idx", &RoutingTable::topk_idx);

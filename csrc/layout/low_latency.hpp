@@ -29,11 +29,11 @@
 namespace deepcomm::layout {
 
 constexpr int64_t kPacketBytes = 16;
-constexpr int64_t kPacketWords = 3;     ///< of payload
-constexpr int64_t kHeaderWords = 3;     ///< before the counts: one packet
-constexpr int64_t kMessageWords = 48;   ///< of a refusal's text, in the packets after the first
+constexpr int64_t kPacketWords = 3;    ///< of payload
+constexpr int64_t kHeaderWords = 3;    ///< before the counts: one packet
+constexpr int64_t kMessageWords = 48;  ///< of a refusal's text, in the packets after the first
 constexpr int64_t kLowLatencyAlign = 128;
-constexpr int64_t kTokenBits = 32;      ///< tokens a word of a header
+constexpr int64_t kTokenBits = 32;  ///< tokens a word of a header
 
 // What kernels keep in shared memory bounds the sizes; the host checks them.
 constexpr int64_t kMaxLowLatencyRanks = 128;
@@ -85,8 +85,8 @@ struct LowLatencyLayout {
         const int64_t refusal = 1 + packets_of(kMessageWords);
         map.header_packets = static_cast<int32_t>(header > refusal ? header : refusal);
         map.weight_packets = static_cast<int32_t>(packets_of(shape.num_topk));
-        map.row_stride = round_up(
-            (shape.num_topk + packets_of(shape.hidden / 2)) * kPacketBytes, kLowLatencyAlign);
+        map.row_stride = round_up((shape.num_topk + packets_of(shape.hidden / 2)) * kPacketBytes,
+                                  kLowLatencyAlign);
 
         const int64_t max_rows = static_cast<int64_t>(shape.num_ranks) * shape.max_tokens;
         Cursor slot;
@@ -107,12 +107,9 @@ struct LowLatencyLayout {
         return (static_cast<int64_t>(slot_idx) * num_ranks + peer) *
                static_cast<int64_t>(sizeof(uint64_t));
     }
-    constexpr int64_t slot_offset(int32_t slot_idx) const {
-        return slots + slot_idx * slot_stride;
-    }
+    constexpr int64_t slot_offset(int32_t slot_idx) const { return slots + slot_idx * slot_stride; }
     constexpr int64_t header_offset(int32_t slot_idx, int32_t peer) const {
-        return slot_offset(slot_idx) +
-               static_cast<int64_t>(peer) * header_packets * kPacketBytes;
+        return slot_offset(slot_idx) + static_cast<int64_t>(peer) * header_packets * kPacketBytes;
     }
     constexpr int64_t weights_offset(int32_t slot_idx, int32_t peer, int32_t token) const {
         const int64_t index = static_cast<int64_t>(peer) * max_tokens + token;
@@ -151,8 +148,8 @@ constexpr int32_t kMaxLowLatencySlots = 64;
 
 /// What a rank's operations share, in zeroed memory of its device.
 struct LowLatencyState {
-    LowLatencyTurn last;         ///< of the last operation that was sent
-    uint32_t num_send_finished;  ///< blocks of the running kernel
+    LowLatencyTurn last;                                 ///< of the last operation that was sent
+    uint32_t num_send_finished;                          ///< blocks of the running kernel
     uint32_t num_receive_finished[kMaxLowLatencySlots];  ///< likewise, by slot
 };
 
@@ -193,7 +190,13 @@ static_assert(kMaxLowLatencyExperts * kMaxLowLatencyTokenWords * kTokenBits <=
               "slots of all blocks fit an entry");
 static_assert(int64_t{kMaxTopk} << kEntrySlotBits <= int64_t{1} << 31, "columns leave the sign");
 
-enum class RefusalKind : int32_t { kNone = 0, kByHost = 1, kIdRange = 2, kIdTwice = 3, kDiffers = 4 };
+enum class RefusalKind : int32_t {
+    kNone = 0,
+    kByHost = 1,
+    kIdRange = 2,
+    kIdTwice = 3,
+    kDiffers = 4
+};
 
 /// Why an operation delivered nothing; in memory shared with the host, which clears it. The first
 /// reason stays. state as of ErrorRecord.
@@ -207,11 +210,11 @@ struct LowLatencyStatus {
     RefusalKind kind;
     int32_t operation;  ///< layout::Operation
     int32_t culprit;
-    int32_t token;      ///< kIdRange, kIdTwice on the rank at fault
-    int32_t topk;       ///< column of the id
+    int32_t token;  ///< kIdRange, kIdTwice on the rank at fault
+    int32_t topk;   ///< column of the id
     uint32_t signature;
     uint32_t peer_signature;
-    int64_t value;      ///< the id
+    int64_t value;  ///< the id
     uint32_t free[6];
     uint32_t message[kMessageWords];  ///< kByHost: bytes of the text, 0 after the last
 };

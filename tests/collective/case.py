@@ -46,6 +46,7 @@ class Case:
     Attributes:
         num_tokens: ``max_tokens_per_rank``; ranks bring that many or fewer, rank 1 none.
         even: All ranks bring ``num_tokens``.
+        sizes: What each rank brings instead, at most ``num_tokens``.
         strided: Rows, ids and outputs are parts of larger tensors.
         delay_ms: Longest random delay before each operation.
     """
@@ -54,6 +55,7 @@ class Case:
     ranks_per_node: int | None = None
     num_tokens: int = 16
     even: bool = False
+    sizes: tuple[int, ...] | None = None
     hidden: int = 64
     num_topk: int = 2
     experts_per_rank: int = 2
@@ -118,6 +120,8 @@ class Case:
 
     def tokens_of(self, rank: int) -> int:
         """Return T of a rank."""
+        if self.sizes is not None:
+            return self.sizes[rank]
         if self.even or self.num_ranks == 1:
             return self.num_tokens
         return int(self.num_tokens * SIZES_OF_RANKS[rank % len(SIZES_OF_RANKS)])

@@ -29,33 +29,39 @@ def spoil(session: Session, num_rounds: int = 4) -> None:
     quantize = {} if case.wire in DTYPES else {"quantize": "fp8_e4m3", "scale_format": scales}
     for _ in range(num_rounds):
         received = buffer.dispatch(x, ids, weights, recv_layout=case.layout, owned=True, **quantize)
-        y = torch.full(received.x.shape, torch.nan, dtype=case.y_dtype)
+        y = torch.full_like(received.x, torch.nan, dtype=case.y_dtype)
         buffer.combine(y, received.handle, topk_weights=received.topk_weights)
     if case.layout is RecvLayout.EXPERT or buffer.config.num_low_latency_slots == 0:
         return
     for _ in range(num_rounds):
         received = buffer.low_latency_dispatch(x, ids, weights, recv_layout=case.layout, **quantize)
-        y = torch.full(received.x.shape, torch.nan, dtype=case.y_dtype)
+        y = torch.full_like(received.x, torch.nan, dtype=case.y_dtype)
         buffer.low_latency_combine(y, received.handle)
 
 
 def exchange(group: Any, case: Case, oracle: Oracle | None = None, **options: Any) -> None:
     """High throughput: every kind of dispatch and combine once, on spoilt memory."""
     with Session(group, case, oracle, **options) as session:
-        spoil(session)
-        first = session.dispatch(0, zero_padding=True)
-        if case.wire in DTYPES:
-            session.combine(first, in_place=True)
-        session.combine(first)
-        session.combine(first, carried=True, extras=True)
-        other = session.dispatch(1, has_weights=False)
-        if case.layout is not RecvLayout.TOKEN:
-            session.combine(first, apply_weights=True, extras=True)
-        again = session.dispatch(2, cached=first)
-        session.combine(other, carried=True)
-        session.combine(again, apply_weights=case.layout is not RecvLayout.TOKEN)
-        session.combine(first)
-        session.dispatch(3, cached=again, has_weights=False)
+        exchange_in(session)
+
+
+def exchange_in(session: Session) -> None:
+    """The same in a session, whose buffer then knows all landing areas."""
+    case = session.case
+    spoil(session)
+    first = session.dispatch(0, zero_padding=True)
+    if case.wire in DTYPES:
+        session.combine(first, in_place=True)
+    session.combine(first)
+    session.combine(first, carried=True, extras=True)
+    other = session.dispatch(1, has_weights=False)
+    if case.layout is not RecvLayout.TOKEN:
+        session.combine(first, apply_weights=True, extras=True)
+    again = session.dispatch(2, cached=first)
+    session.combine(other, carried=True)
+    session.combine(again, apply_weights=case.layout is not RecvLayout.TOKEN)
+    session.combine(first)
+    session.dispatch(3, cached=again, has_weights=False)
 
 
 def low_latency_exchange(group: Any, case: Case, oracle: Oracle | None = None) -> None:

@@ -40,8 +40,14 @@ if TYPE_CHECKING:
     from deepcomm.types import CombineOutput, DispatchOutput
 
 
+MAX_RESULTS = 256
+
+
 class Oracle:
-    """Results that the ranks of this process share, computed by whoever asks first."""
+    """Results that the ranks of this process share, computed by whoever asks first.
+
+    The oldest of many are forgotten, and computed again if somebody still asks.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,6 +56,8 @@ class Oracle:
     def get(self, key: Any, compute: Callable[[], Any]) -> Any:
         with self._lock:
             if key not in self._results:
+                while len(self._results) >= MAX_RESULTS:
+                    self._results.pop(next(iter(self._results)))
                 self._results[key] = compute()
             return self._results[key]
 
@@ -158,6 +166,7 @@ class Session:
         actual = self.buffer.dispatch(
             self._own(inputs.xs), self._own(ids), self._own(weights), **own, **shared, **options
         )
+        wait_for(actual)
         assert_dispatch_equal(
             actual, expected[self.rank], zero_padding=zero_padding, rank=self.rank
         )
@@ -231,6 +240,7 @@ class Session:
         carried: bool = False,
         apply_weights: bool = False,
         extras: bool = False,
+        **options: Any,
     ) -> Combined:
         """Run and compare a combine.
 
@@ -241,6 +251,7 @@ class Session:
             carried: Carry weights back.
             apply_weights: Multiply with the recorded weights.
             extras: Add a bias, and receive into a tensor of ours.
+            **options: Passed on.
         """
         step = self._step
         ys = self.outputs(dispatched, step)
@@ -263,7 +274,9 @@ class Session:
             apply_weights=apply_weights,
             bias=self._own(biases),
             out=self._out() if extras else None,
+            **options,
         )
+        wait_for(actual)
         if in_place:
             poison(y)
         assert_combine_equal(actual, expected[self.rank], rank=self.rank)
@@ -321,3 +334,9 @@ class Session:
         case = self.case
         shape = (case.tokens_of(self.rank), case.hidden)
         return poison(torch.empty(shape, dtype=case.y_dtype, device=case.device))
+
+
+def wait_for(output: DispatchOutput | CombineOutput) -> None:
+    """Let what follows on this stream see the results of an asynchronous operation."""
+    if output.event is not None:
+        output.event.current_stream_wait()

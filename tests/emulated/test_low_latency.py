@@ -85,8 +85,8 @@ def test_flights_overlap_in_any_order_of_hooks(seed: int) -> None:
 def test_too_many_in_flight_is_refused_and_harmless() -> None:
     def body(session: LowLatencySession) -> None:
         flying = [session.low_latency_dispatch(i, return_hook=True) for i in range(4)]
+        inputs = session.inputs(9)
         with pytest.raises(InvalidArgument, match="num_low_latency_slots = 4"):
-            inputs = session.inputs(9)
             session.buffer.low_latency_dispatch(inputs.xs[session.rank], inputs.ids[session.rank])
         for one in flying:
             one.finish()
@@ -185,18 +185,16 @@ def test_refusal_of_a_host_reaches_every_rank(seed: int, use_hook: bool) -> None
                 with pytest.raises(InvalidArgument, match="expected"):
                     buffer.low_latency_dispatch(*arguments, return_hook=use_hook)
                 continue
-            with pytest.raises(
-                CommError, match="rank 1 refused the operation: .*: expected"
-            ) as info:
-                got = buffer.low_latency_dispatch(x, ids, return_hook=use_hook)
-                if use_hook:
-                    got.hook()
+            with pytest.raises(CommError, match=r"rank 1 refused the operation: .*: exp") as info:
+                dispatch_whole(session, x, ids, use_hook)
             assert info.value.peer == 1
         if session.rank == 1:
             with pytest.raises(InvalidArgument, match="y: expected"):
                 buffer.low_latency_combine(one.actual.x[:1], one.actual.handle)
         else:
-            with pytest.raises(CommError, match="combine: rank .: rank 1 refused the operation: y"):
+            with pytest.raises(
+                CommError, match=r"combine: rank .: rank 1 refused the operation: y"
+            ):
                 buffer.low_latency_combine(one.actual.x, one.actual.handle)
         session.low_latency_combine(one)
         go_on(session)
@@ -230,21 +228,31 @@ def test_wrong_ids_end_the_operation_on_every_rank(
         )
         got: list[Any] = []
         with pytest.raises(error, match=text):
-            got.append(
-                session.backend.low_latency.dispatch(
-                    request_of(session, inputs.xs[session.rank], own, use_hook)
-                )
-            )
-            if use_hook:
-                got[0].hook()
-            # Before the host knows: no rank's combine takes place.
-            y = torch.zeros(got[0].x.shape, dtype=torch.bfloat16)
-            handle = got[0].handle
-            session.buffer.low_latency_combine(y, handle, apply_weights=False)
+            combine_unaware(session, inputs.xs[session.rank], own, use_hook, got)
         assert got[0].num_tokens_per_expert.tolist() == [0, 0]
         go_on(session)
 
     play(case, body)
+
+
+def dispatch_whole(
+    session: LowLatencySession, x: torch.Tensor, ids: torch.Tensor, use_hook: bool
+) -> None:
+    """Dispatch, with its hook if it has one."""
+    got = session.buffer.low_latency_dispatch(x, ids, return_hook=use_hook)
+    if got.hook is not None:
+        got.hook()
+
+
+def combine_unaware(
+    session: LowLatencySession, x: torch.Tensor, ids: torch.Tensor, use_hook: bool, got: list[Any]
+) -> None:
+    """Dispatch and combine before the host knows of a refusal: no rank's combine takes place."""
+    got.append(session.backend.low_latency.dispatch(request_of(session, x, ids, use_hook)))
+    if use_hook:
+        got[0].hook()
+    y = torch.zeros(got[0].x.shape, dtype=torch.bfloat16)
+    session.buffer.low_latency_combine(y, got[0].handle, apply_weights=False)
 
 
 def request_of(session: LowLatencySession, x: torch.Tensor, ids: torch.Tensor, hook: bool) -> Any:
@@ -274,10 +282,9 @@ def test_ranks_that_differ_are_told_so(own: dict[str, Any], match: str) -> None:
         arguments = {"recv_layout": PADDED, "topk_weights": inputs.weights[session.rank]}
         if session.rank == 0:
             arguments |= own
+        x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
         with pytest.raises(ConfigMismatch, match=match):
-            session.buffer.low_latency_dispatch(
-                inputs.xs[session.rank], inputs.ids[session.rank], **arguments
-            )
+            session.buffer.low_latency_dispatch(x, ids, **arguments)
         go_on(session)
 
     play(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), body)
@@ -367,7 +374,6 @@ def test_masked_rank_counts_as_absent(layout: RecvLayout, wire: Any) -> None:
     def body(session: LowLatencySession) -> None:
         if session.rank == absent:
             return
-        session.backend.low_latency._slots  # the peers reserve without it
         session.buffer.set_rank_mask(absent, True)
         for round_idx in range(6):
             one = session.low_latency_dispatch(round_idx, masked={absent}, zero_padding=True)

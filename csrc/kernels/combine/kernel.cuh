@@ -36,6 +36,16 @@ struct PushRole<CombineSpec<kNumRanks, kHidden, true>> {
     }
 };
 
+/// By one thread: the rows that this rank pushes, all of them known beforehand.
+template <typename Spec>
+DEEPCOMM_DEVICE void count_pushed(const CombineBlock<Spec>& my) {
+    uint64_t num_rows = 0;
+    for (int32_t peer = 0; peer < Spec::kNumRanks; ++peer) {
+        if (peer != my.rank()) num_rows += static_cast<uint64_t>(my.num_rows_of(peer));
+    }
+    device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_node, num_rows * Spec::kRowBytes);
+}
+
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
     const layout::PlanLayout words = my.words();
@@ -62,6 +72,7 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert>::kW
     if (!meet_for_combine(my)) return;
     bool is_complete = true;
     if (my.smem.tables.meet.status == MeetStatus::kGood) {
+        if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
         is_complete = my.warp.warp_idx() < Spec::kPushWarps ? PushRole<Spec>::run(my)
                                                             : reduce_tokens(my);
     } else if (my.block.block_idx() == 0 && my.block.is_leader()) {

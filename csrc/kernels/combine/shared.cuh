@@ -17,7 +17,7 @@ struct CombineSpec {
     static constexpr bool kByExpert = kByExpert_;
     static constexpr int32_t kRowBytes = 2 * kHidden;
     // TOKEN rows are pushed by bulk copies, which take few warps; sums by experts take many.
-    static constexpr int32_t kWarps = kByExpert ? 12 : 16;
+    static constexpr int32_t kWarps = kByExpert ? 12 : 20;
     static constexpr int32_t kStageBytes = static_cast<int32_t>(round_up(kRowBytes, 128));
     static constexpr int32_t kPushWarps =
         kByExpert ? 6 : clamp(kStageBudgetBytes / (2 * kStageBytes), 1, 4);

@@ -10,7 +10,8 @@
 namespace deepcomm::kernels {
 
 constexpr int32_t kCountWarps = 16;
-constexpr int32_t kMaxCountBlocks = 8;  ///< more would only wait for each other
+constexpr int32_t kMaxCountBlocks = 16;  ///< more would only wait for each other
+constexpr int32_t kWordsAtOnce = 8;
 constexpr int32_t kNoLimit = 0x7FFFFFFF;
 
 template <int32_t kNumRanks, int32_t kNumExperts>
@@ -134,16 +135,21 @@ DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts>&
                                        int32_t counter, uint32_t* before) {
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_gpu(word); };
-    return gather_words<kMaxCountBlocks>(
-        my.block.block_idx(), my.epoch,
-        [&](int32_t other) { return load(my.partial(other, counter)); },
-        [&](int32_t other, uint64_t* value) {
-            return await_tagged(wait_context(comm), my.site(device::Role::kCount, comm.rank),
-                                my.partial(other, counter), my.epoch, value, load);
-        },
-        [&](int32_t, uint32_t value) {
-            *before = counter == my.kNumCounters ? *before | value : *before + value;
-        });
+    bool is_complete = true;
+    for (int32_t first = 0; first < my.block.block_idx() && is_complete; first += kWordsAtOnce) {
+        const int32_t left = my.block.block_idx() - first;
+        is_complete = gather_words<kWordsAtOnce>(
+            left < kWordsAtOnce ? left : kWordsAtOnce, my.epoch,
+            [&](int32_t n) { return load(my.partial(first + n, counter)); },
+            [&](int32_t n, uint64_t* value) {
+                return await_tagged(wait_context(comm), my.site(device::Role::kCount, comm.rank),
+                                    my.partial(first + n, counter), my.epoch, value, load);
+            },
+            [&](int32_t, uint32_t value) {
+                *before = counter == my.kNumCounters ? *before | value : *before + value;
+            });
+    }
+    return is_complete;
 }
 
 /// Publishes the block's sums to the blocks after it and learns those of the blocks before it.
@@ -203,7 +209,7 @@ DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts>& m
 /// Adds up all ranks' counts: totals, and what comes before this block's own.
 template <int32_t kNumRanks, int32_t kNumExperts>
 DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
-    constexpr int32_t kAtOnce = kNumRanks < 8 ? kNumRanks : 8;
+    constexpr int32_t kAtOnce = kNumRanks < kWordsAtOnce ? kNumRanks : kWordsAtOnce;
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_sys(word); };
     bool is_complete = true;

@@ -41,6 +41,10 @@ DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, Send&& send) {
     signal_arrival(my);
     if (my.block.block_idx() != 0) return true;
     if (!await_arrivals(my)) return false;
+    if (my.block.is_leader()) {
+        device::red_add_relaxed_gpu(&my.params.meet.counters->tokens_received,
+                                    static_cast<uint64_t>(rows_here(my)));
+    }
     correct_counts(my);
     return true;
 }

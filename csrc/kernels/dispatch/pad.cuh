@@ -12,7 +12,7 @@ template <typename Spec>
 DEEPCOMM_DEVICE int32_t rows_here(const SendBlock<Spec>& my) {
     const layout::PlanLayout words = {Spec::kNumRanks};
     const int32_t num_rows = my.params.table.plan[words.rows_from() + Spec::kNumRanks];
-    const int32_t limit = my.smem.destinations[my.rank()].limit;
+    const int32_t limit = Spec::kByExpert ? kNoLimit : my.smem.destinations[my.rank()].limit;
     return num_rows < limit ? num_rows : limit;
 }
 

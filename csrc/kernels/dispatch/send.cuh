@@ -241,6 +241,19 @@ DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
     }
 }
 
+/// Adds the lanes' rows to the buffer's counters.
+template <typename Spec>
+DEEPCOMM_DEVICE void count_rows(const SendBlock<Spec>& my, uint32_t num_local, uint32_t num_peer) {
+    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
+        num_local += device::warp_shuffle_xor(num_local, distance);
+        num_peer += device::warp_shuffle_xor(num_peer, distance);
+    }
+    if (!my.warp.is_leader()) return;
+    const uint64_t row_bytes = Spec::kRowBytes + my.scale_bytes();
+    device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_local, num_local * row_bytes);
+    device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_node, num_peer * row_bytes);
+}
+
 /// All tokens of this warp, complete at their destinations; loads has loaded the first rows. False
 /// when a wait has run out.
 template <typename Spec>
@@ -251,6 +264,7 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
     const int32_t num_tokens = my.params.num_tokens;
     PairSlots next;
     if (tokens.token_of(0) < num_tokens) next = load_pairs<Spec::kByExpert>(my, tokens.token_of(0));
+    uint32_t num_local = 0, num_peer = 0;  // rows that this lane has stored
     const bool is_complete = move_rows(pipe, loads, [&]() {
         PairSlots pair = next;
         const int32_t token = tokens.token_of(tokens.index++);
@@ -260,9 +274,13 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
         if (Spec::kByExpert) keep_weights(my, token, pair);
         if (!send_token(my, pipe, token, pair)) return false;
         if (Spec::kByExpert) announcer.add(pair);
+        const bool is_here = pair.dst == my.rank();
+        num_local += is_here && (Spec::kByExpert ? pair.pair_slot >= 0 : sends_row(my, pair));
+        num_peer += !is_here && sends_row(my, pair);
         return true;
     });
     if (!is_complete) return false;
+    count_rows(my, num_local, num_peer);
     if (Spec::kByExpert) {
         announcer.finish();
     } else {

@@ -18,9 +18,9 @@ struct TokenSum {
     float high[kCount][kWords];
 
     DEEPCOMM_DEVICE void clear() {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
-#pragma unroll
+            DEEPCOMM_UNROLL
             for (int32_t part = 0; part < kWords; ++part) low[i][part] = high[i][part] = 0;
         }
     }
@@ -31,9 +31,9 @@ struct TokenSum {
     }
 
     DEEPCOMM_DEVICE void add(const PacketBatch<kCount>& batch) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
-#pragma unroll
+            DEEPCOMM_UNROLL
             for (int32_t part = 0; part < kWords; ++part) {
                 add_word(i, part, batch.packets[i].words[part]);
             }
@@ -42,9 +42,9 @@ struct TokenSum {
 
     /// Adds the bias, if there is one, and writes the words of packets first, first + threads, ...
     DEEPCOMM_DEVICE void store(const uint32_t* bias, uint32_t* out, int32_t first) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
-#pragma unroll
+            DEEPCOMM_UNROLL
             for (int32_t part = 0; part < kWords; ++part) {
                 const int32_t word = (first + i * Spec::kNumThreads) * kWords + part;
                 if (word >= Spec::kRowWords) continue;
@@ -152,7 +152,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      Shared& shared) {
     const LowLatencyParams& base = params.base;
     const uint64_t start_ns = start_of_waits(base, block);
-    block.sync();  // ORDER: the peers are found
+    block.sync();  // ORDER: headers read before the weights were sent have been acted on
     if (!receive_combine_headers(base, block, turn, start_ns, shared)) return;
     const int32_t culprit = find_culprit(base, shared.refusals);
     if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {

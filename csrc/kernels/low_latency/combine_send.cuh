@@ -42,9 +42,8 @@ DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const d
         uint32_t words[layout::kPacketWords];
         for (int32_t part = 0; part < layout::kPacketWords; ++part) {
             const auto column = static_cast<int32_t>(packet * layout::kPacketWords) + part;
-            words[part] = column < num_topk
-                              ? device::float_bits(params.source_weights[first + column])
-                              : 0;
+            words[part] =
+                column < num_topk ? device::float_bits(params.source_weights[first + column]) : 0;
         }
         const int64_t offset = base.map.weights_offset(turn.slot, base.comm.rank, token);
         device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + packet,
@@ -72,7 +71,8 @@ DEEPCOMM_DEVICE ExpertRow find_row(const LowLatencyCombineParams& params, const 
     const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
     if (lane >= num_topk) return {nullptr, 1.0f, 0};
     const int64_t index =
-        (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk + lane;
+        (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk +
+        lane;
     const int32_t entry = base.record[base.record_map.entries + index];
     if (entry < 0) return {nullptr, 1.0f, 0};
     const int32_t slot = entry & ((1 << layout::kEntrySlotBits) - 1);
@@ -112,32 +112,33 @@ struct PartialSum {
 
     static DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first,
                                      Vec128 (&vectors)[kCount]) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * Spec::kNumThreads;
             if (index < Spec::kRowVectors) {
-                vectors[i] = device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + index);
+                vectors[i] =
+                    device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + index);
             }
         }
     }
 
     DEEPCOMM_DEVICE void run(const ExpertRow& mine, int32_t count, bool has_weights,
                              int32_t first) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) sums[i] = Floats8{};
         Vec128 next[kCount] = {};
         const auto bits = reinterpret_cast<uint64_t>(mine.row);
         load(reinterpret_cast<const unsigned char*>(device::warp_shuffle(bits, 0)), first, next);
         for (int32_t j = 0; j < count; ++j) {
             Vec128 current[kCount];
-#pragma unroll
+            DEEPCOMM_UNROLL
             for (int32_t i = 0; i < kCount; ++i) current[i] = next[i];
             const float weight = device::warp_shuffle(mine.weight, j);
             if (j + 1 < count) {
                 const uint64_t row = device::warp_shuffle(bits, j + 1);
                 load(reinterpret_cast<const unsigned char*>(row), first, next);
             }
-#pragma unroll
+            DEEPCOMM_UNROLL
             for (int32_t i = 0; i < kCount; ++i) {
                 Floats8 terms = floats_of(current[i]);
                 if (has_weights) scale_by(&terms, weight);
@@ -148,7 +149,7 @@ struct PartialSum {
 
     template <typename Shared>
     DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * Spec::kNumThreads;
             if (index < Spec::kRowVectors) {
@@ -214,7 +215,8 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
                                {{words[0], words[1], words[2], turn.tag}});
     }
     if (params.carried != nullptr) {
-        const int64_t index = static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
+        const int64_t index =
+            static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
         send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
     }
     return true;

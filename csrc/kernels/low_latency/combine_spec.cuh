@@ -71,7 +71,8 @@ DEEPCOMM_DEVICE bool receive_combine_headers(const LowLatencyParams& params,
         }
         if (arrival != Arrival::kHere) continue;
         note_header(params, &shared.refusals, peer, packet);
-        if (shared.refusals.kinds[peer] == layout::RefusalKind::kNone && packet.words[2] != handle) {
+        if (shared.refusals.kinds[peer] == layout::RefusalKind::kNone &&
+            packet.words[2] != handle) {
             shared.refusals.kinds[peer] = layout::RefusalKind::kDiffers;
         }
     }

@@ -68,15 +68,15 @@ DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& gro
 }
 
 /// What a peer has read so far in the turn's slot.
-DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                          int32_t peer) {
+DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params,
+                                          const LowLatencyTurn& turn, int32_t peer) {
     return reinterpret_cast<const uint64_t*>(params.local +
                                              params.map.credit_offset(turn.slot, peer));
 }
 
+/// ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores.
 DEEPCOMM_DEVICE device::Observed poll_credit(const LowLatencyParams& params,
                                              const LowLatencyTurn& turn, const uint64_t* credit) {
-    // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
     const uint64_t received = device::ld_acquire_sys(credit);
     return {received, received + static_cast<uint64_t>(params.map.num_slots) >= turn.number};
 }
@@ -95,9 +95,8 @@ DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operat
         if (!is_free && !masked) {
             const device::WaitSite site = {operation, device::Role::kSend, peer, turn.slot};
             const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
-            const Arrival arrival = wait_for(params, site, expected, credit, [&] {
-                return poll_credit(params, turn, credit);
-            });
+            const Arrival arrival = wait_for(params, site, expected, credit,
+                                             [&] { return poll_credit(params, turn, credit); });
             goes_on = goes_on && arrival != Arrival::kFailed;
             if (arrival == Arrival::kAbsent) {
                 mask_late_peer(params, peer);
@@ -152,7 +151,7 @@ struct PacketBatch {
     Vec128 packets[kCount];
 
     DEEPCOMM_DEVICE void load(const PacketRange& range, int32_t first) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * range.stride;
             if (index < range.num) packets[i] = device::ld_relaxed_sys(range.packets + index);
@@ -163,7 +162,7 @@ struct PacketBatch {
     DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
                                  const PacketRange& range, int32_t first, uint32_t tag) {
         Arrival arrival = Arrival::kHere;
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = first + i * range.stride;
             if (index >= range.num || packets[i].words[3] == tag) continue;
@@ -178,7 +177,7 @@ struct PacketBatch {
 
 /// Tells every peer, masked ones too, that this rank has read what came in this turn.
 DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn) {
-    device::fence_acq_rel_sys();  // ORDER: all reads of the operation before the credits
+    device::fence_acq_rel_sys();  // ORDER: acquires all blocks' arrivals, releases the credits
     const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
     for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
         auto* credit = reinterpret_cast<uint64_t*>(params.comm.bases[peer] + offset);
@@ -200,16 +199,15 @@ DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::B
     *params.turn = turn;
 }
 
-/// Called once the block has read all that it reads of the operation; what it still writes is the
-/// kernel's end's to publish. phases: whether the launch has sent as well.
+/// Called once all threads of the block have met after their last read of the operation; what the
+/// block still writes is the kernel's end's to publish. phases: whether the launch has sent as well.
 DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
                                     const LowLatencyTurn& turn, int32_t phases) {
-    block.sync();  // ORDER: the reads of all threads before the leader's arrival
     if (!block.is_leader()) return;
     const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
     uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
-    // ORDER: this block's reads; the last block acquires those of all blocks
-    const bool is_last = device::atom_add_acq_rel_gpu(num_finished, 1u) == last;
+    // ORDER: this block's reads; pairs with the fence of the last block, in pass_on_credits
+    const bool is_last = device::atom_add_release_gpu(num_finished, 1u) == last;
     if (!is_last) return;
     device::st_relaxed_gpu(num_finished, 0u);  // the slot's next turn starts after this one
     pass_on_credits(params, turn);

@@ -94,10 +94,10 @@ DEEPCOMM_DEVICE void send_headers(const LowLatencyDispatchParams& params,
         if (shared.peers.masked[dst]) continue;
         const int32_t word = packet * static_cast<int32_t>(layout::kPacketWords);
         const int64_t offset = map.header_offset(turn.slot, params.base.comm.rank);
-        device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + packet,
-                               {{header_word(params, shared, dst, word),
-                                 header_word(params, shared, dst, word + 1),
-                                 header_word(params, shared, dst, word + 2), turn.tag}});
+        device::st_relaxed_sys(
+            packets_at(shared.peers.bases[dst], offset) + packet,
+            {{header_word(params, shared, dst, word), header_word(params, shared, dst, word + 1),
+              header_word(params, shared, dst, word + 2), turn.tag}});
     }
 }
 
@@ -129,7 +129,8 @@ DEEPCOMM_DEVICE bool await_sources(const LowLatencyParams& params, const device:
                                            source, turn.slot};
             const int64_t offset = params.map.header_offset(turn.slot, source);
             Vec128 packet;
-            arrival = wait_packet(params, site, packets_at(params.local, offset), turn.tag, &packet);
+            arrival =
+                wait_packet(params, site, packets_at(params.local, offset), turn.tag, &packet);
             add_wait(params, source, start_ns);
         }
         goes_on = goes_on && arrival != Arrival::kFailed;
@@ -165,7 +166,8 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
     const uint64_t start_ns = start_of_waits(base, block);
     block.sync();  // ORDER: the peers are found, and what was sent from shared memory is read
     bool goes_on = true;
-    if (start_ns != 0 || base.mask_late) goes_on = await_sources(base, block, turn, start_ns, shared);
+    if (start_ns != 0 || base.mask_late)
+        goes_on = await_sources(base, block, turn, start_ns, shared);
     if (!goes_on) return false;
     const int32_t num_packets = base.map.header_packets;
     for (int32_t i = block.thread_idx(); i < base.map.num_ranks * num_packets; i += block.size()) {

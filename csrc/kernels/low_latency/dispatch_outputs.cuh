@@ -26,7 +26,7 @@ DEEPCOMM_DEVICE void store_id(const LowLatencyDispatchParams& params, int64_t in
 template <typename Spec, int kCount, typename Shared>
 DEEPCOMM_DEVICE void stage_packets(const PacketBatch<kCount>& batch, int32_t first,
                                    Shared& shared) {
-#pragma unroll
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kCount; ++i) {
         const int32_t index = first + i * Spec::kNumThreads;
         if (index >= Spec::kPackets) continue;

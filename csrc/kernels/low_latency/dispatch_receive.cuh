@@ -98,8 +98,7 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
         packets_at(base.local, base.map.row_offset(turn.slot, pair.source, pair.token));
     const PacketRange payload = {head + base.map.num_topk, Spec::kNumThreads, Spec::kPackets};
     const device::Warp warp;
-    const PacketRange heads = {head, device::kWarpSize,
-                               warp.warp_idx() == 0 ? base.num_topk : 0};
+    const PacketRange heads = {head, device::kWarpSize, warp.warp_idx() == 0 ? base.num_topk : 0};
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kReceive,
                                    pair.source, pair.token};
     PacketBatch<1> mine;
@@ -139,11 +138,7 @@ DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const d
     if (!block.sync_and(arrival != Arrival::kFailed)) return RowEnd::kFailed;
     if (!params.base.mask_late || block.sync_and(arrival == Arrival::kHere)) return RowEnd::kStaged;
     // Its source was lost between its header and this row, which stays as it is.
-    if (block.is_leader()) {
-        mask_late_peer(params.base, pair.source);
-        shared.peers.masked[pair.source] = 1;
-    }
-    block.sync();  // ORDER: the mask before the next row is looked for
+    if (block.is_leader()) mask_late_peer(params.base, pair.source);
     return RowEnd::kLost;
 }
 
@@ -168,6 +163,7 @@ struct PairWalk {
     const Shared& shared;
     int32_t most;  ///< tokens of any source
     int32_t next;
+    int32_t lost_source = layout::kNoPeer;  ///< nothing is awaited from there any more
 
     /// False: none is left.
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Pair* pair) {
@@ -176,7 +172,7 @@ struct PairWalk {
             const int32_t source = (params.comm.rank + next / most) % params.map.num_ranks;
             const int32_t token = next % most;
             *pair = {source, token, static_cast<int64_t>(source) * params.map.max_tokens + token};
-            if (comes_here(params, shared, source, token)) {
+            if (source != lost_source && comes_here(params, shared, source, token)) {
                 next += block.num_blocks();
                 return true;
             }
@@ -206,6 +202,7 @@ DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
     while (has_pair) {
         const RowEnd end = await_row(params, block, turn, pair, shared);
         if (end == RowEnd::kFailed) return;
+        if (end == RowEnd::kLost) walk.lost_source = pair.source;
         has_pair = walk.advance(block, &following);
         if (!has_pair) finish_receive(params.base, block, turn, kPhases);
         if (end == RowEnd::kStaged) write_copies(params, block, shared);

@@ -33,24 +33,24 @@ DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& sh
 template <typename Shared>
 struct RowInput {
     using Spec = typename Shared::Spec;
-    static constexpr int kAll =
-        (Spec::kInputVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int kAll = (Spec::kInputVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
     static constexpr int kCount = kAll < 4 ? kAll : 4;  ///< in flight at once
 
     Vec128 vectors[kCount];
 
     DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t vector = first + i * Spec::kNumThreads;
-            vectors[i] = vector < Spec::kInputVectors
-                             ? device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + vector)
-                             : Vec128{};
+            vectors[i] =
+                vector < Spec::kInputVectors
+                    ? device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + vector)
+                    : Vec128{};
         }
     }
 
     DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
-#pragma unroll
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t vector = first + i * Spec::kNumThreads;
             if constexpr (Spec::kCasts) {
@@ -115,8 +115,8 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     const int32_t dst_idx = device::popcount(firsts & ((1u << first) - 1u));
     if (is_sent && first == k) shared.destinations[dst_idx] = dst;
     if (k < params.base.num_topk) {
-        shared.entries[k] = {is_sent ? dst_idx : -1,
-                             is_sent ? column.expert - dst * num_local : 0, column.weight};
+        shared.entries[k] = {is_sent ? dst_idx : -1, is_sent ? column.expert - dst * num_local : 0,
+                             column.weight};
     }
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
@@ -142,12 +142,10 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
 template <typename Shared>
 DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   int32_t token, const uint32_t* positions,
-                                   const Shared& shared) {
+                                   int32_t token, const uint32_t* positions, const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_topk = params.base.num_topk;
-    const int64_t offset =
-        params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
+    const int64_t offset = params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
     const int32_t num_destinations = shared.num_destinations;
     for (int32_t i = block.thread_idx(); i < num_destinations * num_topk; i += block.size()) {
         const int32_t dst_idx = i / num_topk, k = i % num_topk;
@@ -186,8 +184,8 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     if (block.thread_idx() >= block.size() - device::kWarpSize) {
         const Column column = read_column(params, warp.thread_idx(), token);
         if (is_first) {
-            goes_on = open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp,
-                                 &shared.peers);
+            goes_on =
+                open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp, &shared.peers);
             warp.sync();  // ORDER: the peers before their use by other lanes
         }
         find_destinations(params, warp, column, shared);
@@ -226,7 +224,7 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     if (sends_headers) {
         const bool goes_on =
             open_peers(params.base, Operation::kLowLatencyDispatch, turn, block, &shared.peers);
-        if (!block.sync_and(goes_on)) return false;  // ORDER: the credits before the headers
+        if (!block.sync_and(goes_on)) return false;  // all leave as one
         send_headers(params, block, turn, shared);
         record_send(params.base, block, turn, shared);
     } else if (block.block_idx() >= num_tokens) {

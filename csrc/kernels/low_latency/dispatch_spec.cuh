@@ -51,7 +51,7 @@ struct LowLatencyDispatchShared {
     low_latency::Peers peers;
     /// Sent: tokens of each expert. Received, [R][L]: those of sources before this one.
     uint32_t counts[layout::kMaxLowLatencyExperts];
-    uint32_t totals[layout::kMaxLowLatencyExperts];  ///< [L]
+    uint32_t totals[layout::kMaxLowLatencyExperts];         ///< [L]
     uint32_t token_bits[layout::kMaxLowLatencyTokenWords];  ///< [R][ceil(T / 32)]
     int32_t num_tokens[layout::kMaxLowLatencyRanks];
     int32_t destinations[kMaxTopk];
@@ -62,7 +62,7 @@ struct LowLatencyDispatchShared {
     int32_t num_destinations;
     int32_t num_copies;
     int32_t slots[kMaxTopk];  ///< of the row's copies
-    uint32_t refusal;  ///< flags of the header that is sent
+    uint32_t refusal;         ///< flags of the header that is sent
     low_latency::Refusals refusals;
 };
 

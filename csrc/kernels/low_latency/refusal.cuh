@@ -25,8 +25,7 @@ struct Refusals {
 DEEPCOMM_DEVICE void note_header(const LowLatencyParams& params, Refusals* refusals, int32_t peer,
                                  const Vec128& packet) {
     const auto kind = static_cast<layout::RefusalKind>(packet.words[1] >> kRefusalShift);
-    const bool differs =
-        kind == layout::RefusalKind::kNone && packet.words[0] != params.signature;
+    const bool differs = kind == layout::RefusalKind::kNone && packet.words[0] != params.signature;
     refusals->kinds[peer] = differs ? layout::RefusalKind::kDiffers : kind;
     refusals->signatures[peer] = packet.words[0];
 }

@@ -103,7 +103,12 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     bool is_complete = true;
     for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
         const device::WaitSite site = {operation, device::Role::kMeet, peer};
+        const uint64_t begin_ns = device::globaltimer_ns();
         is_complete = await_header(params, site, epoch, &table->headers[peer]) && is_complete;
+        if (block.block_idx() == 0) {
+            auto* waits = reinterpret_cast<uint64_t*>(params.counters + 1);
+            device::red_add_relaxed_gpu(waits + peer, device::globaltimer_ns() - begin_ns);
+        }
         device::fence_acq_rel_sys();  // ORDER: pairs with the fence of publish_header
     }
     if (!block.sync_and(is_complete)) return false;  // ORDER: the table before its judge

@@ -49,6 +49,14 @@ struct Trouble {
     Header theirs;
 };
 
+/// Words that every operation adds to; 64 bits each.
+struct Counters {
+    uint64_t bytes_local;  ///< rows and scales that this rank wrote for itself
+    uint64_t bytes_node;   ///< likewise for peers
+    uint64_t tokens_received;
+    uint64_t free;
+};
+
 struct MeetParams {
     CommParams comm;
     layout::ExchangeLayout layout;
@@ -56,6 +64,7 @@ struct MeetParams {
     int32_t max_tokens;
     void* epoch;  ///< device::EpochState, one for all high-throughput operations
     Trouble* trouble;
+    Counters* counters;  ///< followed by [R]: ns until each rank's header came, of the first block
 };
 
 }  // namespace deepcomm::kernels

@@ -138,48 +138,39 @@ DEEPCOMM_UNROLL
     }
 }
 
-/// All lanes of a warp. The next vectors to add are loaded while those before them are added, also
-/// from the end of one part of the row to the beginning of the next.
+/// All lanes of a warp. Two terms are loaded together: what a warp has in flight, not its arithmetic,
+/// decides how fast rows are read.
 template <int32_t kHidden, bool kByExpert>
 DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has_weights,
                                const SumTarget& target) {
     constexpr int32_t kNumVectors = kHidden / 8;
     constexpr int32_t kPart = kSumUnroll * device::kWarpSize;
-    constexpr int32_t kNumParts = (kNumVectors + kPart - 1) / kPart;
     const int32_t lane = device::Warp{}.thread_idx();
     const int32_t count = target.is_lost ? 0 : order.count;
-    Accumulator<kByExpert> sums[kSumUnroll] = {};
-    if (count == 0) {
-        for (int32_t part = 0; part < kNumParts; ++part) {
-            store_sum<kNumVectors>(sums, target, part * kPart + lane);
+    for (int32_t begin = 0; begin < kNumVectors; begin += kPart) {
+        const int32_t first = begin + lane;
+        Accumulator<kByExpert> sums[kSumUnroll] = {};
+        for (int32_t j = 0; j < count; j += 2) {
+            RowVectors<kNumVectors> vectors[2]{};
+            const Term one = term_at(own, order, j);
+            vectors[0].load(one.row, first);
+            Term two{};
+            const bool are_two = j + 1 < count;
+            if (are_two) {
+                two = term_at(own, order, j + 1);
+                vectors[1].load(two.row, first);
+            }
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kSumUnroll; ++i) {
+                sums[i].add(vectors[0].vectors[i], one, has_weights);
+            }
+            if (!are_two) continue;
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kSumUnroll; ++i) {
+                sums[i].add(vectors[1].vectors[i], two, has_weights);
+            }
         }
-        return;
-    }
-    RowVectors<kNumVectors> next{};
-    Term term = term_at(own, order, 0);
-    next.load(term.row, lane);
-    int32_t part = 0, position = 0;
-    while (part < kNumParts) {
-        const RowVectors<kNumVectors> current = next;
-        const Term added = term;
-        const int32_t first = part * kPart + lane;
-        const bool is_last = ++position == count;
-        if (is_last) {
-            position = 0;
-            ++part;
-        }
-        if (part < kNumParts) {
-            if (count > 1) term = term_at(own, order, position);
-            next.load(term.row, part * kPart + lane);
-        }
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kSumUnroll; ++i) {
-            sums[i].add(current.vectors[i], added, has_weights);
-        }
-        if (!is_last) continue;
         store_sum<kNumVectors>(sums, target, first);
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kSumUnroll; ++i) sums[i] = Accumulator<kByExpert>{};
     }
 }
 

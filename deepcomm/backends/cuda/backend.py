@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -15,7 +16,13 @@ import torch
 
 from deepcomm.backends.cuda.combine import Combine
 from deepcomm.backends.cuda.dispatch import Dispatch, refuse
-from deepcomm.backends.cuda.exchange import CountReport, Exchange, Functions, Workspace
+from deepcomm.backends.cuda.exchange import (
+    NUM_COUNTERS,
+    CountReport,
+    Exchange,
+    Functions,
+    Workspace,
+)
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.errors import CommTimeout, InvalidArgument
@@ -24,7 +31,7 @@ from deepcomm.topology import Topology
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
@@ -76,8 +83,9 @@ class CudaBackend:
         self.exchange = Exchange(runtime, self._group, self.config, self.topology)
         self.report_tag = 0
         self.serial = 0
-        self._num_dispatches = self._num_combines = 0
+        self._num_dispatches = self._num_combines = self._tokens_sent = 0
         self._low_latency = self._open_low_latency(None)
+        self._last_event: Event | None = None
         self._closed = False
 
     def _check_config(self, config: BufferConfig) -> None:
@@ -192,15 +200,14 @@ class CudaBackend:
         """High-throughput dispatch."""
         operation = self._prepare("dispatch", lambda: Dispatch(self, request))
         self._num_dispatches += 1
+        self._tokens_sent += operation.num_tokens
         if not request.async_op:
-            self._wait_for(request.previous_event)
+            self._order_on_current_stream(request.previous_event)
             output = operation.run()
             return self._repeat_larger(request) if output is None else output
-        with self.runtime.on_stream(request.previous_event):
+        with self._own_stream(request.previous_event):
             output = operation.run()
-            for tensor in operation.inputs():
-                self.runtime.keep_alive(tensor)
-            event = self.runtime.record_event(self._check_complete)
+            event = self._end_async(operation.inputs())
         if output is None:
             return self._repeat_larger(request)
         for tensor in operation.owned_outputs(output):
@@ -212,21 +219,39 @@ class CudaBackend:
         operation = self._prepare("combine", lambda: Combine(self, request))
         self._num_combines += 1
         if not request.async_op:
-            self._wait_for(request.previous_event)
+            self._order_on_current_stream(request.previous_event)
             return operation.run()
-        with self.runtime.on_stream(request.previous_event):
+        with self._own_stream(request.previous_event):
             output = operation.run()
-            for tensor in operation.inputs():
-                self.runtime.keep_alive(tensor)
-            event = self.runtime.record_event(self._check_complete)
+            event = self._end_async(operation.inputs())
         for result in (output.x, output.topk_weights):
             if result is not None:
                 self.runtime.keep_alive(result)
         return replace(output, event=event)
 
-    def _wait_for(self, event: Event | None) -> None:
-        if event is not None:
-            self.runtime.wait_event(event)
+    def _order_on_current_stream(self, previous_event: Event | None) -> None:
+        """Make the current stream wait for an event, and for operations on the own stream."""
+        for event in (previous_event, self._last_event):
+            if event is not None:
+                self.runtime.wait_event(event)
+        self._last_event = None
+
+    @contextlib.contextmanager
+    def _own_stream(self, previous_event: Event | None) -> Iterator[None]:
+        """Work on the communication stream, after the operations before this one."""
+        # Those on the caller's stream have left no event: then its work so far is awaited as well.
+        if previous_event is not None and self._last_event is None:
+            self.runtime.wait_event(previous_event)
+            previous_event = None
+        with self.runtime.on_stream(previous_event):
+            yield
+
+    def _end_async(self, inputs: list[torch.Tensor]) -> Event:
+        """Keep what kernels use, and return the operation's end."""
+        for tensor in inputs:
+            self.runtime.keep_alive(tensor)
+        self._last_event = self.runtime.record_event(self._check_complete)
+        return self._last_event
 
     def _check_complete(self) -> None:
         """Raise what an operation that has ended found to be wrong."""
@@ -250,11 +275,13 @@ class CudaBackend:
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
         self._check_open("low_latency_dispatch")
+        self._order_on_current_stream(None)
         return self._low_latency.dispatch(request)
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         self._check_open("low_latency_combine")
+        self._order_on_current_stream(None)
         return self._low_latency.combine(request)
 
     # ---- the rest
@@ -273,12 +300,42 @@ class CudaBackend:
         return torch.tensor(self._low_latency.rank_mask())
 
     def stats(self) -> BufferStats:
-        """Return the counters."""
-        raise NotImplementedError
+        """Return the counters; waits for the operations so far.
+
+        Bytes, rows and waits are those of high-throughput operations.
+        """
+        self.runtime.flush()
+        counters = self.workspace.counters.tolist()
+        return BufferStats(
+            num_dispatches=self._num_dispatches + self._low_latency.num_dispatches,
+            num_combines=self._num_combines + self._low_latency.num_combines,
+            tokens_sent=self._tokens_sent + self._low_latency.tokens_sent,
+            tokens_received=counters[2],
+            bytes_local=counters[0],
+            bytes_node=counters[1],
+            bytes_network=0,
+            wait_us=tuple(wait_ns // 1000 for wait_ns in counters[NUM_COUNTERS:]),
+        )
 
     def explain(self) -> str:
         """Return what was chosen and why."""
-        raise NotImplementedError
+        config, topology = self.config, self.topology
+        sms = "as asked" if config.num_sms else f"{DEFAULT_NUM_SMS} fill the link, or what there is"
+        growable = " (growable)" if config.growable else ""
+        lines = [
+            f"backend    cuda on {self.device}: kernels on symmetric memory, loads and stores",
+            f"topology   rank {topology.rank} of {topology.num_ranks}, one NVLink domain",
+            "rail       none: one NVLink domain",
+            f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms})",
+            f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
+            "which can be leased to views",
+            f"slots      {config.num_low_latency_slots} low-latency operations in flight",
+            f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
+            f"{config.max_tokens_per_rank} tokens a rank{growable}",
+            f"timeout    {config.timeout_s:g} s on the device; the host logs counts that are late "
+            f"after {config.late_warning_s:g} s",
+        ]
+        return "\n".join(lines)
 
     def close(self) -> None:
         """Release everything; idempotent."""

@@ -65,7 +65,8 @@ class Combine:
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that the kernel reads."""
-        tensors = (self._rows, self._bias, self._checked.carried)
+        weights = self._request.handle.topk_weights
+        tensors = [self._rows, self._bias, self._checked.carried, weights, *self._record.tensors]
         return [tensor for tensor in tensors if tensor is not None]
 
     def _params(self, out: torch.Tensor, weights: torch.Tensor | None) -> kernels.CombineParams:

@@ -111,8 +111,12 @@ class Dispatch:
         self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
         self._has_views = False
         self._scale_rows: torch.Tensor | None = None
-        weights = self._checked.topk_weights
-        self._kept_weights = None if weights is None else torch.empty_like(weights)
+        self._kept_weights: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._checked.num_tokens
 
     @property
     def is_exact(self) -> bool:
@@ -128,6 +132,8 @@ class Dispatch:
         """Launch; None where the operation has to be repeated in a larger buffer."""
         backend, exchange = self._backend, self._backend.exchange
         landing = exchange.choose_landing()
+        if self._checked.topk_weights is not None:
+            self._kept_weights = torch.empty_like(self._checked.topk_weights)
         record = self._cached or self._count(landing)
         if self._by_expert:
             if (counted := self._learn_counts(exchange)) is None:
@@ -150,22 +156,15 @@ class Dispatch:
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
         checked = self._checked
-        tensors = (self._rows, self._scales, checked.topk_idx, checked.topk_weights)
+        tensors = [self._rows, self._scales, checked.topk_idx, checked.topk_weights]
+        if self._cached is not None:
+            tensors += self._cached.tensors
         return [tensor for tensor in tensors if tensor is not None]
 
     def owned_outputs(self, output: DispatchOutput) -> list[torch.Tensor]:
         """Return the tensors of the result that are not views of symmetric memory."""
         record: CudaRecord = output.handle.records
-        tensors = [
-            record.topk_idx,
-            record.token_slot,
-            record.plan,
-            record.counts,
-            output.num_recv_tokens,
-            record.row_slots,
-            record.row_weights,
-            output.handle.topk_weights,
-        ]
+        tensors = [*record.tensors, output.num_recv_tokens, output.handle.topk_weights]
         if self._by_expert or not self._has_views:
             tensors += [output.x, output.scales, output.topk_idx, output.topk_weights]
         return [tensor for tensor in tensors if tensor is not None]
@@ -217,9 +216,7 @@ class Dispatch:
             plan=torch.empty(plan_words, dtype=torch.int32, device=device),
             row_slots=None,
             row_weights=None,
-            counts=torch.empty(
-                2 * backend.num_local_experts + 3, dtype=torch.int32, device=device
-            ),
+            counts=torch.empty(2 * backend.num_local_experts + 3, dtype=torch.int32, device=device),
         )
         params = kernels.CountParams()
         params.meet = self._meet(landing, 0)
@@ -288,7 +285,7 @@ class Dispatch:
         params.topk_weights = address_of(checked.topk_weights)
         if outputs is not None:
             self._fill_target(params.target, record, outputs)
-        params.round = backend.workspace.round.address
+        params.round = backend.exchange.round.address
         params.counts = address_of(record.counts) if self._cached is None else 0
         params.num_tokens, params.num_topk = checked.num_tokens, checked.num_topk
         params.opens = int(self._cached is not None)
@@ -323,15 +320,11 @@ class Dispatch:
         params.block_rows = block_rows
         params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
         params.scale_words = words
-        self._backend.runtime.launch(
-            self._backend.functions.scales, self._backend.num_sms, params
-        )
+        self._backend.runtime.launch(self._backend.functions.scales, self._backend.num_sms, params)
 
     # ---- results
 
-    def _token_outputs(
-        self, exchange: Exchange, landing: Landing, counted: Counted
-    ) -> Outputs:
+    def _token_outputs(self, exchange: Exchange, landing: Landing, counted: Counted) -> Outputs:
         """Return views of what lands, or copies where no view may stay."""
         request, num_rows = self._request, counted.num_rows
         views = token_views(

@@ -121,7 +121,9 @@ VALUE_NAMES: dict[str, tuple[str, ...]] = {
 class Failure:
     """One rank's error record and trouble, and whether the buffer can still be used."""
 
-    def __init__(self, rank: int, num_experts: int, record: HostMemory, trouble: HostMemory) -> None:
+    def __init__(
+        self, rank: int, num_experts: int, record: HostMemory, trouble: HostMemory
+    ) -> None:
         """Read from two pieces of host memory, zeroed."""
         self._rank = rank
         self._num_experts = num_experts

@@ -61,6 +61,11 @@ class CudaRecord:
     row_weights: torch.Tensor | None
     counts: torch.Tensor
 
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Everything that kernels read or write of it; the tables share one storage."""
+        return [self.topk_idx, self.plan, self.counts, self.row_slots, self.row_weights]
+
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from deepcomm.cli.console import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from deepcomm.cli.bench.operations import Operation
 
 __all__ = ["Limits", "Timing", "measure"]
 
 NS_PER_US = 1000
+NS_PER_MS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,13 @@ def measure(
     Args:
         operations: What to time; the same on all ranks, in the same order.
         limits: How long.
-        device: Where the operations run; waited for before the clock is read.
+        device: Where the operations run; on a GPU its own events are the clock.
         title: Of the progress bar; None shows none.
 
     Returns:
         The timing of each operation by name, and of each of its steps by "name / step" where there
         are several.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     total = limits.warmup + limits.iters
     rounds: list[list[int]] = []
     deadline = 0.0
@@ -84,7 +84,7 @@ def measure(
                 deadline = time.monotonic() + limits.max_seconds
             if index > 0 and _agree(time.monotonic() > deadline):
                 break
-            samples = _round(operations, index, wait)
+            samples = _round(operations, index, device)
             if index >= 0:
                 rounds.append(samples)
             advance()
@@ -95,30 +95,68 @@ def measure(
     return {name: Timing(tuple(column)) for name, column in zip(names, columns, strict=True)}
 
 
-def _round(operations: Sequence[Operation], index: int, wait: Callable[[], None]) -> list[int]:
+class _HostClock:
+    """Marks on the host, for operations that are complete when they return."""
+
+    def __init__(self) -> None:
+        self._marks: list[int] = []
+
+    def mark(self) -> None:
+        """Remember now."""
+        self._marks.append(time.perf_counter_ns())
+
+    def spans(self) -> list[int]:
+        """Return the nanoseconds between the marks."""
+        return [after - before for before, after in itertools.pairwise(self._marks)]
+
+
+class _CudaClock:
+    """Marks in the current stream: a span ends when the device has done the work."""
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """Remember when the device gets here."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append(event)
+
+    def spans(self) -> list[int]:
+        """Return the nanoseconds between the marks, once the device has passed them."""
+        self._marks[-1].synchronize()
+        return [
+            round(before.elapsed_time(after) * NS_PER_MS)
+            for before, after in itertools.pairwise(self._marks)
+        ]
+
+
+def _round(operations: Sequence[Operation], index: int, device: torch.device) -> list[int]:
     """Time each operation once, starting with another one each round; return columns in order."""
     first = index % len(operations)
     order = [*range(first, len(operations)), *range(first)]
     columns: dict[int, list[int]] = {}
     for place in order:
-        columns[place] = _time(operations[place], wait)
+        columns[place] = _time(operations[place], device)
     return [value for place in range(len(operations)) for value in columns[place]]
 
 
-def _time(operation: Operation, wait: Callable[[], None]) -> list[int]:
+def _time(operation: Operation, device: torch.device) -> list[int]:
     """Return the nanoseconds of the whole operation and, if there are several, of each step."""
     result = None
-    wait()
+    clock: _HostClock | _CudaClock = _HostClock()
+    if device.type == "cuda":
+        clock = _CudaClock()
+        torch.cuda.synchronize(device)
     dist.barrier()
-    marks = [time.perf_counter_ns()]
+    clock.mark()
     for _, step in operation.steps:
         result = step(result)
-        wait()
-        marks.append(time.perf_counter_ns())
+        clock.mark()
+    parts = clock.spans()
     # Freed after the last mark: giving a view back is not part of the call.
     del result
-    parts = [after - before for before, after in itertools.pairwise(marks)]
-    whole = (marks[-1] - marks[0]) // operation.repeats
+    whole = sum(parts) // operation.repeats
     return [whole, *(parts if len(parts) > 1 else [])]
 
 

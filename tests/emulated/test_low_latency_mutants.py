@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every line of the low-latency kernels that orders memory is needed; broken twins are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from collective.case import Case
+from emulated.build import Variant
+from emulated.cluster import Settings
+from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.mutants import Mutant, Twin, mutate
+
+from deepcomm import CommError, InvalidArgument, RecvLayout
+
+FOLDER = "kernels/low_latency/"
+PADDED = RecvLayout.EXPERT_PADDED
+MAX_SEEDS = 12
+RATE_SEEDS = range(16)
+SMALL = {"num_ranks": 2, "num_tokens": 5, "hidden": 64, "num_topk": 3, "experts_per_rank": 2}
+CASE = Case(**SMALL, layout=PADDED, wire="fp8")
+
+TWINS = [
+    Twin(
+        "sends a slot's next turn too early",
+        case="flights",
+        path=FOLDER + "common.cuh",
+        find="received + static_cast<uint64_t>(params.map.num_slots) >= turn.number",
+        part="received + static_cast<uint64_t>(params.map.num_slots) >= turn.number",
+        replace="true",
+    ),
+    Twin(
+        "gives credit for its own turn only at home",
+        case="flights",
+        path=FOLDER + "common.cuh",
+        find="reinterpret_cast<uint64_t*>(params.comm.bases[peer] + offset)",
+        part="params.comm.bases[peer]",
+        replace="params.local + 0 * peer",
+    ),
+    Twin(
+        "takes a packet of any turn",
+        case="flights",
+        path=FOLDER + "common.cuh",
+        find="index >= range.num || packets[i].words[3] == tag",
+        part="packets[i].words[3] == tag",
+        replace="packets[i].words[3] != 0",
+    ),
+    Twin(
+        "counts a source's own tokens before it",
+        case="flights",
+        path=FOLDER + "dispatch_outputs.cuh",
+        find="const uint32_t before = total;",
+        part="total",
+        replace="total + count",
+    ),
+    Twin(
+        "trusts a header of any turn",
+        case="flights",
+        path=FOLDER + "common.cuh",
+        find="*packet = device::ld_relaxed_sys(address);\n        return {packet->words[3], "
+        "packet->words[3] == tag};\n    });\n}\n\n/// A row of packets",
+        part="packet->words[3] == tag",
+        replace="packet->words[3] != 0",
+    ),
+]
+
+# Mutants that nothing can see, and why.
+STATUS = "device::st_release_sys(&params.status->state, static_cast<uint32_t>(layout::RecordState"
+FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
+SURVIVORS: dict[str, str] = {
+    f"{FOLDER}refusal.cuh: st_release_sys -> {weaker}: {STATUS}::kComplete));": FOR_THE_HOST
+    for weaker in ("st_relaxed_sys", "st_release_gpu")
+}
+
+
+def flights(session: LowLatencySession) -> None:
+    """More operations than slots, in flight together; ranks may be a slot's turn apart."""
+    for round_idx in range(3):
+        flying = [session.low_latency_dispatch(round_idx, return_hook=True) for _ in range(3)]
+        for one in flying:
+            one.finish()
+    one = session.low_latency_dispatch(0, return_hook=True)
+    for round_idx in range(1, 5):
+        two = session.low_latency_dispatch(round_idx, return_hook=True)
+        one.finish()
+        back = session.low_latency_combine(one, override=round_idx % 2 == 0, return_hook=True)
+        two.finish()
+        back.finish()
+        session.low_latency_combine(two, carried=True, apply_weights=False)
+        session.low_latency_combine(two, override=True)
+        one = session.low_latency_dispatch(round_idx, return_hook=True)
+    one.finish()
+
+
+def refusal(session: LowLatencySession) -> None:
+    inputs = session.inputs(0)
+    x, ids = inputs.xs[session.rank], inputs.ids[session.rank].clone()
+    if session.rank == 0:
+        ids[0] = 99
+    with pytest.raises((InvalidArgument, CommError)):
+        session.buffer.low_latency_dispatch(x, ids)
+    if session.rank == 0:
+        x = x[:, 1:]
+    with pytest.raises((InvalidArgument, CommError)):
+        session.buffer.low_latency_dispatch(x, inputs.ids[session.rank])
+    session.low_latency_combine(session.low_latency_dispatch(0))
+
+
+def late(session: LowLatencySession) -> None:
+    """One rank does not come any more; the others mask it."""
+    one = session.low_latency_dispatch(0, on_timeout="mask")
+    session.low_latency_combine(one, on_timeout="mask")
+    if session.rank == 2:
+        session.group.barrier()
+        return
+    one = session.low_latency_dispatch(1, masked={2}, on_timeout="mask")
+    session.low_latency_combine(one, masked={2}, on_timeout="mask")
+    session.group.barrier()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What mutants are tried on."""
+
+    case: Case
+    body: Callable[[LowLatencySession], None]
+
+
+SCENES = {
+    "flights": Scene(CASE, flights),
+    "refusal": Scene(CASE, refusal),
+    "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
+}
+
+
+@cache
+def build_mutated() -> tuple[Variant, list[Mutant]]:
+    return mutate(TWINS)
+
+
+def fails(name: str, mutant: int, seed: int) -> bool:
+    """Whether a scene notices a mutant under one schedule."""
+    scene = SCENES[name]
+    options: dict[str, Any] = {"num_low_latency_slots": 3}
+    settings = Settings(seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4))
+    try:
+        play(scene.case, scene.body, settings, **options)
+    # A race, a deadlock, wrong results, a time-out: all count.
+    except (Exception, pytest.fail.Exception):  # noqa: BLE001
+        return True
+    return False
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_blocks(monkeypatch)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_scene_without_a_mutant_is_right(name: str) -> None:
+    assert [seed for seed in range(MAX_SEEDS) if fails(name, 0, seed)] == []
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
+def test_twin_is_caught(twin: Twin) -> None:
+    (mutant,) = (mutant for mutant in build_mutated()[1] if mutant.change == twin.name)
+    assert any(fails(twin.case, mutant.number, seed) for seed in range(MAX_SEEDS))
+
+
+def test_a_twin_depends_on_the_schedule() -> None:
+    """A twin that some schedules hide shows that the search, not the check alone, finds faults."""
+    numbers = [one.number for one in build_mutated()[1] if one.change in {t.name for t in TWINS}]
+    rates = [sum(fails("flights", number, seed) for seed in RATE_SEEDS) for number in numbers]
+    assert any(0 < rate < len(RATE_SEEDS) for rate in rates), rates
+
+
+def test_every_order_line_matters() -> None:
+    names = {twin.name for twin in TWINS}
+    attacked = [
+        mutant
+        for mutant in build_mutated()[1]
+        if mutant.path.startswith(FOLDER) and mutant.change not in names
+    ]
+    survivors = {
+        mutant.name: f"line {mutant.line}"
+        for mutant in attacked
+        if not any(fails(name, mutant.number, seed) for seed in range(MAX_SEEDS) for name in SCENES)
+    }
+    assert set(survivors) == set(SURVIVORS), survivors
+    assert len(attacked) >= 25, "the markers were not found"
