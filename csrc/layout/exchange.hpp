@@ -88,16 +88,14 @@ struct ExchangeLayout {
         map.headers = cursor.take(2 * ranks * 2 * kPacketBytes, kRegionAlign);
         map.counts = cursor.take_array<uint64_t>(2 * ranks * shape.num_counters(), kRegionAlign);
         map.arrived = cursor.take_array<uint32_t>(ranks, kRegionAlign);
-        map.sent_chunks =
-            cursor.take(ranks * shape.max_send_chunks() * kPacketBytes, kRegionAlign);
+        map.sent_chunks = cursor.take(ranks * shape.max_send_chunks() * kPacketBytes, kRegionAlign);
         map.pushed_chunks =
             cursor.take_array<uint32_t>(ranks * shape.max_push_chunks(), kRegionAlign);
         Cursor one;
         map.landing = make_landing(shape, &one);
         map.generation_stride = one.end(kRegionAlign);
         map.generations = cursor.take(map.generation_stride * shape.num_generations, kRegionAlign);
-        map.combine_rows =
-            cursor.take(shape.max_combine_rows() * shape.row_bytes(), kRegionAlign);
+        map.combine_rows = cursor.take(shape.max_combine_rows() * shape.row_bytes(), kRegionAlign);
         map.combine_weights =
             cursor.take(shape.max_combine_rows() * 4 * shape.num_topk, kRegionAlign);
         map.total_bytes = cursor.end(kRegionAlign);

@@ -247,6 +247,7 @@ class LowLatencyShape:
     def token_words(self) -> int: ...
 
 class MeetParams:
+    counters: int
     epoch: int
     header: Header
     layout: ExchangeLayout

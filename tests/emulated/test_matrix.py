@@ -27,6 +27,8 @@ from deepcomm.jit import KERNELS
 from deepcomm.testing import LocalGroup
 from deepcomm.testing.oracle import ROUTING_KINDS
 
+pytestmark = pytest.mark.emulated_backend
+
 TOKEN, EXPERT, PADDED = RecvLayout
 WIRES = ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
 SMALL = Case(num_ranks=3, num_tokens=10)

@@ -16,6 +16,8 @@ from deepcomm import RecvLayout
 from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument
 from deepcomm.testing import LocalGroup
 
+pytestmark = pytest.mark.emulated_backend
+
 AT_FAULT = 1
 SMALL = Case(num_ranks=3, num_tokens=4, even=True)
 

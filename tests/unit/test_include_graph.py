@@ -29,7 +29,7 @@ MAY_INCLUDE = {
     "host": {"common", "layout", "kernels"},
     "cpu": {"common", "layout"},
     "emu": {"common", "layout"},
-    "bindings": {"common", "layout", "host", "cpu", "emu"},
+    "bindings": {"common", "layout", "kernels", "host", "cpu", "emu"},
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -71,8 +71,10 @@ def upward_edges(path: str, text: str) -> list[str]:
             problems.append(f'{path}: "{target}": name project files from csrc, others with <>')
         elif owner and owner != module and owner not in MAY_INCLUDE[module]:
             problems.append(f"{path}: {module} must not include {owner} ({target})")
-        elif module == "host" and target.endswith(".cuh"):
-            problems.append(f"{path}: host includes parameter structs, never a kernel ({target})")
+        elif module in ("host", "bindings") and target.endswith(".cuh"):
+            problems.append(
+                f"{path}: {module} includes parameter structs, never a kernel ({target})"
+            )
     return problems
 
 

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert>::kW
     bool is_complete = true;
     if (my.smem.tables.meet.status == MeetStatus::kGood) {
         if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
-        is_complete = my.warp.warp_idx() < Spec::kPushWarps ? PushRole<Spec>::run(my)
-                                                            : reduce_tokens(my);
+        is_complete =
+            my.warp.warp_idx() < Spec::kPushWarps ? PushRole<Spec>::run(my) : reduce_tokens(my);
     } else if (my.block.block_idx() == 0 && my.block.is_leader()) {
         report_trouble(params.meet, my.smem.tables.meet);
     }

@@ -11,7 +11,7 @@ namespace deepcomm::kernels {
 /// Rows to bring back, BF16, in the layout of the dispatch.
 struct ExpertOutputs {
     const unsigned char* rows;
-    int64_t row_stride;       ///< bytes
+    int64_t row_stride;        ///< bytes
     const int32_t* row_slots;  ///< expert layouts: [rows in TOKEN order, K]
     const float* row_weights;  ///< likewise: what peers' rows are multiplied by, or null
     const float* carried;      ///< to bring back: [rows, K] (TOKEN) or one a row, or null

@@ -73,8 +73,8 @@ DEEPCOMM_DEVICE void bring_weights(const CombineBlock<Spec>& my, const ReducePai
     if (my.params.target.topk_weights == nullptr) return;
     // The first pair of a rank knows the row that all its pairs share.
     const int32_t k = my.warp.thread_idx();
-    const uint32_t firsts = device::warp_ballot(pair.is_first) &
-                            device::warp_match(static_cast<uint32_t>(pair.dst));
+    const uint32_t firsts =
+        device::warp_ballot(pair.is_first) & device::warp_match(static_cast<uint32_t>(pair.dst));
     const int32_t first = firsts == 0 ? k : device::lowest_bit(firsts);
     const int32_t row_back = device::warp_shuffle(pair.row_back, first);
     const int32_t token_row = device::warp_shuffle(pair.slot, first);
@@ -119,8 +119,8 @@ DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
     const int32_t num_workers = my.block.num_blocks() * Spec::kReduceWarps;
-    const int32_t worker = my.block.block_idx() * Spec::kReduceWarps +
-                           (my.warp.warp_idx() - Spec::kPushWarps);
+    const int32_t worker =
+        my.block.block_idx() * Spec::kReduceWarps + (my.warp.warp_idx() - Spec::kPushWarps);
     for (int32_t token = worker; token < my.params.num_tokens; token += num_workers) {
         if (!reduce_token(my, token)) return false;
     }

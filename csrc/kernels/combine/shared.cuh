@@ -2,8 +2,8 @@
 // combine: its compile-time choices, its shared memory and what a warp knows of it.
 #pragma once
 
-#include "kernels/meet/meet.cuh"
 #include "kernels/combine/params.hpp"
+#include "kernels/meet/meet.cuh"
 #include "kernels/rows/pipe.cuh"
 #include "kernels/rows/sum.cuh"
 #include "layout/plan.hpp"

@@ -55,10 +55,10 @@ struct RowSource {
 /// Where an expert layout is delivered: ordinary memory of this rank.
 struct ExpertTarget {
     unsigned char* rows;
-    uint32_t* scales;       ///< [rows, scale words], for dispatch_scales to turn round; or null
-    float* topk_weights;    ///< one a row, zeroed, or null
-    int32_t* row_slots;     ///< [rows in TOKEN order, K]: for the handle
-    float* row_weights;     ///< likewise, or null
+    uint32_t* scales;     ///< [rows, scale words], for dispatch_scales to turn round; or null
+    float* topk_weights;  ///< one a row, zeroed, or null
+    int32_t* row_slots;   ///< [rows in TOKEN order, K]: for the handle
+    float* row_weights;   ///< likewise, or null
 };
 
 /// dispatch_send: rows to their places; then, in the expert layouts, from where they landed to the

@@ -21,7 +21,9 @@ struct TokenCursor {
     DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const {
         return my.worker() + at / kChunk * my.num_workers();
     }
-    DEEPCOMM_DEVICE int32_t token_of(int32_t at) const { return chunk_of(at) * kChunk + at % kChunk; }
+    DEEPCOMM_DEVICE int32_t token_of(int32_t at) const {
+        return chunk_of(at) * kChunk + at % kChunk;
+    }
     DEEPCOMM_DEVICE bool is_alive() const { return true; }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         const int32_t token = token_of(index);
@@ -80,8 +82,8 @@ DEEPCOMM_DEVICE void prepare_row(const SendBlock<Spec>& my, int32_t token, unsig
     if (Spec::kWire == kWireCast) {
         cast_row<Spec::kHidden>(stage, stage + Spec::kScalesAt, my.params.scales_are_ue8m0 != 0);
     } else if (Spec::kByExpert && Spec::kWire == kWireFp8 && !my.has_bulk_scales()) {
-        copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt),
-                   source_scales(my, token), my.params.scale_words);
+        copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt), source_scales(my, token),
+                   my.params.scale_words);
     }
     if (Spec::kWire == kWireBf16 || (Spec::kWire == kWireFp8 && !Spec::kByExpert)) return;
     device::fence_proxy_async();  // ORDER: what the lanes wrote before the bulk stores that read it
@@ -195,8 +197,8 @@ struct ChunkAnnouncer {
             const device::Vec128 packet = {{static_cast<uint32_t>(first(chunk)[d]),
                                             static_cast<uint32_t>(rows(chunk)[d]), 0, my.epoch}};
             unsigned char* to = my.params.meet.comm.bases[d];
-            device::st_relaxed_sys(
-                at<device::Vec128>(to, layout.sent_chunk(my.rank(), chunk_idx)), packet);
+            device::st_relaxed_sys(at<device::Vec128>(to, layout.sent_chunk(my.rank(), chunk_idx)),
+                                   packet);
         }
         my.warp.sync();  // ORDER: the counts are read before they start again
     }
@@ -225,8 +227,7 @@ DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& 
 template <typename Spec>
 DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
     const int32_t stride = my.block.num_blocks() * Spec::kPairers;
-    int32_t token =
-        my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
+    int32_t token = my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
     for (; token < my.params.num_tokens; token += stride) {
         PairSlots pair = load_pairs<true>(my, token);
         name_ranks(my, &pair);

@@ -22,8 +22,8 @@ struct SendSpec {
     static constexpr int32_t kLoadBytes = kWire == kWireFp8 ? kHidden : 2 * kHidden;
     static constexpr int32_t kRowBytes = kWire == kWireBf16 ? 2 * kHidden : kHidden;
     static constexpr int32_t kScalesAt = static_cast<int32_t>(round_up(kLoadBytes, 16));
-    static constexpr int32_t kStageBytes = static_cast<int32_t>(
-        round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
+    static constexpr int32_t kStageBytes =
+        static_cast<int32_t>(round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
     // Rows are moved by a few warps with many stages, whose loops are short: a bulk store to a peer
     // holds back what its warp issues next. Casts and copies to experts want more warps.
     static constexpr int32_t kWantedStages = kWire == kWireCast ? 2 : 3;

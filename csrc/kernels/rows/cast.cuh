@@ -53,7 +53,7 @@ DEEPCOMM_DEVICE void cast_row(unsigned char* row, unsigned char* scales, bool is
     const int32_t half = lane / kLanesPerTile;
     for (int32_t begin = 0; begin < kNumSteps; begin += kCastUnroll) {
         device::Vec128 values[kCastUnroll];
-DEEPCOMM_UNROLL
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCastUnroll; ++i) {
             const int32_t channel = ((begin + i) * device::kWarpSize + lane) * kChannelsPerLane;
             values[i] = channel < kHidden
@@ -61,7 +61,7 @@ DEEPCOMM_UNROLL
                             : device::Vec128{};
         }
         warp.sync();  // ORDER: what is read before what is written over it
-DEEPCOMM_UNROLL
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCastUnroll; ++i) {
             const int32_t step = begin + i;
             const int32_t channel = (step * device::kWarpSize + lane) * kChannelsPerLane;
@@ -80,12 +80,9 @@ DEEPCOMM_UNROLL
             }
         }
     }
-    if (is_ue8m0) {  // bytes of the last word that no step has come to
-        constexpr int32_t kCovered =
-            static_cast<int32_t>(round_up(kNumSteps, kCastUnroll)) * kTilesPerStep;
-        const int32_t tile = kCovered + lane;
-        if (tile < round_up(kNumTiles, 4)) scales[tile] = 0;
-    }
+    // Bytes of the last word that no step has come to.
+    const int32_t rest = static_cast<int32_t>(round_up(kNumSteps, kCastUnroll)) * kTilesPerStep;
+    if (is_ue8m0 && rest + lane < round_up(kNumTiles, 4)) scales[rest + lane] = 0;
 }
 
 }  // namespace deepcomm::kernels

@@ -56,7 +56,7 @@ struct Floats8 {
 
 DEEPCOMM_DEVICE Floats8 floats_of(const device::Vec128& vector) {
     Floats8 floats;
-DEEPCOMM_UNROLL
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < 4; ++i) {
         floats.values[2 * i] = device::bf16x2_low(vector.words[i]);
         floats.values[2 * i + 1] = device::bf16x2_high(vector.words[i]);
@@ -66,7 +66,7 @@ DEEPCOMM_UNROLL
 
 DEEPCOMM_DEVICE device::Vec128 bf16_of(const Floats8& floats) {
     device::Vec128 vector;
-DEEPCOMM_UNROLL
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < 4; ++i) {
         vector.words[i] =
             device::bf16x2_from_floats(floats.values[2 * i], floats.values[2 * i + 1]);
@@ -75,14 +75,14 @@ DEEPCOMM_UNROLL
 }
 
 DEEPCOMM_DEVICE void add_to(Floats8* sum, const Floats8& terms) {
-DEEPCOMM_UNROLL
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < 8; ++i) {
         sum->values[i] = device::fadd_rn(sum->values[i], terms.values[i]);
     }
 }
 
 DEEPCOMM_DEVICE void scale_by(Floats8* floats, float weight) {
-DEEPCOMM_UNROLL
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < 8; ++i) floats->values[i] = device::fmul_rn(weight, floats->values[i]);
 }
 
@@ -113,7 +113,7 @@ struct RowVectors {
     /// Vectors first, first + 32, ...
     DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
         const auto* from = reinterpret_cast<const device::Vec128*>(row);
-DEEPCOMM_UNROLL
+        DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kSumUnroll; ++i) {
             const int32_t index = first + i * device::kWarpSize;
             if (index < kNumVectors) vectors[i] = device::ld_weak_streaming(from + index);
@@ -127,7 +127,7 @@ DEEPCOMM_DEVICE void store_sum(Accumulator<kByExpert> (&sums)[kSumUnroll], const
                                int32_t first) {
     auto* out = reinterpret_cast<device::Vec128*>(target.out);
     const auto* bias = reinterpret_cast<const device::Vec128*>(target.bias);
-DEEPCOMM_UNROLL
+    DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kSumUnroll; ++i) {
         const int32_t index = first + i * device::kWarpSize;
         if (index >= kNumVectors) continue;

@@ -17,12 +17,12 @@ from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
 from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
 from deepcomm.backends.cuda.tensors import (
+    SCALE_ROW_ALIGN,
     CudaRecord,
     Outputs,
     RowFormat,
     address_of,
     aligned_rows,
-    SCALE_ROW_ALIGN,
     expert_outputs,
     owned_copy,
     record_of,

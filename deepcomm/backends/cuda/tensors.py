@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of the CUDA operations: what goes to kernels aligned, what comes out allocated or viewed."""
+"""Tensors of the CUDA operations: aligned as kernels take them, allocated or viewed results."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def token_views(
 
 
 def owned_copy(views: Outputs, num_rows: int, out: torch.Tensor | None) -> Outputs:
-    """Copy views into tensors of ``num_rows`` rows, at least as many; ``x`` into ``out`` if given."""
+    """Copy views into tensors of ``num_rows`` rows or more; ``x`` into ``out`` if given."""
     present = views.x.shape[0]
 
     def grown(tensor: torch.Tensor, target: torch.Tensor | None, fill: float) -> torch.Tensor:

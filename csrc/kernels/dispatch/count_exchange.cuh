@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Role count: counts between the blocks of a rank and between ranks, in words that carry the epoch
+// of their operation, so that nothing is reset and nothing else has to be ordered.
+#pragma once
+
+#include "kernels/dispatch/count_shared.cuh"
+
+namespace deepcomm::kernels {
+
+/// Waits for count words of which each carries the epoch, and hands their values to visit. Looks at
+/// all of them at once for as long as that may help, then at one after the other.
+template <int32_t kMaxWords, typename Load, typename Await, typename Visit>
+DEEPCOMM_DEVICE bool gather_words(int32_t count, uint32_t epoch, Load&& load, Await&& await,
+                                  Visit&& visit) {
+    uint64_t values[kMaxWords];
+    bool are_there = false;
+    for (int32_t attempt = 0; attempt < device::kOptimisticPolls && !are_there; ++attempt) {
+        are_there = true;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kMaxWords; ++i) {
+            if (i < count) values[i] = load(i);
+        }
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kMaxWords; ++i) {
+            if (i < count && values[i] >> 32 != epoch) are_there = false;
+        }
+    }
+    bool is_complete = true;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kMaxWords; ++i) {
+        if (i >= count) continue;
+        if (is_complete && values[i] >> 32 != epoch) is_complete = await(i, &values[i]);
+        visit(i, static_cast<uint32_t>(values[i]));
+    }
+    return is_complete;
+}
+
+/// One word of them.
+template <typename Load>
+DEEPCOMM_DEVICE bool await_tagged(const device::WaitContext& context, const device::WaitSite& site,
+                                  const uint64_t* word, uint32_t epoch, uint64_t* value,
+                                  Load&& load) {
+    return device::wait_until(context, site, epoch, word, [&]() -> device::Observed {
+        *value = load(word);
+        return {*value >> 32, *value >> 32 == epoch};
+    });
+}
+
+/// Adds up one counter over the blocks before this one. The last counter is the refusal's bits.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts>& my,
+                                       int32_t counter, uint32_t* before) {
+    const CommParams& comm = my.params.meet.comm;
+    const auto load = [](const uint64_t* word) { return device::ld_relaxed_gpu(word); };
+    bool is_complete = true;
+    for (int32_t first = 0; first < my.block.block_idx() && is_complete; first += kWordsAtOnce) {
+        const int32_t left = my.block.block_idx() - first;
+        is_complete = gather_words<kWordsAtOnce>(
+            left < kWordsAtOnce ? left : kWordsAtOnce, my.epoch,
+            [&](int32_t n) { return load(my.partial(first + n, counter)); },
+            [&](int32_t n, uint64_t* value) {
+                return await_tagged(wait_context(comm), my.site(device::Role::kCount, comm.rank),
+                                    my.partial(first + n, counter), my.epoch, value, load);
+            },
+            [&](int32_t, uint32_t value) {
+                *before = counter == my.kNumCounters ? *before | value : *before + value;
+            });
+    }
+    return is_complete;
+}
+
+/// Publishes the block's sums to the blocks after it and learns those of the blocks before it.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts>& my) {
+    bool is_complete = true;
+    for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
+        const bool is_refusal = i == my.kNumCounters;
+        uint32_t own = is_refusal ? device::ld_relaxed_block(&my.smem.refusal) : 0;
+        for (int32_t w = 0; w < kCountWarps && !is_refusal; ++w) own += my.smem.counters[w][i];
+        device::st_relaxed_gpu(my.partial(my.block.block_idx(), i), my.tagged(own));
+        uint32_t before = 0;
+        is_complete = add_blocks_before(my, i, &before) && is_complete;
+        if (is_refusal) {
+            device::st_relaxed_block(&my.smem.refusal, before | own);
+        } else {
+            my.smem.before[i] = before;
+            my.smem.totals[i] = before + own;
+        }
+    }
+    return my.block.sync_and(is_complete);  // ORDER: the sums before their publication
+}
+
+/// By the last block, which knows the rank's sums: header and counts go to all ranks.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
+    const CommParams& comm = my.params.meet.comm;
+    if (my.block.is_leader()) device::st_relaxed_gpu(my.params.overflow, 0);
+    my.block.sync();  // ORDER: the zero before the header, which who sets the flag has seen
+    publish_header(my.params.meet, my.block, my.epoch, device::ld_relaxed_block(&my.smem.refusal));
+    for (int32_t peer = 0; peer < kNumRanks; ++peer) {
+        auto* words = reinterpret_cast<uint64_t*>(
+            comm.bases[peer] + my.params.meet.layout.counts_of(my.epoch, comm.rank));
+        for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
+            device::st_relaxed_sys(words + i, my.tagged(my.smem.totals[i]));
+        }
+    }
+    my.block.sync();  // ORDER: the sums are read before gather_counts replaces them
+}
+
+/// The count words that a rank has sent here.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE const uint64_t* count_words(const CountBlock<kNumRanks, kNumExperts>& my,
+                                            int32_t src) {
+    const CommParams& comm = my.params.meet.comm;
+    return reinterpret_cast<const uint64_t*>(comm.bases[comm.rank] +
+                                             my.params.meet.layout.counts_of(my.epoch, src));
+}
+
+/// A count that gather_counts has waited for.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts>& my, int32_t src,
+                                     int32_t counter) {
+    return static_cast<uint32_t>(device::ld_relaxed_sys(count_words(my, src) + counter));
+}
+
+/// Adds up all ranks' counts: totals, and what comes before this block's own.
+template <int32_t kNumRanks, int32_t kNumExperts>
+DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
+    constexpr int32_t kAtOnce = kNumRanks < kWordsAtOnce ? kNumRanks : kWordsAtOnce;
+    const CommParams& comm = my.params.meet.comm;
+    const auto load = [](const uint64_t* word) { return device::ld_relaxed_sys(word); };
+    bool is_complete = true;
+    for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
+        uint32_t total = 0, before = my.smem.before[i];
+        for (int32_t first = 0; first < kNumRanks && is_complete; first += kAtOnce) {
+            const int32_t count = kNumRanks - first < kAtOnce ? kNumRanks - first : kAtOnce;
+            is_complete = gather_words<kAtOnce>(
+                count, my.epoch, [&](int32_t n) { return load(count_words(my, first + n) + i); },
+                [&](int32_t n, uint64_t* value) {
+                    return await_tagged(wait_context(comm),
+                                        my.site(device::Role::kCount, first + n),
+                                        count_words(my, first + n) + i, my.epoch, value, load);
+                },
+                [&](int32_t n, uint32_t value) {
+                    if (first + n < comm.rank) before += value;
+                    total += value;
+                });
+        }
+        my.smem.before[i] = before;
+        my.smem.totals[i] = total;
+    }
+    return my.block.sync_and(is_complete);  // ORDER: the sums before the offsets made of them
+}
+
+}  // namespace deepcomm::kernels
