@@ -317,6 +317,7 @@ class LowLatency:
                 runtime.launch(both, slots.grid(both, wanted), params)
                 slots.open()
                 record.is_complete = True
+            runtime.flush()
             event = self._event(request)
         if request.return_hook:
             receive = functions[RECEIVE]
@@ -324,6 +325,7 @@ class LowLatency:
             def finish() -> None:
                 held = keep_alive.pop()
                 runtime.launch(receive, slots.grid(receive, num_rows), params)
+                runtime.flush()
                 record.is_complete = True
                 del held
 
@@ -469,6 +471,7 @@ class LowLatency:
                 both = functions[BOTH]
                 runtime.launch(both, slots.grid(both, num_rows), params)
                 slots.open()
+            runtime.flush()
             event = self._event(request)
         if request.return_hook:
             receive = functions[RECEIVE]
@@ -476,6 +479,7 @@ class LowLatency:
             def finish() -> None:
                 held = keep_alive.pop()
                 runtime.launch(receive, slots.grid(receive, num_tokens), params)
+                runtime.flush()
                 del held
 
             keep_alive = [(inputs, outputs, request)]  # their addresses are in params
