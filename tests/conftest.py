@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MARKERS = (
     "clients(module, ...): needs programs written against DeepEP (extra compat-test)",
+    "emulated_backend: the CUDA backend on the emulator, minutes of compiling; --emulated-backend",
     "gpu(n=1): needs n CUDA devices",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
     "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--allow-skips",
         metavar="MARKS",
         help="comma-separated marks whose tests may be skipped; any other skip is a failure",
+    )
+    parser.addoption(
+        "--emulated-backend",
+        action="store_true",
+        help="also run the CUDA backend's kernels on the emulator: minutes of compiling at first",
     )
     parser.addoption(
         "--soak-rounds",
@@ -52,6 +58,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         wanted = gpu.args[0] if gpu.args else 1
         if (present := num_gpus()) < wanted:
             pytest.skip(f"needs {wanted} CUDA device(s), found {present}")
+    if item.get_closest_marker("emulated_backend") and not item.config.getoption(
+        "--emulated-backend"
+    ):
+        pytest.skip("takes minutes of compiling; asked for by --emulated-backend")
     if item.get_closest_marker("multi_node"):
         if os.geteuid() != 0:
             pytest.skip("needs root to make network namespaces")

@@ -17,6 +17,8 @@ from emulated.mutants import Mutant, Twin, mutate
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 
+pytestmark = pytest.mark.emulated_backend
+
 FOLDER = "kernels/low_latency/"
 PADDED = RecvLayout.EXPERT_PADDED
 MAX_SEEDS = 12

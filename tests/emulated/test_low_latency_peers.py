@@ -14,6 +14,8 @@ from emulated.low_latency import LowLatencySession, play, use_small_blocks
 
 from deepcomm import CommTimeout, RecvLayout
 
+pytestmark = pytest.mark.emulated_backend
+
 TOKEN, _, PADDED = RecvLayout
 SMALL = {"num_ranks": 2, "num_tokens": 5, "hidden": 256, "num_topk": 3, "experts_per_rank": 4}
 

@@ -7,12 +7,15 @@ import ctypes
 import re
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from emulated.build import CSRC
 from emulated.cluster import Settings
 from emulated.runtime import run_emulated
 
 from deepcomm import Buffer, RecvLayout
+
+pytestmark = pytest.mark.emulated_backend
 
 if TYPE_CHECKING:
     from deepcomm import DispatchOutput

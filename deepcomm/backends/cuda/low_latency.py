@@ -177,11 +177,13 @@ class LowLatency:
         if request.async_op:
             with self._stream_of(request, operation):
                 runtime.launch(function, grid, operation.params)
+                runtime.flush()
                 event = runtime.record_event(self.check)
         else:
             if request.previous_event is not None:
                 runtime.wait_event(request.previous_event)
             runtime.launch(function, grid, operation.params)
+            runtime.flush()
         number = slots.open()
         if not request.return_hook:
             operation.on_received()
@@ -207,6 +209,7 @@ class LowLatency:
             function = operation.functions[RECEIVE]
             grid = slots.grid(function, operation.num_blocks[RECEIVE])
             self._place.runtime.launch(function, grid, operation.params)
+            self._place.runtime.flush()
             operation.on_received()
             slots.status.raise_pending()
 
