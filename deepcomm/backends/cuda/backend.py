@@ -144,8 +144,10 @@ class CudaBackend:
 
     # ---- operations
 
-    def _prepare(self, operation: str, prepare: Callable[[], T]) -> T:
-        """Check an operation's arguments; the peers hear of an error."""
+    def _prepare(
+        self, operation: str, prepare: Callable[[], T], *, makes_routing: bool = False
+    ) -> T:
+        """Check an operation's arguments; the peers hear of an error, and count it likewise."""
         self._check_open(operation)
         self.failure.check_usable(operation)
         try:
@@ -153,6 +155,7 @@ class CudaBackend:
         except Exception:
             if not self.runtime.is_capturing():
                 refuse(self)
+                self.serial += makes_routing
             raise
 
     def _check_open(self, operation: str) -> None:
@@ -198,7 +201,9 @@ class CudaBackend:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
-        operation = self._prepare("dispatch", lambda: Dispatch(self, request))
+        operation = self._prepare(
+            "dispatch", lambda: Dispatch(self, request), makes_routing=request.handle is None
+        )
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
         if not request.async_op:
