@@ -108,10 +108,6 @@ def test_bad_ids_are_named_and_the_buffer_goes_on(
         run_emulated(refuse, case.num_ranks, settings)
 
 
-@pytest.mark.xfail(
-    reason="the rank that refuses does not count the dispatch in its serial, so that the handles "
-    "of later dispatches differ between ranks"
-)
 @pytest.mark.parametrize("layout", [RecvLayout.TOKEN, RecvLayout.EXPERT])
 def test_refusing_host_is_named_and_the_buffer_goes_on(
     schedules: Schedules, layout: RecvLayout
@@ -129,7 +125,7 @@ def test_refusing_host_is_named_and_the_buffer_goes_on(
 
 
 @pytest.mark.xfail(
-    reason="as above; and who raises an earlier operation's trouble does not refuse the present "
+    reason="who raises an earlier operation's trouble does not refuse the present "
     "one, which its peers have entered"
 )
 def test_refusing_host_is_heard_of_one_operation_later(schedules: Schedules) -> None:
