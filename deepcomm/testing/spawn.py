@@ -18,7 +18,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -104,8 +104,27 @@ def run_processes(
 
 
 def _environment(env: Sequence[Mapping[str, str]] | None, rank: int) -> dict[str, str]:
-    # The fork server's own environment is that of the moment it was started.
     return {"GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env[rank] if env else {})}
+
+
+def _start_fork_server() -> None:
+    """Start the server from which children are forked, unless it runs.
+
+    It would find this package in the working folder first, of which its parent need not know: a
+    checkout that was never built, say, beside an installed package.
+    """
+    modules = ["torch", "torch.distributed"]
+    if sys.version_info >= (3, 11):  # knows PYTHONSAFEPATH
+        modules.append("deepcomm.testing.spawn")
+    forkserver.set_forkserver_preload(modules)
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 class _Children:
@@ -113,7 +132,7 @@ class _Children:
 
     def __init__(self, launches: list[Launch], may_die: frozenset[int]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "deepcomm.testing.spawn"])
+        _start_fork_server()
         self._may_die = may_die
         self._num_ranks = len(launches)
         self._pipes: dict[int, connection.Connection] = {}
@@ -193,6 +212,7 @@ class _Children:
 
 def _child(launch: Launch, pipe: connection.Connection) -> None:
     """Run one rank and report; leave when the parent says so, or is gone."""
+    os.environ.clear()  # the fork server's, of the moment it was started
     os.environ.update(launch.environment)
     faulthandler.enable()
     faulthandler.dump_traceback_later(launch.timeout_s - 0.5 if launch.timeout_s > 1 else 1)

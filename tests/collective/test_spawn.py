@@ -4,15 +4,32 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from collective import spawn_workers as workers
 
+import deepcomm
 from deepcomm import CommError, Error, InvalidArgument
 from deepcomm.testing import run_processes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PACKAGE_OF_A_RANK = """
+import deepcomm
+from deepcomm.testing import run_processes
+
+def package(group):
+    return deepcomm.__file__
+
+if __name__ == "__main__":
+    print(*run_processes(package, 1))
+"""
 
 
 def test_run_processes_returns_results_by_rank() -> None:
@@ -72,3 +89,19 @@ def test_run_processes_kills_stragglers() -> None:
 def test_run_processes_checks_its_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match="num_ranks"):
         run_processes(workers.hang, **options)
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="Python 3.10 searches the working folder: PYTHONSAFEPATH"
+)
+def test_run_processes_imports_what_its_caller_did(tmp_path: Path) -> None:
+    other = tmp_path / "checkout" / "deepcomm"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    program = tmp_path / "program.py"
+    program.write_text(PACKAGE_OF_A_RANK)
+    ran = subprocess.run(
+        [sys.executable, str(program)], cwd=other.parent, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [deepcomm.__file__]
