@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import Any
 
@@ -267,6 +268,28 @@ def request_of(session: LowLatencySession, x: torch.Tensor, ids: torch.Tensor, h
         return_hook=hook,
         low_latency=True,
     )
+
+
+@pytest.mark.parametrize("knowing", [0, 1, 2])
+def test_ranks_that_learn_of_a_refusal_at_different_calls_stay_in_step(knowing: int) -> None:
+    def body(session: LowLatencySession) -> None:
+        low_latency = session.backend.low_latency
+        inputs = session.inputs(0)
+        x, ids = inputs.xs[session.rank], inputs.ids[session.rank].clone()
+        if session.rank == 0:
+            ids[0, 0] = 99
+        low_latency.dispatch(request_of(session, x, ids, False))
+        if session.rank == knowing:
+            session.backend.runtime.flush()
+        valid = request_of(session, x, inputs.ids[session.rank], False)
+        with contextlib.suppress(InvalidArgument, CommError):
+            low_latency.dispatch(valid)
+            assert session.rank != knowing
+        with contextlib.suppress(InvalidArgument, CommError):
+            session.backend.settle()
+        go_on(session)
+
+    play(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), body, Settings(knowing))
 
 
 @pytest.mark.parametrize(

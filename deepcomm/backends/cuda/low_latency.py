@@ -2,7 +2,9 @@
 """The low-latency operations on GPUs: launches of csrc/kernels/low_latency.
 
 The host knows neither counts nor, until later, whether a peer has refused: kernels count the
-operations, and what they find wrong is raised by the next call, hook or ``event.synchronize``.
+operations, and what they find wrong is raised by the next call, hook or ``event.synchronize``. A
+call that raises what an earlier operation left has launched its own all the same: ranks learn of a
+refusal at different calls, and yet all of them take the same number of turns.
 """
 
 from __future__ import annotations
@@ -85,9 +87,14 @@ class LowLatency:
 
     def check(self) -> None:
         """Raise what kernels have found to be wrong, unless it was raised before."""
-        self._place.failure.check_usable(DISPATCH)
+        self._check_usable("synchronize")
         if self._context is not None:
             self._context.slots.status.raise_pending()
+
+    def _check_usable(self, operation: str) -> None:
+        """Raise if the buffer has failed; a refusal alone is no reason not to take a turn."""
+        if self._place.failure.failed:
+            self._place.failure.check_usable(operation)
 
     # ---- rank mask
 
@@ -110,14 +117,13 @@ class LowLatency:
 
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
-        self._place.failure.check_usable(operation)
+        self._check_usable(operation)
         if self._config.num_low_latency_slots == 0:
             raise InvalidArgument(
                 f"{operation}: the buffer was created with num_low_latency_slots = 0"
             )
         if self._context is None:
             self._context = self._reserve(operation)
-        self._context.slots.status.raise_pending()
         return self._context
 
     def _reserve(self, operation: str) -> Context:
@@ -187,6 +193,7 @@ class LowLatency:
         number = slots.open()
         if not request.return_hook:
             operation.on_received()
+            slots.status.raise_pending()
             return event, None
         slots.leave_in_flight(number)
         return event, self._make_hook(slots, number, (operation, request), event)
@@ -201,7 +208,7 @@ class LowLatency:
         def hook() -> None:
             if not in_flight:
                 raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
-            self._place.failure.check_usable(name)
+            self._check_usable(name)
             operation, _ = in_flight.pop()
             slots.settle(number)
             if sent is not None:
