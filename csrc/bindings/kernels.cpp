@@ -78,7 +78,8 @@ void bind_meet(py::module_& module) {
         .def_readonly("comm", &MeetParams::comm)
         .def_readwrite("layout", &MeetParams::layout)
         .def_readwrite("header", &MeetParams::header)
-        .def_readwrite("max_tokens", &MeetParams::max_tokens);
+        .def_readwrite("max_tokens", &MeetParams::max_tokens)
+        .def_readwrite("host_waits", &MeetParams::host_waits);
     def_address(meet, "epoch", &MeetParams::epoch);
     def_address(meet, "trouble", &MeetParams::trouble);
     def_address(meet, "counters", &MeetParams::counters);

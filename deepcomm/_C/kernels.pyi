@@ -250,6 +250,7 @@ class MeetParams:
     counters: int
     epoch: int
     header: Header
+    host_waits: int
     layout: ExchangeLayout
     max_tokens: int
     trouble: int

@@ -13,7 +13,7 @@ import torch
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.cluster import Settings
-from emulated.runtime import EmulatedRuntime, run_emulated
+from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer
 from deepcomm.backends.cuda import low_latency_slots
@@ -50,19 +50,6 @@ class Failure:
         if self.failed:
             peer = ctypes.c_int32.from_address(self._memory.address + PEER_OFFSET).value
             raise CommTimeout(f"{operation}: rank {peer} did not come", peer)
-
-
-class LazyRuntime:
-    """An emulated runtime that lets the host run ahead: launches stay queued, as on a GPU."""
-
-    def __init__(self, runtime: EmulatedRuntime) -> None:
-        self._runtime = runtime
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def flush(self) -> None:
-        """Leave that to the tests."""
 
 
 class EmulatedBackend:

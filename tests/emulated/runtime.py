@@ -183,6 +183,19 @@ class EmulatedRuntime:
         del tensor
 
 
+class LazyRuntime:
+    """An emulated runtime that lets the host run ahead: launches stay queued, as on a GPU."""
+
+    def __init__(self, runtime: EmulatedRuntime) -> None:
+        self.actual = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.actual, name)
+
+    def flush(self) -> None:
+        """Leave that to the tests."""
+
+
 def locals_of_backend() -> list[dict[str, Any]]:
     """Hold what the launching functions hold: tensors live on, as in a stream-ordered allocator."""
     held = []

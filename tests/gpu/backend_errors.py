@@ -122,16 +122,18 @@ def check(session: Session, error: BaseException | None, what: str, text: str) -
 
 
 def find_at_next_call(group: Any, case: Case) -> tuple[str, str]:
-    """Make a mistake that the host does not wait for; the next call of all ranks tells."""
+    """Make a mistake that the host does not wait for; this call or the next one tells."""
     with Session(group, case, **OPTIONS) as session:
         inputs, rank = session.inputs(0), session.rank
         x, ids = (part[rank].to(case.device) for part in (inputs.xs, inputs.ids))
         bad = ids.clone()
         if rank == BAD_RANK:
             bad[0, 0] = case.num_experts
-        session.buffer.dispatch(x, bad, num_recv_tokens=case.num_tokens)
+        early = error_of(lambda: session.buffer.dispatch(x, bad, num_recv_tokens=case.num_tokens))
         meet(group)
-        error = error_of(lambda: session.buffer.dispatch(x, ids))
+        error = early or error_of(lambda: session.buffer.dispatch(x, ids))
+        if early is not None:  # the host was slow; who has nothing left to raise is told of others
+            error_of(lambda: session.buffer.dispatch(x, ids))
         meet(group)
         session.combine(session.dispatch(1))
         return type(error).__name__, str(error)

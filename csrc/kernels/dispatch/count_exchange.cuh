@@ -94,8 +94,11 @@ DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts>&
 template <int32_t kNumRanks, int32_t kNumExperts>
 DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
     const CommParams& comm = my.params.meet.comm;
-    if (my.block.is_leader()) device::st_relaxed_gpu(my.params.overflow, 0);
-    my.block.sync();  // ORDER: the zero before the header, which who sets the flag has seen
+    if (my.block.is_leader()) {
+        device::st_relaxed_gpu(my.params.overflow, 0);
+        device::atom_or_relaxed_block(&my.smem.refusal, earlier_refusal(my.params.meet));
+    }
+    my.block.sync();  // ORDER: both before the header; who sets the flag has seen it
     publish_header(my.params.meet, my.block, my.epoch, device::ld_relaxed_block(&my.smem.refusal));
     for (int32_t peer = 0; peer < kNumRanks; ++peer) {
         auto* words = reinterpret_cast<uint64_t*>(

@@ -26,6 +26,17 @@ DEEPCOMM_DEVICE device::Vec128* header_at(const MeetParams& params, uint32_t epo
                                              params.layout.header(epoch, src));
 }
 
+/// By one thread, before it publishes: an earlier operation's trouble that the host has not raised yet
+/// is a reason to refuse one that all hosts wait for. They then raise in the same call.
+DEEPCOMM_DEVICE uint32_t earlier_refusal(const MeetParams& params) {
+    uint64_t* has_trouble = &params.counters->has_trouble;
+    if (!params.host_waits || device::ld_relaxed_gpu(has_trouble) == 0) return 0;
+    const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
+    if (device::ld_relaxed_sys(&params.trouble->state) != clear) return kUnraisedTrouble;
+    device::st_relaxed_gpu(has_trouble, 0);
+    return 0;
+}
+
 /// By one group; refusal is added to the host's.
 template <typename Group>
 DEEPCOMM_DEVICE void publish_header(const MeetParams& params, const Group& group, uint32_t epoch,
@@ -117,14 +128,17 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     return true;
 }
 
-/// By one thread of one block: lets the host know of an operation that does not take place.
+/// By one thread of one block: lets the host know of an operation that does not take place, unless it
+/// is itself the reason.
 template <int32_t kNumRanks>
 DEEPCOMM_DEVICE void report_trouble(const MeetParams& params, const MeetTable<kNumRanks>& table) {
+    if (params.header.refusal != 0) return;
     Trouble* trouble = params.trouble;
     const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
     const auto writing = static_cast<uint32_t>(layout::RecordState::kWriting);
     if (device::atom_cas_relaxed_sys(&trouble->state, clear, writing) != clear) return;
     const int32_t culprit = table.culprit == layout::kNoPeer ? params.comm.rank : table.culprit;
+    device::st_relaxed_gpu(&params.counters->has_trouble, 1);
     trouble->status = table.status;
     trouble->culprit = table.culprit;
     trouble->max_tokens = table.most_tokens;

@@ -17,6 +17,7 @@ constexpr int32_t kNoCapacity = -1;
 constexpr uint32_t kRefusedByHost = 1;     ///< the host has found an argument error
 constexpr uint32_t kExpertOutOfRange = 2;  ///< an id is below -1, or E or more
 constexpr uint32_t kExpertTwice = 4;       ///< a row names an expert twice
+constexpr uint32_t kUnraisedTrouble = 8;   ///< the host has yet to raise an earlier operation's
 
 /// Bits of Header::landing beside the generation's index.
 constexpr uint32_t kLandingIdsAre64 = 1u << 31;
@@ -54,7 +55,7 @@ struct Counters {
     uint64_t bytes_local;  ///< rows and scales that this rank wrote for itself
     uint64_t bytes_node;   ///< likewise for peers
     uint64_t tokens_received;
-    uint64_t free;
+    uint64_t has_trouble;  ///< no counter: 0 spares a look at the Trouble, which is far away
 };
 
 struct MeetParams {
@@ -62,7 +63,8 @@ struct MeetParams {
     layout::ExchangeLayout layout;
     Header header;
     int32_t max_tokens;
-    void* epoch;  ///< device::EpochState, one for all high-throughput operations
+    int32_t host_waits;  ///< whether the host waits for this operation's verdict, on all ranks
+    void* epoch;         ///< device::EpochState, one for all high-throughput operations
     Trouble* trouble;
     Counters* counters;  ///< followed by [R]: ns until each rank's header came, of the first block
 };

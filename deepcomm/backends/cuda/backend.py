@@ -158,6 +158,15 @@ class CudaBackend:
                 self.serial += makes_routing
             raise
 
+    def _raise_earlier(self) -> None:
+        """Raise what an earlier operation has left, now that this one has taken its turn.
+
+        Ranks see it at different calls, and yet all of them must enter the same operations. What is
+        launched into a graph takes its turn at replays: the next call outside raises.
+        """
+        if self.failure.has_trouble and not self.runtime.is_capturing():
+            self.failure.raise_trouble()
+
     def _check_open(self, operation: str) -> None:
         if self._closed:
             raise InvalidArgument(f"{operation}: the buffer is closed")
@@ -201,6 +210,11 @@ class CudaBackend:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
+        output = self._dispatch(request)
+        self._raise_earlier()
+        return output
+
+    def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
         operation = self._prepare(
             "dispatch", lambda: Dispatch(self, request), makes_routing=request.handle is None
         )
@@ -221,6 +235,11 @@ class CudaBackend:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """High-throughput combine."""
+        output = self._combine(request)
+        self._raise_earlier()
+        return output
+
+    def _combine(self, request: CombineRequest) -> CombineOutput:
         operation = self._prepare("combine", lambda: Combine(self, request))
         self._num_combines += 1
         if not request.async_op:
@@ -261,6 +280,7 @@ class CudaBackend:
     def _check_complete(self) -> None:
         """Raise what an operation that has ended found to be wrong."""
         self.failure.check_usable("synchronize")
+        self.failure.raise_trouble()
 
     def _repeat_larger(self, request: DispatchRequest) -> DispatchOutput:
         """Grow the buffer, collectively, and repeat; views keep the old memory."""
@@ -275,7 +295,7 @@ class CudaBackend:
         self.config, self.exchange = config, exchange
         previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
         previous.close()
-        return self.dispatch(request)
+        return self._dispatch(request)
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""

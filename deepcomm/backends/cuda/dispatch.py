@@ -128,6 +128,11 @@ class Dispatch:
         """Whether ``x`` has the static shape of EXPERT_PADDED."""
         return self._checked.recv_layout is RecvLayout.EXPERT_PADDED
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the verdict: for counts, or because it might have to grow."""
+        return self.is_exact or (self._backend.config.growable and self._cached is None)
+
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
         backend, exchange = self._backend, self._backend.exchange
@@ -220,6 +225,7 @@ class Dispatch:
         )
         params = kernels.CountParams()
         params.meet = self._meet(landing, 0)
+        params.meet.host_waits = int(self.waits)
         params.table = routing_table(record)
         params.topk_idx = address_of(topk_idx)
         params.ids_are_64 = int(topk_idx.dtype == torch.int64)
@@ -235,7 +241,7 @@ class Dispatch:
         """Return what arrives, waiting for it where the shapes depend on it; None: must grow."""
         backend = self._backend
         handle = self._request.handle
-        if self.is_exact or (backend.config.growable and self._cached is None):
+        if self.waits:
             report = backend.wait_report()
             if report.status == failures.MUST_GROW:
                 return None

@@ -32,7 +32,7 @@ ROLES = ("count", "send", "receive", "reduce", "forward", "meet")
 KIND_CHECK = 1
 
 GOOD, REFUSED, MISMATCH, MUST_GROW = 0, 1, 2, 3
-REFUSED_BY_HOST, EXPERT_OUT_OF_RANGE, EXPERT_TWICE = 1, 2, 4
+REFUSED_BY_HOST, EXPERT_OUT_OF_RANGE, EXPERT_TWICE, UNRAISED_TROUBLE = 1, 2, 4, 8
 
 
 class ErrorRecord(ctypes.Structure):
@@ -136,13 +136,11 @@ class Failure:
         self._fatal: Error | None = None
 
     def check_usable(self, operation: str) -> None:
-        """Raise, by the operation's name, once the buffer has failed; or what is pending.
+        """Raise, by the operation's name, once the buffer has failed.
 
         Raises:
             CommTimeout: A wait of this or an earlier operation has run out.
-            CommError: A peer refused an operation before this one.
-            ConfigMismatch: Ranks did not do the same in one before this one.
-            InvalidArgument: Its ids, on the device, were wrong on this rank.
+            CommError: That was raised before.
         """
         if self._fatal is None and self._record.state == COMPLETE:
             self._fatal = self._timeout()
@@ -153,7 +151,6 @@ class Failure:
                 f"{self._fatal}",
                 getattr(self._fatal, "peer", None),
             )
-        self.raise_trouble()
 
     def raise_fatal(self, error: Error) -> None:
         """Raise an error after which the buffer can only be closed."""
@@ -168,7 +165,7 @@ class Failure:
     @property
     def must_grow(self) -> int:
         """Tokens that the pending trouble asks room for, 0 if it is none of that kind."""
-        if self._trouble.state != COMPLETE or self._trouble.status != MUST_GROW:
+        if not self.has_trouble or self._trouble.status != MUST_GROW:
             return 0
         return int(self._trouble.max_tokens)
 
@@ -176,14 +173,24 @@ class Failure:
         """Forget the pending trouble."""
         self._trouble.state = CLEAR
 
+    @property
+    def has_trouble(self) -> bool:
+        """Whether an operation did not take place and nobody has raised it."""
+        return bool(self._trouble.state == COMPLETE)
+
     def raise_trouble(self) -> None:
-        """Raise and clear the pending trouble, if there is any."""
-        if self._trouble.state != COMPLETE:
+        """Raise and clear the pending trouble, if there is any.
+
+        Raises:
+            CommError: A peer refused an operation.
+            ConfigMismatch: Ranks did not do the same in one.
+            InvalidArgument: Ids, on the device, were wrong on this rank.
+        """
+        if not self.has_trouble:
             return
         error = self._describe_trouble()
         self.clear_trouble()
-        if error is not None:
-            raise error
+        raise error
 
     def _timeout(self) -> Error:
         record = self._record
@@ -201,7 +208,7 @@ class Failure:
             None if record.peer < 0 else int(record.peer),
         )
 
-    def _describe_trouble(self) -> Error | None:
+    def _describe_trouble(self) -> Error:
         trouble = self._trouble
         mine = Signature.unpack(trouble.mine.signature)
         operation = "combine" if mine.operation == 2 else "dispatch"
@@ -218,8 +225,6 @@ class Failure:
                 f"{where}: rank {trouble.culprit} refused: {self._reason(trouble.theirs.refusal)}",
                 int(trouble.culprit),
             )
-        if trouble.theirs.refusal & REFUSED_BY_HOST:
-            return None  # raised by the call itself
         return InvalidArgumentError(f"{where}: {self._reason(trouble.theirs.refusal)}")
 
     def _reason(self, refusal: int) -> str:
@@ -229,6 +234,8 @@ class Failure:
             )
         if refusal & EXPERT_TWICE:
             return "topk_idx: expected distinct experts in a row, got one twice"
+        if refusal & UNRAISED_TROUBLE:
+            return "the error of an earlier operation was yet to be raised there"
         return "an argument error"
 
     def _describe_mismatch(self, where: str, mine: Signature) -> Error:

@@ -87,14 +87,14 @@ class LowLatency:
 
     def check(self) -> None:
         """Raise what kernels have found to be wrong, unless it was raised before."""
-        self._check_usable("synchronize")
+        self._place.failure.check_usable("synchronize")
         if self._context is not None:
             self._context.slots.status.raise_pending()
 
-    def _check_usable(self, operation: str) -> None:
-        """Raise if the buffer has failed; a refusal alone is no reason not to take a turn."""
-        if self._place.failure.failed:
-            self._place.failure.check_usable(operation)
+    def _raise_earlier(self, slots: Slots) -> None:
+        """Raise what an earlier operation has left; in a capture, no turn has been taken yet."""
+        if slots.status.is_pending and not self._place.runtime.is_capturing():
+            slots.status.raise_pending()
 
     # ---- rank mask
 
@@ -117,7 +117,7 @@ class LowLatency:
 
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
-        self._check_usable(operation)
+        self._place.failure.check_usable(operation)
         if self._config.num_low_latency_slots == 0:
             raise InvalidArgument(
                 f"{operation}: the buffer was created with num_low_latency_slots = 0"
@@ -193,7 +193,7 @@ class LowLatency:
         number = slots.open()
         if not request.return_hook:
             operation.on_received()
-            slots.status.raise_pending()
+            self._raise_earlier(slots)
             return event, None
         slots.leave_in_flight(number)
         return event, self._make_hook(slots, number, (operation, request), event)
@@ -208,7 +208,7 @@ class LowLatency:
         def hook() -> None:
             if not in_flight:
                 raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
-            self._check_usable(name)
+            self._place.failure.check_usable(name)
             operation, _ = in_flight.pop()
             slots.settle(number)
             if sent is not None:
@@ -218,7 +218,7 @@ class LowLatency:
             self._place.runtime.launch(function, grid, operation.params)
             self._place.runtime.flush()
             operation.on_received()
-            slots.status.raise_pending()
+            self._raise_earlier(slots)
 
         return hook
 

@@ -103,6 +103,11 @@ class Status:
         """As kernels see it."""
         return self._memory.device_address
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to raise."""
+        return bool(self._record.state == COMPLETE)
+
     def raise_pending(self) -> None:
         """Raise what the last operations have found to be wrong, once.
 
@@ -111,7 +116,7 @@ class Status:
             CommError: A peer refused an operation; names it.
             ConfigMismatch: Ranks differed about an operation.
         """
-        if self._record.state != COMPLETE:
+        if not self.is_pending:
             return
         error = self._describe()
         self._record.state = CLEAR
