@@ -16,7 +16,7 @@ from emulated.cluster import Settings
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer
-from deepcomm.backends.cuda import low_latency_slots
+from deepcomm.backends.cuda import functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.config import BufferConfig
 from deepcomm.errors import CommTimeout
@@ -66,6 +66,7 @@ class EmulatedBackend:
             self.topology,
             b"buffer",
             Failure(self.runtime),
+            functions.load_functions(self.runtime, config, self.topology)[1],
             self.runtime.num_sms,
         )
         self.low_latency = LowLatency(place, config, None)
@@ -141,4 +142,4 @@ def play(
 
 def use_small_blocks(monkeypatch: Any) -> None:
     """Launch blocks of few threads."""
-    monkeypatch.setattr(low_latency_slots, "NUM_THREADS", NUM_THREADS)
+    monkeypatch.setattr(functions, "NUM_THREADS", NUM_THREADS)

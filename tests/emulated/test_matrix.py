@@ -19,8 +19,7 @@ from collective.session import Oracle, Session
 from emulated.cluster import RankStopped, Settings
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
-from emulated.kernel_library import KernelLibrary
-from emulated.runtime import EmulatedRuntime, run_emulated
+from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
 from deepcomm import RecvLayout
 from deepcomm.errors import CommError, CommTimeout, InvalidArgument
@@ -160,7 +159,7 @@ def test_every_kernel_of_the_backend_is_run(
     launched: set[str] = set()
     launch = EmulatedRuntime.launch
 
-    def remember(self: EmulatedRuntime, function: KernelLibrary, grid: int, params: Any) -> None:
+    def remember(self: EmulatedRuntime, function: LazyKernel, grid: int, params: Any) -> None:
         launched.add(function.name)
         launch(self, function, grid, params)
 
@@ -174,8 +173,9 @@ def test_every_kernel_of_the_backend_is_run(
 
 
 def use_low_latency(group: LocalGroup) -> None:
-    """Both operations, a refusal and a mask."""
+    """Both operations, a refusal and a mask; nothing is loaded for them but at construction."""
     with Session(group, SMALL) as session:
+        group.runtime.load = None  # type: ignore[assignment, method-assign, union-attr]
         session.low_latency_combine(session.low_latency_dispatch(0))
         rows = torch.zeros(1, SMALL.hidden + 8 * (group.rank == 0), dtype=torch.bfloat16)
         # Raised here at once, at the peers where their host hears of it.

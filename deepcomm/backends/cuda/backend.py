@@ -20,10 +20,10 @@ from deepcomm.backends.cuda.exchange import (
     NUM_COUNTERS,
     CountReport,
     Exchange,
-    Functions,
     Workspace,
 )
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
+from deepcomm.backends.cuda.functions import load_functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.errors import CommTimeout, InvalidArgument
 from deepcomm.group import Group, agree, as_group, check_equal
@@ -73,8 +73,8 @@ class CudaBackend:
             runtime.host_memory(ctypes.sizeof(ErrorRecord)),
             runtime.host_memory(ctypes.sizeof(Trouble)),
         )
-        self.functions: Functions = agree_on(
-            self._group, lambda: Functions.load(runtime, config, self.topology.num_ranks)
+        self.functions, self._low_latency_functions = agree_on(
+            self._group, lambda: load_functions(runtime, config, self.topology)
         )
         self.workspace = Workspace(runtime, config, self.topology.num_ranks)
         self.scratch_counts = torch.zeros(
@@ -131,6 +131,7 @@ class CudaBackend:
             self.topology,
             self.buffer_id,
             self.failure,
+            self._low_latency_functions,
             self.config.num_sms or self.max_sms,
         )
         return LowLatency(place, self.config, previous)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and kernels of the high-throughput operations of one buffer, at one size."""
+"""Memory of the high-throughput operations of one buffer, at one size."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from deepcomm._C import kernels
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
-    from deepcomm.backends.cuda.runtime import Function, Runtime
+    from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.topology import Topology
 
-__all__ = ["CountReport", "Exchange", "Functions", "Workspace", "exchange_layout"]
+__all__ = ["CountReport", "Exchange", "Workspace", "exchange_layout"]
 
 MAX_COUNT_BLOCKS = 16
 NUM_COUNTERS = 4
 EPOCH_STATE_BYTES = 8
-WIRES = {"bf16": 0, "fp8": 1, "cast": 2}
-FP8_ALIGN = 16
 
 
 class CountReport(ctypes.Structure):
@@ -37,46 +35,6 @@ class CountReport(ctypes.Structure):
         ("status", ctypes.c_int32),
         ("num_tokens", ctypes.c_int32),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Functions:
-    """The kernels, loaded.
-
-    Attributes:
-        count: dispatch_count.
-        send: dispatch_send by (wire, by expert); FP8 ones only where rows allow FP8.
-        scales: dispatch_scales.
-        combine: By whether the layout is an expert one.
-    """
-
-    count: Function
-    send: dict[tuple[str, bool], Function]
-    scales: Function
-    combine: dict[bool, Function]
-
-    @staticmethod
-    def load(runtime: Runtime, config: BufferConfig, num_ranks: int) -> Functions:
-        """Compile and load everything that an operation may need."""
-        shape = {"num_ranks": num_ranks, "hidden": config.hidden}
-        wires = WIRES if config.hidden % FP8_ALIGN == 0 else {"bf16": WIRES["bf16"]}
-        return Functions(
-            count=runtime.load(
-                "dispatch_count", {"num_ranks": num_ranks, "num_experts": config.num_experts}
-            ),
-            send={
-                (name, by_expert): runtime.load(
-                    "dispatch_send", {**shape, "wire": wire, "by_expert": by_expert}
-                )
-                for name, wire in wires.items()
-                for by_expert in (False, True)
-            },
-            scales=runtime.load("dispatch_scales", {}),
-            combine={
-                by_expert: runtime.load("combine", {**shape, "by_expert": by_expert})
-                for by_expert in (False, True)
-            },
-        )
 
 
 class Workspace:

@@ -105,7 +105,7 @@ class LowLatency:
         params.peer = rank
         params.value = int(masked)
         runtime = self._place.runtime
-        runtime.launch(runtime.load("low_latency_mask", {}), 1, params)
+        runtime.launch(self._place.functions.mask, 1, params)
         self._masked[rank] = masked
         self._late[rank] = 0
 
@@ -134,6 +134,7 @@ class LowLatency:
         late_ranks = self._late_memory.device_address
         return Context(
             Slots(self._place, self._config, self._mask, late_ranks),
+            self._place.functions,
             self._config,
             self._sizes,
             self._num_ranks,
@@ -156,7 +157,8 @@ class LowLatency:
         record = is_known_record(request) if operation == COMBINE else None
         if record is not None:
             record.fill(params.base)
-        runtime.launch(runtime.load("low_latency_refuse", {}), 1, params)
+        assert self._place.functions.refuse is not None
+        runtime.launch(self._place.functions.refuse, 1, params)
         slots.open()
 
     @contextmanager

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.runtime import Function
     from deepcomm.checks import CheckedCombine, CheckedDispatch
     from deepcomm.config import BufferConfig
@@ -45,6 +46,7 @@ class Context:
     """
 
     slots: Slots
+    functions: LowLatencyFunctions
     config: BufferConfig
     sizes: Sizes
     num_ranks: int
@@ -80,7 +82,7 @@ class DispatchOperation:
         )
         kind = row_kind(checked)
         wire = wire_of(kind)
-        self.functions: dict[int, Function] = context.slots.functions(DISPATCH, kind, wire)
+        self.functions: dict[int, Function] = context.functions.dispatch[kind]
         num_tokens, num_rows = checked.num_tokens, context.sizes.block_rows
         self.num_blocks = {
             SEND: num_tokens + 1,
@@ -203,7 +205,7 @@ class CombineOperation:
         self._context = context
         self._checked = checked = self._check(request)
         self._record = Record.of(request.handle, context.buffer_id)
-        self.functions: dict[int, Function] = context.slots.functions(COMBINE)
+        self.functions: dict[int, Function] = context.functions.combine
         num_rows, num_tokens = context.sizes.block_rows, request.handle.num_tokens
         self.num_blocks = {SEND: num_rows, RECEIVE: num_tokens, BOTH: num_rows}
         device = context.sizes.device

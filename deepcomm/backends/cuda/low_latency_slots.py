@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What low-latency operations of a buffer keep: memory, kernels, and how many are in flight."""
+"""What low-latency operations of a buffer keep: memory, and how many are in flight."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.low_latency_status import DISPATCH, Status
+from deepcomm.backends.cuda.low_latency_status import Status
 from deepcomm.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.runtime import Function, Memory, Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
@@ -22,7 +23,6 @@ __all__ = ["BOTH", "RECEIVE", "SEND", "Failure", "Place", "Slots", "low_latency_
 SEND, RECEIVE, BOTH = 1, 2, 3
 """Phases of a launch; csrc/kernels/low_latency/params.hpp."""
 
-NUM_THREADS: Final = 256
 MAX_BLOCKS_PER_SM: Final = 3
 TOKEN_BITS: Final = 32
 
@@ -55,6 +55,7 @@ class Place:
     topology: Topology
     buffer_id: bytes
     failure: Failure
+    functions: LowLatencyFunctions
     num_sms: int
 
 
@@ -75,8 +76,8 @@ def low_latency_layout(config: BufferConfig, num_ranks: int) -> kernels.LowLaten
     return kernels.LowLatencyLayout.make(low_latency_shape(config, num_ranks))
 
 
-def check_sizes(config: BufferConfig, topology: Topology) -> None:
-    """Raise InvalidArgument for what the kernels of this mode do not take."""
+def find_excess(config: BufferConfig, topology: Topology) -> str | None:
+    """Return what is beyond the kernels of this mode, None where all is well."""
     limits = (
         ("ranks", topology.num_ranks, kernels.MAX_LOW_LATENCY_RANKS),
         ("num_experts", config.num_experts, kernels.MAX_LOW_LATENCY_EXPERTS),
@@ -93,14 +94,13 @@ def check_sizes(config: BufferConfig, topology: Topology) -> None:
         if name == "max_tokens_per_rank":
             most = most // topology.num_ranks * TOKEN_BITS
             value = config.max_tokens_per_rank
-        raise InvalidArgument(
-            f"{name}: expected at most {most} for low-latency operations, got {value}"
-        )
+        return f"{name}: expected at most {most} for low-latency operations, got {value}"
     if topology.num_nodes > 1:
-        raise InvalidArgument(
+        return (
             "ranks_per_node: expected one node for low-latency operations on GPUs, "
             f"got {topology.num_nodes}"
         )
+    return None
 
 
 class Slots:
@@ -115,7 +115,8 @@ class Slots:
             mask: uint32 [R], which peers are skipped.
             late_ranks: Address on the device of uint32 [R] shared with the host.
         """
-        check_sizes(config, place.topology)
+        if (excess := find_excess(config, place.topology)) is not None:
+            raise InvalidArgument(excess)
         runtime, num_ranks = place.runtime, place.topology.num_ranks
         self.map = low_latency_layout(config, num_ranks)
         self.memory = runtime.symmetric_memory(place.group, self.map.total_bytes)
@@ -131,8 +132,6 @@ class Slots:
         )
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
-        self._functions: dict[tuple[str, int, int], Function] = {}
-        self._functions_of: dict[tuple[str, int], dict[int, Function]] = {}
         self._keep = mask
         self._in_flight: deque[int] = deque()
         self._num_opened = 0
@@ -150,38 +149,6 @@ class Slots:
         """Return how many blocks to launch: all of them resident at once."""
         per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
         return max(1, min(num_wanted, self._place.num_sms * per_sm))
-
-    def function(self, operation: str, phases: int, rows: int = 0) -> Function:
-        """Return a kernel; the first use of a kind of operation compiles all of its phases.
-
-        Raises:
-            InvalidArgument: It is the first use, and a graph is being captured.
-        """
-        key = (operation, phases, rows)
-        if key not in self._functions:
-            if self._place.runtime.is_capturing():
-                raise InvalidArgument(
-                    f"{operation}: expected a first call of this kind before the graph's capture"
-                )
-            for each in (SEND, RECEIVE, BOTH):
-                spec = {"hidden": self._config.hidden}
-                if operation == DISPATCH:
-                    spec["rows"] = rows
-                spec |= {"phases": each, "num_threads": NUM_THREADS}
-                self._functions[operation, each, rows] = self._place.runtime.load(operation, spec)
-        return self._functions[key]
-
-    def functions(self, operation: str, rows: int = 0, wire: int = 0) -> dict[int, Function]:
-        """Return a kernel for each of the phases: ``rows`` as given, and as they travel."""
-        found = self._functions_of.get((operation, rows))
-        if found is None:
-            found = {
-                SEND: self.function(operation, SEND, rows),
-                RECEIVE: self.function(operation, RECEIVE, wire),
-                BOTH: self.function(operation, BOTH, rows),
-            }
-            self._functions_of[operation, rows] = found
-        return found
 
     def _fill(self, base: kernels.LowLatencyParams, addresses: tuple[int, int]) -> None:
         """Fill what does not change from one operation to the next."""

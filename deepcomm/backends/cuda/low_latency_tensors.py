@@ -22,7 +22,7 @@ __all__ = ["DispatchTensors", "Record", "Sizes", "address_of", "aligned", "row_k
 ALIGN = 16
 SCALE_ROW_ALIGN = 4
 
-BF16, FP8_FP32, FP8_UE8M0, CAST_FP32, CAST_UE8M0 = range(5)
+KINDS = BF16, FP8_FP32, FP8_UE8M0, CAST_FP32, CAST_UE8M0 = tuple(range(5))
 """Rows of a dispatch: ``LowLatencyRows`` of csrc/kernels/low_latency/params.hpp."""
 
 

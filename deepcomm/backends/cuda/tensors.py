@@ -72,7 +72,7 @@ class RowFormat:
     """How rows travel and arrive.
 
     Attributes:
-        wire: Key of ``exchange.WIRES``.
+        wire: Key of ``functions.WIRES``.
         dtype: Of the rows that arrive.
         scale_words: 32-bit words of scales a row.
         scale_dtype: Of the scales.

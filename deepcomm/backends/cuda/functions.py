@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that a buffer may launch, all of them loaded when it is made.
+
+None is compiled or loaded later: that would take long in the middle of a step, is not allowed while
+a graph is captured, and would wait for kernels of ranks that share the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, find_excess
+from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
+from deepcomm.backends.cuda.low_latency_tensors import BF16, KINDS, wire_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from deepcomm.backends.cuda.runtime import Function, Runtime
+    from deepcomm.config import BufferConfig
+    from deepcomm.topology import Topology
+
+__all__ = ["Functions", "LowLatencyFunctions", "load_functions"]
+
+FP8_ALIGN: Final = 16
+NUM_THREADS: Final = 256
+"""Of a block of the low-latency kernels."""
+PHASES: Final = (SEND, RECEIVE, BOTH)
+WIRES: Final = {"bf16": 0, "fp8": 1, "cast": 2}
+"""Template argument by ``RowFormat.wire``."""
+
+Key: TypeAlias = tuple[Any, ...]
+Wanted: TypeAlias = dict[Key, tuple[str, dict[str, int]]]
+Loaded: TypeAlias = dict[Key, "Function"]
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """Those of the high-throughput operations.
+
+    Attributes:
+        count: dispatch_count.
+        send: dispatch_send by (wire, by expert); FP8 ones only where rows allow FP8.
+        scales: dispatch_scales.
+        combine: By whether the layout is an expert one.
+    """
+
+    count: Function
+    send: dict[tuple[str, bool], Function]
+    scales: Function
+    combine: dict[bool, Function]
+
+    @staticmethod
+    def wanted(config: BufferConfig, num_ranks: int) -> Wanted:
+        """Return name and compile-time choices of each."""
+        shape = {"num_ranks": num_ranks, "hidden": config.hidden}
+        experts = {"num_ranks": num_ranks, "num_experts": config.num_experts}
+        wires = WIRES if has_fp8(config) else {"bf16": WIRES["bf16"]}
+        wanted: Wanted = {
+            ("count",): ("dispatch_count", experts),
+            ("scales",): ("dispatch_scales", {}),
+        }
+        for by_expert in (False, True):
+            wanted["combine", by_expert] = ("combine", {**shape, "by_expert": by_expert})
+            for name, wire in wires.items():
+                spec = {**shape, "wire": wire, "by_expert": by_expert}
+                wanted["send", name, by_expert] = ("dispatch_send", spec)
+        return wanted
+
+    @staticmethod
+    def of(loaded: Loaded) -> Functions:
+        """Return them by the keys of ``wanted``."""
+        return Functions(
+            count=loaded["count",],
+            send={key[1:]: function for key, function in loaded.items() if key[0] == "send"},
+            scales=loaded["scales",],
+            combine={key[1]: function for key, function in loaded.items() if key[0] == "combine"},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LowLatencyFunctions:
+    """Those of the low-latency operations; none where the buffer's sizes are beyond them.
+
+    Attributes:
+        mask: Of every buffer.
+        refuse: Takes the turn of an operation whose arguments are wrong.
+        dispatch: By the kind of rows as given, then by phase.
+        combine: By phase.
+    """
+
+    mask: Function
+    refuse: Function | None
+    dispatch: dict[int, dict[int, Function]]
+    combine: dict[int, Function]
+
+    @staticmethod
+    def wanted(config: BufferConfig, topology: Topology) -> Wanted:
+        """Return name and compile-time choices of each."""
+        wanted: Wanted = {("mask",): ("low_latency_mask", {})}
+        if config.num_low_latency_slots == 0 or find_excess(config, topology) is not None:
+            return wanted
+        wanted["refuse",] = ("low_latency_refuse", {})
+        for phases in PHASES:
+            shape = {"phases": phases, "num_threads": NUM_THREADS}
+            wanted[COMBINE, phases] = (COMBINE, {"hidden": config.hidden, **shape})
+            for kind in kinds_of(config):
+                # What is received has been cast already.
+                rows = wire_of(kind) if phases == RECEIVE else kind
+                spec = {"hidden": config.hidden, "rows": rows, **shape}
+                wanted[DISPATCH, rows, phases] = (DISPATCH, spec)
+        return wanted
+
+    @staticmethod
+    def of(loaded: Loaded, config: BufferConfig) -> LowLatencyFunctions:
+        """Return them by the keys of ``wanted``."""
+        if ("refuse",) not in loaded:
+            return LowLatencyFunctions(loaded["mask",], None, {}, {})
+        return LowLatencyFunctions(
+            mask=loaded["mask",],
+            refuse=loaded["refuse",],
+            dispatch={
+                kind: {
+                    SEND: loaded[DISPATCH, kind, SEND],
+                    RECEIVE: loaded[DISPATCH, wire_of(kind), RECEIVE],
+                    BOTH: loaded[DISPATCH, kind, BOTH],
+                }
+                for kind in kinds_of(config)
+            },
+            combine={phases: loaded[COMBINE, phases] for phases in PHASES},
+        )
+
+
+def has_fp8(config: BufferConfig) -> bool:
+    """Return whether rows may be FP8."""
+    return config.hidden % FP8_ALIGN == 0
+
+
+def kinds_of(config: BufferConfig) -> tuple[int, ...]:
+    """Return the kinds of rows that low-latency dispatches may be given."""
+    return KINDS if has_fp8(config) else (BF16,)
+
+
+def load_functions(
+    runtime: Runtime, config: BufferConfig, topology: Topology
+) -> tuple[Functions, LowLatencyFunctions]:
+    """Compile (or find in the cache) and load everything that an operation may need."""
+    wanted: Mapping[Key, tuple[str, dict[str, int]]] = {
+        **Functions.wanted(config, topology.num_ranks),
+        **LowLatencyFunctions.wanted(config, topology),
+    }
+    # NVRTC compiles one kernel at a time in a process. Ranks begin at different ones, so that
+    # processes that share a cache also share the work.
+    keys = list(wanted)
+    first = len(keys) * topology.rank // topology.num_ranks
+    loaded = {key: runtime.load(*wanted[key]) for key in keys[first:] + keys[:first]}
+    return Functions.of(loaded), LowLatencyFunctions.of(loaded, config)
