@@ -111,7 +111,10 @@ class EmulatedRuntime:
 
     # ---- memory
 
-    def symmetric_memory(self, group: Any, num_bytes: int) -> EmulatedSymmetricMemory:
+    def symmetric_memory(
+        self, group: Any, num_bytes: int, timeout_s: float
+    ) -> EmulatedSymmetricMemory:
+        del timeout_s  # threads of one process are here
         own = EmulatedMemory(self._cluster, self._rank, "symmetric", num_bytes)
         return EmulatedSymmetricMemory(own, group.all_gather(own))
 

@@ -23,6 +23,7 @@ SEEDS = 20
 NUM_WORDS, NUM_SLOTS, NUM_ROUNDS = 48, 2, 6
 TIMEOUT_NS = 1_000_000_000
 RECORD_BYTES = 64
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Ring:
     def __init__(self, group: LocalGroup) -> None:
         self.group = group
         self.runtime: EmulatedRuntime = group.runtime
-        self.memory = self.runtime.symmetric_memory(group, 256 + NUM_SLOTS * NUM_WORDS * 4)
+        self.memory = self.runtime.symmetric_memory(
+            group, 256 + NUM_SLOTS * NUM_WORDS * 4, TIMEOUT_S
+        )
         self.record = self.runtime.host_memory(RECORD_BYTES)
         self.kernel = self.runtime.load("probe_ring", {})
         self.folds = torch.zeros(NUM_ROUNDS, NUM_WORDS, dtype=torch.int32)
@@ -210,7 +213,7 @@ def play_signal(group: LocalGroup) -> None:
     """probe_signal whose signal the host polls."""
     runtime = group.runtime
     kernel = runtime.load("probe_signal", {})
-    rows = runtime.symmetric_memory(group, NUM_ROUNDS * NUM_WORDS * 4)
+    rows = runtime.symmetric_memory(group, NUM_ROUNDS * NUM_WORDS * 4, TIMEOUT_S)
     signal, record = runtime.host_memory(8), runtime.host_memory(RECORD_BYTES)
     signals = group.all_gather(signal.device_address)
     dst, src = neighbours(group)
@@ -318,7 +321,7 @@ def test_runtime_seed_decides_the_run() -> None:
 
 def test_runtime_leases_keep_symmetric_memory() -> None:
     def lease(group: LocalGroup) -> None:
-        memory = group.runtime.symmetric_memory(group, 4096)
+        memory = group.runtime.symmetric_memory(group, 4096, TIMEOUT_S)
         first, second = (torch.from_dlpack(memory.lease(1, offset, 256)) for offset in (0, 1024))
         assert memory.num_leases(1) == 2
         assert memory.num_leases(0) == 0

@@ -16,6 +16,8 @@ from deepcomm.group import as_group
 if TYPE_CHECKING:
     from deepcomm.group import Group
 
+TIMEOUT_S = 60.0
+
 
 def open_descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names only
@@ -24,7 +26,7 @@ def open_descriptors() -> list[str]:
 def exchange_words(group: Group, driver: cuda.Driver, device: int | None = None) -> list[int]:
     """Write a word into each rank's block; return what the ranks have written into the own one."""
     own = cuda.Device(driver, group.rank % 2 if device is None else device)
-    heap, bases = open_heap(group, driver, own, 1000)
+    heap, bases = open_heap(group, driver, own, 1000, TIMEOUT_S)
     assert len(set(bases)) == group.size
     assert bases[group.rank] == heap.base
     for peer, base in enumerate(bases):

@@ -23,6 +23,7 @@ NUM_WORDS = 512
 GRID = 2
 SIGNAL_OFFSET = 0
 PAYLOAD_OFFSET = 128
+TIMEOUT_S = 60.0
 
 
 class StructParams:
@@ -79,7 +80,7 @@ def signal_params(
 
 def launch_signals(group: Any, runtime: CudaRuntime, num_rounds: int) -> int:
     """Let two ranks signal each other through a kernel; return the state of the error record."""
-    heap = runtime.symmetric_memory(group, 1 << 20)
+    heap = runtime.symmetric_memory(group, 1 << 20, TIMEOUT_S)
     record = runtime.host_memory(RECORD_BYTES)
     sums = runtime.memory(4 * num_rounds * GRID)
     function = runtime.load("probe_signal", {})

@@ -25,6 +25,7 @@ from deepcomm.testing import LocalCluster, LocalGroup, run_processes
 pytestmark = pytest.mark.gpu(1)
 
 MIB = 1 << 20
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_host_memory_is_seen_by_both(runtime: CudaRuntime) -> None:
 def test_memory_that_does_not_fit_is_refused_with_sizes(runtime: CudaRuntime) -> None:
     def use(group: LocalGroup) -> None:
         with pytest.raises(CudaError, match=r"cuMemCreate failed: 2 CUDA_ERROR_OUT_OF_MEMORY.*MiB"):
-            runtime.symmetric_memory(group, 1 << 42)
+            runtime.symmetric_memory(group, 1 << 42, TIMEOUT_S)
 
     LocalCluster(1, device="cuda:0").run(use)
     assert runtime.memory(16).num_bytes == 16  # the context still works
@@ -77,7 +78,7 @@ def test_memory_that_does_not_fit_is_refused_with_sizes(runtime: CudaRuntime) ->
 
 def exchange_words(group: LocalGroup, runtime: CudaRuntime) -> tuple[int, ...]:
     """Write a word into each peer's block; return what the peers have written into the own one."""
-    heap = runtime.symmetric_memory(group, 3 * MIB)
+    heap = runtime.symmetric_memory(group, 3 * MIB, TIMEOUT_S)
     index = runtime.device.index
     own = view(heap.bases[group.rank], heap.num_bytes, index)
     assert heap.num_bytes >= 3 * MIB
@@ -111,7 +112,7 @@ def test_heap_memory_comes_back(runtime: CudaRuntime) -> None:
         torch.cuda.synchronize()
         before, _ = torch.cuda.mem_get_info()
         for _ in range(5):
-            heap = runtime.symmetric_memory(group, 512 * MIB)
+            heap = runtime.symmetric_memory(group, 512 * MIB, TIMEOUT_S)
             capsule = heap.lease(0, 0, 16)
             heap.close()
             del capsule, heap
@@ -124,7 +125,7 @@ def test_heap_fails_on_all_ranks_where_it_fails_on_one() -> None:
     def use(group: LocalGroup) -> type[BaseException]:
         runtime = CudaRuntime("cuda:0")
         with pytest.raises((CudaError, CommError)) as caught:
-            runtime.symmetric_memory(group, 1 << 42 if group.rank == 1 else MIB)
+            runtime.symmetric_memory(group, 1 << 42 if group.rank == 1 else MIB, TIMEOUT_S)
         return caught.type
 
     assert LocalCluster(3, device="cuda:0").run(use) == [CommError, CudaError, CommError]
@@ -132,7 +133,7 @@ def test_heap_fails_on_all_ranks_where_it_fails_on_one() -> None:
 
 def test_lease_keeps_the_memory_and_counts(runtime: CudaRuntime) -> None:
     def use(group: LocalGroup) -> None:
-        heap = runtime.symmetric_memory(group, MIB)
+        heap = runtime.symmetric_memory(group, MIB, TIMEOUT_S)
         view(heap.bases[0] + 256, 16, 0).fill_(9)
         leased = torch.from_dlpack(heap.lease(2, 256, 16))
         unused = heap.lease(2, 0, 16)
@@ -187,7 +188,7 @@ def test_load_of_an_unknown_kernel_is_refused(runtime: CudaRuntime) -> None:
 
 def test_record_of_a_lonely_rank_ends_the_wait(runtime: CudaRuntime) -> None:
     def use(group: LocalGroup) -> None:
-        heap = runtime.symmetric_memory(group, MIB)
+        heap = runtime.symmetric_memory(group, MIB, TIMEOUT_S)
         record = runtime.host_memory(RECORD_BYTES)
         word = runtime.host_memory(8)
         sums = runtime.memory(64)

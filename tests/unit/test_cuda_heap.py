@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fake_cuda.library import FakeCuda
 from fake_cuda.ranks import (
+    TIMEOUT_S,
     exchange_in_process,
     exchange_words,
     expected_words,
@@ -114,9 +115,32 @@ def test_heap_is_refused_where_ranks_want_different_sizes(fake: FakeCuda) -> Non
 
     def use(group: LocalGroup) -> None:
         with pytest.raises(ConfigMismatch, match="num_bytes differs between ranks"):
-            heaps.open_heap(group, driver, cuda.Device(driver, 0), 1 + group.rank * 100_000)
+            heaps.open_heap(
+                group, driver, cuda.Device(driver, 0), 1 + group.rank * 100_000, TIMEOUT_S
+            )
 
     LocalCluster(2, device="cpu").run(use)
+    assert fake.live() == {}
+
+
+def test_heap_gives_up_on_a_silent_rank_after_the_buffers_timeout(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, exchange = fake.driver(), Mailbox.exchange
+
+    def answer(mailbox: Mailbox, rank: int, *args: Any) -> dict[int, int]:
+        return {} if rank == 1 else exchange(mailbox, rank, *args)
+
+    monkeypatch.setattr(Mailbox, "exchange", answer)
+
+    def use(group: LocalGroup) -> str:
+        device = cuda.Device(driver, group.rank)
+        with pytest.raises((CommTimeout, CommError, CudaError)) as caught:
+            heaps.open_heap(alone(group), driver, device, 1000, 0.2)
+        return str(caught.value)
+
+    first, _ = LocalCluster(2, device="cpu").run(use)
+    assert "rank 0: no descriptor exchanged with rank 1 within 0.2 s" in first
     assert fake.live() == {}
 
 
@@ -133,7 +157,7 @@ def test_heap_leaves_nothing_behind_whatever_call_fails(fake: FakeCuda, kind: st
         group.barrier()
         try:
             heap, _ = heaps.open_heap(
-                alone(group) if kind == "descriptor" else group, driver, device, 1000
+                alone(group) if kind == "descriptor" else group, driver, device, 1000, TIMEOUT_S
             )
         except (CommError, CudaError) as error:
             return type(error).__name__

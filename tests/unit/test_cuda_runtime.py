@@ -24,6 +24,7 @@ from deepcomm.event import CudaEvent
 from deepcomm.testing import LocalCluster, LocalGroup
 
 STREAM = 0xABC
+TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -95,7 +96,7 @@ def test_runtime_compiles_for_its_device(fake: FakeCuda, major: int, minor: int,
 
 def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
     def use(group: LocalGroup) -> None:
-        memory = make(fake, f"cuda:{group.rank}").symmetric_memory(group, 100)
+        memory = make(fake, f"cuda:{group.rank}").symmetric_memory(group, 100, TIMEOUT_S)
         assert memory.num_bytes == 1 << 16
         ctypes.c_uint8.from_address(memory.bases[1 - group.rank]).value = 7
         group.barrier()

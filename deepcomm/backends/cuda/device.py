@@ -121,9 +121,11 @@ class CudaRuntime:
         self._arch = SPECIFIC_ARCHS.get(capability, f"sm_{capability}")
         self._own_stream: torch.cuda.Stream | None = None
 
-    def symmetric_memory(self, group: Group, num_bytes: int) -> CudaSymmetricMemory:
+    def symmetric_memory(
+        self, group: Group, num_bytes: int, timeout_s: float
+    ) -> CudaSymmetricMemory:
         """Reserve the same amount on every rank and map the peers'; collective over ``group``."""
-        heap, bases = open_heap(group, self._driver, self._native, num_bytes)
+        heap, bases = open_heap(group, self._driver, self._native, num_bytes, timeout_s)
         return CudaSymmetricMemory(heap, bases, self._streams_in_use)
 
     def memory(self, num_bytes: int) -> cuda.DeviceMemory:

@@ -86,7 +86,7 @@ class Exchange:
     ) -> None:
         """Reserve symmetric memory; collective."""
         self.layout = exchange_layout(config, topology.num_ranks)
-        self.memory = runtime.symmetric_memory(group, self.layout.total_bytes)
+        self.memory = runtime.symmetric_memory(group, self.layout.total_bytes, config.timeout_s)
         table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
         self._bases = runtime.upload(table)
         self.round = runtime.memory(EPOCH_STATE_BYTES)  # counts with the words that arrivals add to

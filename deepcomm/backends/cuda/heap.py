@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["open_heap"]
 
-EXCHANGE_TIMEOUT_S: Final = 60.0
 WHAT: Final = "symmetric memory"
 
 _PROCESS: Final = os.urandom(16).hex()
@@ -58,17 +57,18 @@ class _Offer:
 
 
 def open_heap(
-    group: Group, driver: cuda.Driver, device: cuda.Device, num_bytes: int
+    group: Group, driver: cuda.Driver, device: cuda.Device, num_bytes: int, timeout_s: float
 ) -> tuple[cuda.SymmetricHeap, tuple[int, ...]]:
     """Return a heap and the address of each rank's block in it; collective.
 
     Raises:
+        CommTimeout: A peer's descriptor did not come within ``timeout_s``.
         CudaError: The driver refused, or a peer's memory cannot be reached from here.
         CommError: A peer failed; names it.
         ConfigMismatch: Ranks ask for different sizes.
     """
     places = agree(group, WHAT, lambda: _find_place(device))
-    exchange = _Exchange(group.rank, places, device)
+    exchange = _Exchange(group.rank, places, device, timeout_s)
     try:
         offers = agree(group, WHAT, lambda: exchange.offer(driver, num_bytes))
         check_equal(WHAT, [{"num_bytes": offer.num_bytes} for offer in offers])
@@ -84,11 +84,14 @@ def open_heap(
 class _Exchange:
     """One rank's part of it, and what must not outlive it."""
 
-    def __init__(self, rank: int, places: Sequence[_Place], device: cuda.Device) -> None:
+    def __init__(
+        self, rank: int, places: Sequence[_Place], device: cuda.Device, timeout_s: float
+    ) -> None:
         self.heaps: list[cuda.SymmetricHeap] = []
         self._rank = rank
         self._places = places
         self._device = device
+        self._timeout_s = timeout_s
         self._key = os.urandom(16).hex()
         self._resources = contextlib.ExitStack()
         self._mailbox: Mailbox | None = None
@@ -162,7 +165,7 @@ class _Exchange:
             for rank, offer in enumerate(offers)
             if offer.address is not None and rank != self._rank and self._way(rank) == "host"
         }
-        return self._mailbox.exchange(self._rank, self._descriptor, addresses, EXCHANGE_TIMEOUT_S)
+        return self._mailbox.exchange(self._rank, self._descriptor, addresses, self._timeout_s)
 
     def _map(self, rank: int, offer: _Offer, descriptor: int) -> int:
         """Map a peer's block and return its address."""

@@ -119,7 +119,7 @@ class Slots:
             raise InvalidArgument(excess)
         runtime, num_ranks = place.runtime, place.topology.num_ranks
         self.map = low_latency_layout(config, num_ranks)
-        self.memory = runtime.symmetric_memory(place.group, self.map.total_bytes)
+        self.memory = runtime.symmetric_memory(place.group, self.map.total_bytes, config.timeout_s)
         self.status = Status(
             runtime.host_memory(kernels.LOW_LATENCY_STATUS_BYTES),
             place.topology.rank,

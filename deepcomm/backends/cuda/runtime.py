@@ -104,10 +104,11 @@ class Runtime(Protocol):
     """Where tensors live."""
     num_sms: int
 
-    def symmetric_memory(self, group: Group, num_bytes: int) -> SymmetricMemory:
+    def symmetric_memory(self, group: Group, num_bytes: int, timeout_s: float) -> SymmetricMemory:
         """Reserve the same amount on every rank and map the peers'; collective over ``group``.
 
         Raises:
+            CommTimeout: A peer's memory did not come within ``timeout_s``.
             CudaError: The driver refused.
             CommError: A peer failed; names it.
         """
