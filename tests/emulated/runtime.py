@@ -104,6 +104,7 @@ class EmulatedRuntime:
 
     def __init__(self, cluster: EmulatedCluster, rank: int) -> None:
         self.device = torch.device("cpu")
+        self.device_id = f"of rank {rank}"
         self.num_sms = cluster.settings.num_sms
         self._cluster = cluster
         self._rank = rank

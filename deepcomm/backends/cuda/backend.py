@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +24,7 @@ from deepcomm.backends.cuda.exchange import (
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
 from deepcomm.backends.cuda.functions import load_functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
+from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
 from deepcomm.errors import CommTimeout, InvalidArgument
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.topology import Topology
@@ -45,7 +45,6 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
-DEFAULT_NUM_SMS = 24
 GROWTH = 1.5
 HOST_MARGIN_S = 5.0
 """How much longer than the device the host waits, so that the device says what is missing."""
@@ -66,7 +65,8 @@ class CudaBackend:
         self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
         self.num_local_experts = config.num_experts // self.topology.num_ranks
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
-        self.num_sms = self._choose_num_sms()
+        self._sms = share_sms(self._group, runtime, config.num_sms)
+        self.num_sms = self._sms.high_throughput
         self.failure = Failure(
             self.topology.rank,
             config.num_experts,
@@ -98,27 +98,6 @@ class CudaBackend:
                 f"got {config.ranks_per_node}"
             )
 
-    def _choose_num_sms(self) -> int:
-        """Return the SMs of an operation: as asked, or enough for the link.
-
-        Ranks that share a GPU wait for each other's blocks, all of which must be resident.
-        """
-        entries = self._group.all_gather(self._device_identity())
-        sharing = entries.count(entries[self.topology.rank])
-        most = self.max_sms = max(1, self.runtime.num_sms // sharing)
-        if self.config.num_sms is not None and self.config.num_sms > most:
-            raise InvalidArgument(
-                f"num_sms: expected at most {most} ({self.runtime.num_sms} SMs, {sharing} rank(s) "
-                f"on the device), got {self.config.num_sms}"
-            )
-        return self.config.num_sms or min(DEFAULT_NUM_SMS, most)
-
-    def _device_identity(self) -> tuple[Any, ...]:
-        if self.device.type != "cuda":
-            return (self.topology.rank,)
-        properties = torch.cuda.get_device_properties(self.device)
-        return (socket.gethostname(), str(properties.uuid))
-
     @property
     def num_bytes(self) -> int:
         """Bytes of symmetric memory reserved on this rank."""
@@ -132,7 +111,7 @@ class CudaBackend:
             self.buffer_id,
             self.failure,
             self._low_latency_functions,
-            self.config.num_sms or self.max_sms,
+            self._sms.low_latency,
         )
         return LowLatency(place, self.config, previous)
 
@@ -352,7 +331,8 @@ class CudaBackend:
             f"backend    cuda on {self.device}: kernels on symmetric memory, loads and stores",
             f"topology   rank {topology.rank} of {topology.num_ranks}, one NVLink domain",
             "rail       none: one NVLink domain",
-            f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms})",
+            f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms}); low "
+            f"latency up to {self._sms.low_latency}; {self._sms.num_sharing} rank(s) on the device",
             f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
             "which can be leased to views",
             f"slots      {config.num_low_latency_slots} low-latency operations in flight",

@@ -116,6 +116,7 @@ class CudaRuntime:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._native = cuda.Device(self._driver, index)
         self.device = torch.device("cuda", index)
+        self.device_id: str = self._native.uuid
         self.num_sms: int = self._native.num_sms
         capability = self._native.capability
         self._arch = SPECIFIC_ARCHS.get(capability, f"sm_{capability}")

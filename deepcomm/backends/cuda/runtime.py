@@ -102,6 +102,8 @@ class Runtime(Protocol):
 
     device: torch.device
     """Where tensors live."""
+    device_id: str
+    """Which device it is, alike for all ranks that share it."""
     num_sms: int
 
     def symmetric_memory(self, group: Group, num_bytes: int, timeout_s: float) -> SymmetricMemory:
