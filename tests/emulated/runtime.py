@@ -109,6 +109,7 @@ class EmulatedRuntime:
         self._cluster = cluster
         self._rank = rank
         self._held: list[dict[str, Any]] = []
+        self.annotations: list[str] = []
 
     # ---- memory
 
@@ -196,6 +197,10 @@ class EmulatedRuntime:
 
     def record_event(self, check: Callable[[], None] | None = None) -> Event:
         return EmulatedEvent(self, check)
+
+    def annotate(self, name: str) -> contextlib.AbstractContextManager[None]:
+        self.annotations.append(name)
+        return contextlib.nullcontext()
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         del tensor

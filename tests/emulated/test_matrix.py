@@ -172,11 +172,23 @@ def test_every_kernel_of_the_backend_is_run(
     }
 
 
+ANNOTATIONS = [
+    *("dispatch", "combine", "low_latency_dispatch", "low_latency_combine"),
+    *("low_latency_dispatch", "low_latency_dispatch.hook"),
+    *("low_latency_combine", "low_latency_combine.hook"),
+]
+
+
 def use_low_latency(group: LocalGroup) -> None:
     """Both operations, a refusal and a mask; nothing is loaded for them but at construction."""
     with Session(group, SMALL) as session:
         group.runtime.load = None  # type: ignore[assignment, method-assign, union-attr]
-        session.low_latency_combine(session.low_latency_dispatch(0))
+        session.combine(session.dispatch(0))
+        for hook in (False, True):
+            received = session.low_latency_dispatch(0, return_hook=hook)
+            received.finish()
+            session.low_latency_combine(received, return_hook=hook).finish()
+        assert group.runtime.annotations == ANNOTATIONS  # type: ignore[union-attr]
         rows = torch.zeros(1, SMALL.hidden + 8 * (group.rank == 0), dtype=torch.bfloat16)
         # Raised here at once, at the peers where their host hears of it.
         with contextlib.suppress(CommError, InvalidArgument):

@@ -136,6 +136,18 @@ def test_runtime_without_a_driver_or_a_compiler_says_so(
         CudaRuntime("cuda:0")
 
 
+def test_runtime_annotates_what_the_host_does(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    runtime = make(fake)
+    with pytest.raises(CommError), runtime.annotate("outer"), runtime.annotate("inner"):
+        raise CommError("rank 3 is gone", 3)
+    assert seen == ["deepcomm.outer", "deepcomm.inner", "end", "end"]
+
+
 def test_default_driver_is_opened_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = fake.driver()
     monkeypatch.setattr(drivers.cuda, "Driver", lambda: driver)

@@ -190,8 +190,9 @@ class CudaBackend:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
-        output = self._dispatch(request)
-        self._raise_earlier()
+        with self.runtime.annotate("dispatch"):
+            output = self._dispatch(request)
+            self._raise_earlier()
         return output
 
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -215,8 +216,9 @@ class CudaBackend:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """High-throughput combine."""
-        output = self._combine(request)
-        self._raise_earlier()
+        with self.runtime.annotate("combine"):
+            output = self._combine(request)
+            self._raise_earlier()
         return output
 
     def _combine(self, request: CombineRequest) -> CombineOutput:
@@ -281,13 +283,15 @@ class CudaBackend:
         """Low-latency dispatch, both phases or the first."""
         self._check_open("low_latency_dispatch")
         self._order_on_current_stream(None)
-        return self._low_latency.dispatch(request)
+        with self.runtime.annotate("low_latency_dispatch"):
+            return self._low_latency.dispatch(request)
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         self._check_open("low_latency_combine")
         self._order_on_current_stream(None)
-        return self._low_latency.combine(request)
+        with self.runtime.annotate("low_latency_combine"):
+            return self._low_latency.combine(request)
 
     # ---- the rest
 

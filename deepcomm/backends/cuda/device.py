@@ -58,6 +58,24 @@ class CudaFunction:
         return self.native.blocks_per_sm
 
 
+class NvtxRange:
+    """A range of the host's time line; a class, since a generator takes longer than the push."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        """Call it ``name``."""
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Begin it."""
+        torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+
 class CudaSymmetricMemory:
     """One block of memory on every rank, mapped by all of them."""
 
@@ -194,6 +212,10 @@ class CudaRuntime:
     def record_event(self, check: Callable[[], None] | None = None) -> CudaEvent:
         """Return the completion of all work of the current stream so far."""
         return CudaEvent.record(self.device, check)
+
+    def annotate(self, name: str) -> NvtxRange:
+        """Show profilers what the host does: the NVTX range ``deepcomm.name``."""
+        return NvtxRange(f"deepcomm.{name}")
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""

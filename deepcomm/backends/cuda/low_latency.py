@@ -213,16 +213,23 @@ class LowLatency:
             self._place.failure.check_usable(name)
             operation, _ = in_flight.pop()
             slots.settle(number)
-            if sent is not None:
-                self._place.runtime.wait_event(sent)
-            function = operation.functions[RECEIVE]
-            grid = slots.grid(function, operation.num_blocks[RECEIVE])
-            self._place.runtime.launch(function, grid, operation.params)
-            self._place.runtime.flush()
-            operation.on_received()
-            self._raise_earlier(slots)
+            with self._place.runtime.annotate(f"{name}.hook"):
+                self._receive(slots, operation, sent)
 
         return hook
+
+    def _receive(self, slots: Slots, operation: Operation, sent: Event | None) -> None:
+        """Launch the receive phase of an operation that has been sent."""
+        runtime = self._place.runtime
+        if sent is not None:
+            runtime.wait_event(sent)
+        function = operation.functions[RECEIVE]
+        runtime.launch(
+            function, slots.grid(function, operation.num_blocks[RECEIVE]), operation.params
+        )
+        runtime.flush()
+        operation.on_received()
+        self._raise_earlier(slots)
 
     # ---- the operations
 

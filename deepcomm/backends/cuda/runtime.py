@@ -160,5 +160,8 @@ class Runtime(Protocol):
         be wrong.
         """
 
+    def annotate(self, name: str) -> AbstractContextManager[None]:
+        """Show profilers what the host does while the block runs: a range ``deepcomm.name``."""
+
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""
