@@ -18,9 +18,9 @@ from torch._C._distributed_c10d import Store, TCPStore
 from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument, describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["Group", "agree", "as_group"]
+__all__ = ["Group", "SubGroup", "agree", "as_group"]
 
 T = TypeVar("T")
 
@@ -115,6 +115,30 @@ def address_towards(host: str, default: str | None = None) -> str:
         return str(probe.getsockname()[0])
 
 
+class SubGroup:
+    """Some ranks of a group, while all others do the same in groups of theirs.
+
+    Every call is one of the whole group: its ranks must make the same ones, in whichever of their
+    groups they are.
+    """
+
+    def __init__(self, whole: Group, members: Sequence[int]) -> None:
+        """Take ranks of ``whole``, this one among them."""
+        self.whole = whole
+        self.members = tuple(members)
+        self.rank = self.members.index(whole.rank)
+        self.size = len(self.members)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every member's picklable value, by rank in this group."""
+        values = self.whole.all_gather(value)
+        return [values[member] for member in self.members]
+
+    def store(self, timeout: timedelta) -> Store:
+        """Return the store of the whole group."""
+        return self.whole.store(timeout)
+
+
 def as_group(group: Any) -> Group:
     """Return the control plane of a process group, communicator or local cluster.
 
@@ -136,6 +160,8 @@ def as_group(group: Any) -> Group:
 def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
     """Run ``produce`` on every rank and gather the results; one rank's error ends it on all.
 
+    On all ranks of the whole, where ``group`` is a part of it.
+
     Raises:
         Exception: Whatever ``produce`` raised, on the rank where it did; CommError naming that rank
             on the others.
@@ -146,13 +172,17 @@ def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
         value = produce()
     except Exception as error:  # noqa: BLE001  # raised below, once the peers know
         failure = error
-    entries = group.all_gather((value, None if failure is None else describe_error(failure)))
+    whole: Group = group
+    members: Sequence[int] = range(group.size)
+    if isinstance(group, SubGroup):
+        whole, members = group.whole, group.members
+    entries = whole.all_gather((value, None if failure is None else describe_error(failure)))
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(entries):
         if message is not None:
-            raise CommError(f"{what}: rank {group.rank}: rank {rank} failed: {message}", rank)
-    return [entry for entry, _ in entries]
+            raise CommError(f"{what}: rank {whole.rank}: rank {rank} failed: {message}", rank)
+    return [entries[rank][0] for rank in members]
 
 
 def check_equal(what: str, entries: list[dict[str, Any]]) -> None:

@@ -92,22 +92,30 @@ def buffer_bytes(
 
 def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferBytes:
     from deepcomm._C import kernels
+    from deepcomm.backends.cuda.exchange import exchange_layout, node_config, rail_config
 
     if device != "cuda":
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    exchange, low_latency = kernels.ExchangeShape(), kernels.LowLatencyShape()
-    for shape in (exchange, low_latency):
-        shape.num_ranks = num_ranks
-        shape.num_experts = config.num_experts
-        shape.num_topk = config.num_topk
-        shape.hidden = config.hidden
-        shape.max_tokens = config.max_tokens_per_rank
-    exchange.num_generations = config.num_generations
+    ranks_per_node = config.ranks_per_node or num_ranks
+    num_nodes = num_ranks // ranks_per_node
+    if num_nodes == 1:
+        exchanges = [exchange_layout(config, num_ranks, 1)]
+    else:
+        exchanges = [
+            exchange_layout(rail_config(config), num_nodes, 1),
+            exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes),
+        ]
+    low_latency = kernels.LowLatencyShape()
+    low_latency.num_ranks = num_ranks
+    low_latency.num_experts = config.num_experts
+    low_latency.num_topk = config.num_topk
+    low_latency.hidden = config.hidden
+    low_latency.max_tokens = config.max_tokens_per_rank
     low_latency.num_slots = config.num_low_latency_slots
     return BufferBytes(
-        high_throughput=kernels.ExchangeLayout.make(exchange).total_bytes,
+        high_throughput=sum(exchange.total_bytes for exchange in exchanges),
         low_latency=kernels.LowLatencyLayout.make(low_latency).total_bytes
-        if config.num_low_latency_slots
+        if config.num_low_latency_slots and num_nodes == 1
         else 0,
     )
 

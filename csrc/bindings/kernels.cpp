@@ -20,6 +20,7 @@ using kernels::CountParams;
 using kernels::ExpertOutputs;
 using kernels::ExpertTarget;
 using kernels::Header;
+using kernels::LostParams;
 using kernels::MeetParams;
 using kernels::RoutingTable;
 using kernels::RowSource;
@@ -38,6 +39,7 @@ void bind_layout(py::module_& module) {
         .def_readwrite("hidden", &ExchangeShape::hidden)
         .def_readwrite("max_tokens", &ExchangeShape::max_tokens)
         .def_readwrite("num_generations", &ExchangeShape::num_generations)
+        .def_readwrite("num_origins", &ExchangeShape::num_origins)
         .def_property_readonly("num_counters", &ExchangeShape::num_counters)
         .def_property_readonly("max_rows", &ExchangeShape::max_rows);
     py::class_<LandingOffsets>(module, "LandingOffsets")
@@ -51,8 +53,12 @@ void bind_layout(py::module_& module) {
         .def_readonly("total_bytes", &ExchangeLayout::total_bytes)
         .def("generation", &ExchangeLayout::generation, py::arg("index"));
     module.def(
-        "plan_words", [](int32_t num_ranks) { return layout::PlanLayout{num_ranks}.num_words(); },
-        py::arg("num_ranks"), "32-bit words of a handle's plan.");
+        "plan_words",
+        [](int32_t num_ranks, int32_t num_origins) {
+            return layout::PlanLayout{num_ranks, num_origins}.num_words();
+        },
+        py::arg("num_ranks"), py::arg("num_origins"), "32-bit words of a handle's plan.");
+    module.attr("VERDICT_BYTES") = sizeof(kernels::Verdict);
 }
 
 void bind_meet(py::module_& module) {
@@ -79,9 +85,17 @@ void bind_meet(py::module_& module) {
         .def_readwrite("layout", &MeetParams::layout)
         .def_readwrite("header", &MeetParams::header)
         .def_readwrite("max_tokens", &MeetParams::max_tokens)
-        .def_readwrite("host_waits", &MeetParams::host_waits);
+        .def_readwrite("host_waits", &MeetParams::host_waits)
+        .def_readwrite("reports", &MeetParams::reports)
+        .def(
+            "name_ranks",
+            [](MeetParams& self, int32_t first, int32_t step) { self.comm.names = {first, step}; },
+            py::arg("first"), py::arg("step"), "Say what these ranks are called among all.");
     def_address(meet, "epoch", &MeetParams::epoch);
+    def_address(meet, "verdict", &MeetParams::verdict);
+    def_address(meet, "verdict_before", &MeetParams::verdict_before);
     def_address(meet, "trouble", &MeetParams::trouble);
+    def_address(meet, "has_trouble", &MeetParams::has_trouble);
     def_address(meet, "counters", &MeetParams::counters);
     py::class_<RoutingTable> table(module, "RoutingTable");
     table.def(py::init([] { return RoutingTable{}; }));
@@ -107,11 +121,13 @@ void bind_count(py::module_& module) {
             })
         .def_readwrite("report_tag", &CountParams::report_tag);
     def_address(count, "topk_idx", &CountParams::topk_idx);
+    def_address(count, "tokens_from", &CountParams::tokens_from);
     def_address(count, "partials", &CountParams::partials);
     def_address(count, "counts", &CountParams::counts);
     def_address(count, "offsets", &CountParams::offsets);
     def_address(count, "num_recv", &CountParams::num_recv);
     def_address(count, "overflow", &CountParams::overflow);
+    def_address(count, "lost", &CountParams::lost);
     def_address(count, "report", &CountParams::report);
 }
 
@@ -127,11 +143,23 @@ void bind_send(py::module_& module) {
     def_address(target, "topk_weights", &ExpertTarget::topk_weights);
     def_address(target, "row_slots", &ExpertTarget::row_slots);
     def_address(target, "row_weights", &ExpertTarget::row_weights);
+    py::class_<LostParams> lost(module, "LostParams");
+    lost.def(
+        "on_rail",
+        [](LostParams& self, const MeetParams& rail) {
+            self.rail = rail.comm;
+            self.layout = rail.layout;
+        },
+        py::arg("rail"), "Name the rail.");
+    def_address(lost, "lost", &LostParams::lost);
+    def_address(lost, "overflow", &LostParams::overflow);
     auto send = kernel_params<SendParams>(module, "SendParams");
     send.def_readwrite("meet", &SendParams::meet)
         .def_readwrite("table", &SendParams::table)
+        .def_readonly("lost", &SendParams::lost)
         .def_readonly("source", &SendParams::source)
         .def_readonly("target", &SendParams::target)
+        .def_readwrite("num_origins", &SendParams::num_origins)
         .def_readwrite("num_tokens", &SendParams::num_tokens)
         .def_readwrite("num_topk", &SendParams::num_topk)
         .def_readwrite("opens", &SendParams::opens)
@@ -154,12 +182,14 @@ void bind_combine(py::module_& module) {
     py::class_<ExpertOutputs> outputs(module, "ExpertOutputs");
     outputs.def_readwrite("row_stride", &ExpertOutputs::row_stride);
     def_address(outputs, "rows", &ExpertOutputs::rows);
+    def_address(outputs, "own_sums", &ExpertOutputs::own_sums);
     def_address(outputs, "row_slots", &ExpertOutputs::row_slots);
     def_address(outputs, "row_weights", &ExpertOutputs::row_weights);
     def_address(outputs, "carried", &ExpertOutputs::carried);
     py::class_<CombineTarget> target(module, "CombineTarget");
     target.def_readwrite("bias_stride", &CombineTarget::bias_stride);
     def_address(target, "out", &CombineTarget::out);
+    def_address(target, "own_sums", &CombineTarget::own_sums);
     def_address(target, "bias", &CombineTarget::bias);
     def_address(target, "topk_weights", &CombineTarget::topk_weights);
     auto combine = kernel_params<CombineParams>(module, "CombineParams");
@@ -167,6 +197,7 @@ void bind_combine(py::module_& module) {
         .def_readwrite("table", &CombineParams::table)
         .def_readonly("outputs", &CombineParams::outputs)
         .def_readonly("target", &CombineParams::target)
+        .def_readwrite("own_origin", &CombineParams::own_origin)
         .def_readwrite("num_tokens", &CombineParams::num_tokens)
         .def_readwrite("num_topk", &CombineParams::num_topk);
     def_address(combine, "topk_weights", &CombineParams::topk_weights);

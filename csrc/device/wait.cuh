@@ -20,6 +20,7 @@ struct WaitContext {
     ErrorRecord* record;  ///< of this rank; null: tells nobody, and hears of no other failure
     uint64_t timeout_ns;  ///< of each wait, from its first look at the clock
     int32_t rank;
+    layout::RankNames names = {};
 };
 
 /// Where a wait or check stands; goes into the record as it is.
@@ -51,8 +52,8 @@ DEEPCOMM_DEVICE void record_failure(const WaitContext& context, const WaitSite& 
     record->kind = kind;
     record->operation = site.operation;
     record->role = site.role;
-    record->rank = context.rank;
-    record->peer = site.peer;
+    record->rank = context.names.of(context.rank);
+    record->peer = context.names.of(site.peer);
     record->slot = site.slot;
     record->block = static_cast<int32_t>(blockIdx.x);
     record->expected = expected;

@@ -10,6 +10,7 @@ namespace deepcomm::kernels {
 struct CommParams {
     int32_t rank;
     int32_t num_ranks;
+    layout::RankNames names;
     uint64_t timeout_ns;          ///< of each wait
     layout::ErrorRecord* record;  ///< of this rank, in memory shared with the host
     unsigned char* const* bases;  ///< [num_ranks] in device memory: each rank's symmetric memory

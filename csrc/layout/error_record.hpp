@@ -40,6 +40,17 @@ enum class Role : int32_t {
 };
 
 constexpr int32_t kNoPeer = -1;
+
+/// What the ranks of an exchange, 0, 1, ..., are called among all ranks.
+struct RankNames {
+    int32_t first = 0;
+    int32_t step = 1;
+
+    constexpr int32_t of(int32_t rank) const {
+        return rank == kNoPeer ? kNoPeer : first + rank * step;
+    }
+};
+
 constexpr int32_t kNoSlot = -1;
 
 struct ErrorRecord {

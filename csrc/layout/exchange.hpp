@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte map of one rank's symmetric memory for high-throughput operations on GPUs.
 //
-//   headers[2][R] | counts[2][R][R + E] | arrived[R] | sent_chunks[R][C] | pushed_chunks[R][D]
-//   | generation 0: rows, scales, topk_idx, weights, slots | generation 1 ...
-//   | combine: rows, weights
+//   headers[2][R] | counts[2][R][O][R + E] | arrived[R] | sent_chunks[R][C]
+//   | pushed_chunks[O * R][D] | generation 0: rows, scales, topk_idx, weights, slots
+//   | generation 1 ... | combine: rows, weights | lost[2][R]
 //
-// C chunks of kSendChunk tokens, D chunks of kPushChunk rows. Words are written by the rank whose
-// index they have and read by their owner; [2] is the parity of the operation's epoch. Every
-// region begins at a multiple of kRegionAlign. Zeroed once; nothing is ever reset.
+// C chunks of kSendChunk tokens, D chunks of kPushChunk rows, O origins (layout/plan.hpp). Words are
+// written by the rank whose index they have and read by their owner; [2] is the parity of the
+// operation's epoch. Every region begins at a multiple of kRegionAlign. Zeroed once; nothing is ever
+// reset.
 #pragma once
 
 #include "common/types.hpp"
@@ -15,7 +16,7 @@
 
 namespace deepcomm::layout {
 
-constexpr int32_t kExchangeVersion = 1;
+constexpr int32_t kExchangeVersion = 2;
 constexpr int64_t kRegionAlign = 1024;
 constexpr int32_t kSendChunk = 8;  ///< tokens announced together to a rank that expands them
 constexpr int32_t kPushChunk = 4;  ///< rows of a combine announced together
@@ -28,8 +29,9 @@ struct ExchangeShape {
     int32_t hidden;
     int32_t max_tokens;
     int32_t num_generations;
+    int32_t num_origins;
 
-    constexpr int32_t num_counters() const { return num_ranks + num_experts; }
+    constexpr int32_t num_counters() const { return num_origins * (num_ranks + num_experts); }
     constexpr int64_t max_rows() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
     constexpr int64_t row_bytes() const { return int64_t{2} * hidden; }
     constexpr int64_t num_tiles() const { return ceil_div(hidden, kScaleTile); }
@@ -66,6 +68,7 @@ struct ExchangeLayout {
     LandingOffsets landing;
     int64_t combine_rows;
     int64_t combine_weights;
+    int64_t lost;
     int64_t total_bytes;
     ExchangeShape shape;
 
@@ -89,8 +92,8 @@ struct ExchangeLayout {
         map.counts = cursor.take_array<uint64_t>(2 * ranks * shape.num_counters(), kRegionAlign);
         map.arrived = cursor.take_array<uint32_t>(ranks, kRegionAlign);
         map.sent_chunks = cursor.take(ranks * shape.max_send_chunks() * kPacketBytes, kRegionAlign);
-        map.pushed_chunks =
-            cursor.take_array<uint32_t>(ranks * shape.max_push_chunks(), kRegionAlign);
+        map.pushed_chunks = cursor.take_array<uint32_t>(
+            shape.num_origins * ranks * shape.max_push_chunks(), kRegionAlign);
         Cursor one;
         map.landing = make_landing(shape, &one);
         map.generation_stride = one.end(kRegionAlign);
@@ -98,6 +101,7 @@ struct ExchangeLayout {
         map.combine_rows = cursor.take(shape.max_combine_rows() * shape.row_bytes(), kRegionAlign);
         map.combine_weights =
             cursor.take(shape.max_combine_rows() * 4 * shape.num_topk, kRegionAlign);
+        map.lost = cursor.take_array<uint64_t>(2 * ranks, kRegionAlign);
         map.total_bytes = cursor.end(kRegionAlign);
         return map;
     }
@@ -108,7 +112,7 @@ struct ExchangeLayout {
     constexpr int64_t header(uint32_t epoch, int32_t src) const {
         return headers + ((epoch & 1) * shape.num_ranks + src) * 2 * kPacketBytes;
     }
-    /// Of rank src: its tokens for each rank, then its pairs for each expert.
+    /// Of rank src, origin by origin: its tokens for each rank, then its pairs for each expert.
     constexpr int64_t counts_of(uint32_t epoch, int32_t src) const {
         return counts + ((epoch & 1) * shape.num_ranks + src) * int64_t{8} * shape.num_counters();
     }
@@ -117,17 +121,22 @@ struct ExchangeLayout {
         return sent_chunks +
                (static_cast<int64_t>(src) * shape.max_send_chunks() + chunk) * kPacketBytes;
     }
-    constexpr int64_t pushed_chunk(int32_t src, int32_t chunk) const {
-        return pushed_chunks + (static_cast<int64_t>(src) * shape.max_push_chunks() + chunk) * 4;
+    /// Of a block of rows that come back (layout/plan.hpp).
+    constexpr int64_t pushed_chunk(int32_t block, int32_t chunk) const {
+        return pushed_chunks + (static_cast<int64_t>(block) * shape.max_push_chunks() + chunk) * 4;
+    }
+    /// Whether rank src, which sends tokens on inside its node, has lost some of the reader's.
+    constexpr int64_t lost_at(uint32_t epoch, int32_t src) const {
+        return lost + ((epoch & 1) * shape.num_ranks + src) * 8;
     }
     constexpr int64_t generation(int32_t index) const {
         return generations + index * generation_stride;
     }
 };
 
-namespace exchange_example {  // 2 ranks, 4 experts, K = 2, H = 64, T = 8, one generation
+namespace exchange_example {  // 2 ranks, 4 experts, K = 2, H = 64, T = 8, 1 generation, 1 origin
 
-constexpr ExchangeLayout kMap = ExchangeLayout::make({2, 4, 2, 64, 8, 1});
+constexpr ExchangeLayout kMap = ExchangeLayout::make({2, 4, 2, 64, 8, 1, 1});
 static_assert(kMap.headers == 0 && kMap.counts == 1024 && kMap.arrived == 2048, "drawing above");
 static_assert(kMap.sent_chunks == 3072 && kMap.pushed_chunks == 4096, "drawing above");
 static_assert(kMap.generations == 5120 && kMap.landing.scales == 2048, "drawing above");

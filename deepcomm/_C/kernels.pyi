@@ -8,11 +8,13 @@ MAX_LOW_LATENCY_EXPERTS: int
 MAX_LOW_LATENCY_HIDDEN: int
 MAX_LOW_LATENCY_RANKS: int
 MAX_LOW_LATENCY_TOKEN_WORDS: int
+VERDICT_BYTES: int
 
 class CombineParams:
     meet: MeetParams
     num_tokens: int
     num_topk: int
+    own_origin: int
     table: RoutingTable
     topk_weights: int
     def __init__(self) -> None: ...
@@ -29,6 +31,7 @@ class CombineTarget:
     bias: int
     bias_stride: int
     out: int
+    own_sums: int
     topk_weights: int
     def __init__(self, *args, **kwargs) -> None: ...
 
@@ -43,6 +46,7 @@ class CommParams:
 class CountParams:
     counts: int
     ids_are_64: int
+    lost: int
     meet: MeetParams
     num_recv: int
     num_tokens: int
@@ -54,6 +58,7 @@ class CountParams:
     report: int
     report_tag: int
     table: RoutingTable
+    tokens_from: int
     topk_idx: int
     def __init__(self) -> None: ...
     @property
@@ -76,6 +81,7 @@ class ExchangeShape:
     max_tokens: int
     num_experts: int
     num_generations: int
+    num_origins: int
     num_ranks: int
     num_topk: int
     def __init__(self) -> None: ...
@@ -86,6 +92,7 @@ class ExchangeShape:
 
 class ExpertOutputs:
     carried: int
+    own_sums: int
     row_slots: int
     row_stride: int
     row_weights: int
@@ -113,6 +120,12 @@ class LandingOffsets:
     def topk_idx(self) -> int: ...
     @property
     def topk_weights(self) -> int: ...
+
+class LostParams:
+    lost: int
+    overflow: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
 
 class LowLatencyCombineParams:
     apply_weights: int
@@ -249,12 +262,17 @@ class LowLatencyShape:
 class MeetParams:
     counters: int
     epoch: int
+    has_trouble: int
     header: Header
     host_waits: int
     layout: ExchangeLayout
     max_tokens: int
+    reports: int
     trouble: int
+    verdict: int
+    verdict_before: int
     def __init__(self) -> None: ...
+    def name_ranks(self, first: typing.SupportsInt | typing.SupportsIndex, step: typing.SupportsInt | typing.SupportsIndex) -> None: ...
     @property
     def comm(self) -> CommParams: ...
 
@@ -289,6 +307,7 @@ class ScaleParams:
 class SendParams:
     counts: int
     meet: MeetParams
+    num_origins: int
     num_tokens: int
     num_topk: int
     opens: int
@@ -302,10 +321,12 @@ class SendParams:
     @property
     def address(self) -> int: ...
     @property
+    def lost(self) -> LostParams: ...
+    @property
     def num_bytes(self) -> int: ...
     @property
     def source(self) -> RowSource: ...
     @property
     def target(self) -> ExpertTarget: ...
 
-def plan_words(num_ranks: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+def plan_words(num_ranks: typing.SupportsInt | typing.SupportsIndex, num_origins: typing.SupportsInt | typing.SupportsIndex) -> int: ...

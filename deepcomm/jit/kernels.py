@@ -50,6 +50,8 @@ class Kernel:
 
 NUM_RANKS = SpecParameter("num_ranks", (2, 8))
 HIDDEN = SpecParameter("hidden", (7168,))
+NUM_ORIGINS = SpecParameter("num_origins", (1, 2))
+"""Nodes whose tokens a rank sends on: all inside a node of several, else one."""
 BY_EXPERT = SpecParameter("by_expert", (False, True))
 PHASES = SpecParameter("phases", (1, 2, 3))
 """Of a low-latency launch: send, receive, both."""
@@ -67,7 +69,7 @@ KERNELS: tuple[Kernel, ...] = (
         "dispatch_count",
         "kernels/dispatch/count.cuh",
         shared="CountShared",
-        spec=(NUM_RANKS, SpecParameter("num_experts", (256,))),
+        spec=(NUM_RANKS, SpecParameter("num_experts", (256,)), NUM_ORIGINS),
     ),
     Kernel(
         "dispatch_send",
@@ -80,7 +82,7 @@ KERNELS: tuple[Kernel, ...] = (
         "combine",
         "kernels/combine/kernel.cuh",
         shared="CombineShared",
-        spec=(NUM_RANKS, HIDDEN, BY_EXPERT),
+        spec=(NUM_RANKS, HIDDEN, BY_EXPERT, SpecParameter("origins", (1, 2, 0))),
     ),
     Kernel(
         "low_latency_dispatch",

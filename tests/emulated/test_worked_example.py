@@ -62,7 +62,7 @@ class Words:
     """A rank's symmetric memory, as its peers have left it."""
 
     def __init__(self, buffer: Buffer) -> None:
-        exchange = buffer._backend.exchange  # type: ignore[attr-defined]
+        exchange = buffer._backend.engine.domain.exchange  # type: ignore[attr-defined]
         self.layout = exchange.layout
         self._base = exchange.memory.bases[buffer.rank]
 
@@ -124,7 +124,8 @@ def dispatched(buffer: Buffer, output: DispatchOutput) -> dict[str, str]:
         "plan: push_base": show(plan[3 + peer : 4 + peer]),
         "plan: sent_base": show(plan[5:7]),
         "plan: combine_base": show(plan[7 + peer : 8 + peer]),
-        "plan: capacity": show(plan[9:]),
+        "plan: capacity": show(plan[9:11]),
+        "plan: tokens_from": show(plan[11:]),
         "num_tokens_per_expert": show(output.num_tokens_per_expert),
         "expert_offsets": show(output.expert_offsets),
         "num_recv_tokens": str(int(output.num_recv_tokens)),

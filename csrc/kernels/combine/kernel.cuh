@@ -25,9 +25,9 @@ struct PushRole {
 };
 
 /// Sums by experts go from registers to the peer.
-template <int32_t kNumRanks, int32_t kHidden>
-struct PushRole<CombineSpec<kNumRanks, kHidden, true>> {
-    using Block = CombineBlock<CombineSpec<kNumRanks, kHidden, true>>;
+template <int32_t kNumRanks, int32_t kHidden, int32_t kOrigins>
+struct PushRole<CombineSpec<kNumRanks, kHidden, true, kOrigins>> {
+    using Block = CombineBlock<CombineSpec<kNumRanks, kHidden, true, kOrigins>>;
 
     static DEEPCOMM_DEVICE void prepare(const Block& /*my*/) {}
     static DEEPCOMM_DEVICE bool run(const Block& my) {
@@ -40,46 +40,62 @@ struct PushRole<CombineSpec<kNumRanks, kHidden, true>> {
 template <typename Spec>
 DEEPCOMM_DEVICE void count_pushed(const CombineBlock<Spec>& my) {
     uint64_t num_rows = 0;
-    for (int32_t peer = 0; peer < Spec::kNumRanks; ++peer) {
-        if (peer != my.rank()) num_rows += static_cast<uint64_t>(my.num_rows_of(peer));
+    for (int32_t block = 0; block < Spec::kRowOrigins * Spec::kNumRanks; ++block) {
+        const bool is_own = block % Spec::kNumRanks == my.rank();
+        if (!is_own) num_rows += static_cast<uint64_t>(my.num_rows_of(block));
     }
     device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_node, num_rows * Spec::kRowBytes);
 }
 
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
-    const layout::PlanLayout words = my.words();
-    for (int32_t i = my.block.thread_idx(); i < words.num_words(); i += my.block.size()) {
+    constexpr int32_t kNumWords = Spec::kWords.num_words();
+    for (int32_t i = my.block.thread_idx(); i < kNumWords; i += my.block.size()) {
         my.smem.tables.plan[i] = my.params.table.plan[i];
     }
     PushRole<Spec>::prepare(my);
-    if (my.block.block_idx() == 0) publish_header(my.params.meet, my.block, my.epoch, 0);
+    if (my.block.block_idx() == 0) {
+        publish_header(my.params.meet, my.block, my.epoch, {0, my.params.num_tokens});
+    }
     return await_headers(my.params.meet, my.block, device::Operation::kCombine, my.epoch,
                          &my.smem.tables.meet);
 }
 
-template <int32_t kNumRanks, int32_t kHidden, bool kByExpert>
-__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert>::kWarps * 32, 1)
-    combine(const __grid_constant__ CombineParams params) {
-    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert>;
+/// Ends the operation for this block; the last one lets later stages begin.
+template <typename Spec>
+DEEPCOMM_DEVICE void finish(const CombineBlock<Spec>& my) {
+    const MeetParams& meet = my.params.meet;
+    if (my.block.block_idx() == 0) {
+        record_verdict(meet, my.smem.tables.meet, my.epoch);
+        report_trouble(meet);
+    }
+    auto* state = static_cast<device::EpochState*>(meet.epoch);
+    if (device::finish_epoch(state, my.block.num_blocks())) meet.verdict->done_epoch = my.epoch;
+}
+
+template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>
+__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>::kWarps * 32,
+                                  1) combine(const __grid_constant__ CombineParams params) {
+    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>;
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
-    const CombineBlock<Spec> my = {
-        params,
-        device::shared_storage<CombineShared<kNumRanks, kHidden, kByExpert>>(),
-        {},
-        {},
-        device::current_epoch(state)};
+    if (Spec::kStage == kStageBetweenNodes &&
+        !may_begin(params.meet, device::current_epoch(state))) {
+        return;
+    }
+    const CombineBlock<Spec> my = {params,
+                                   device::shared_storage<typename CombineBlock<Spec>::Shared>(),
+                                   {},
+                                   {},
+                                   device::current_epoch(state)};
     if (!meet_for_combine(my)) return;
     bool is_complete = true;
     if (my.smem.tables.meet.status == MeetStatus::kGood) {
         if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
         is_complete =
             my.warp.warp_idx() < Spec::kPushWarps ? PushRole<Spec>::run(my) : reduce_tokens(my);
-    } else if (my.block.block_idx() == 0 && my.block.is_leader()) {
-        report_trouble(params.meet, my.smem.tables.meet);
     }
     if (!my.block.sync_and(is_complete)) return;  // ORDER: every thread has read the epoch
-    if (my.block.is_leader()) device::finish_epoch(state, my.block.num_blocks());
+    if (my.block.is_leader()) finish(my);
 }
 
 }  // namespace deepcomm::kernels

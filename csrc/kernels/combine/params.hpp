@@ -12,6 +12,7 @@ namespace deepcomm::kernels {
 struct ExpertOutputs {
     const unsigned char* rows;
     int64_t row_stride;        ///< bytes
+    const float* own_sums;     ///< between nodes: [own tokens, H], in the place of this rank's rows
     const int32_t* row_slots;  ///< expert layouts: [rows in TOKEN order, K]
     const float* row_weights;  ///< likewise: what peers' rows are multiplied by, or null
     const float* carried;      ///< to bring back: [rows, K] (TOKEN) or one a row, or null
@@ -20,6 +21,7 @@ struct ExpertOutputs {
 /// What the tokens' rank gets.
 struct CombineTarget {
     unsigned char* out;         ///< [T, H] BF16, dense
+    float* own_sums;            ///< inside a node: [own tokens, H], in the place of their rows
     const unsigned char* bias;  ///< or null
     int64_t bias_stride;        ///< bytes
     float* topk_weights;        ///< [T, K]: what was carried, or null
@@ -31,7 +33,8 @@ struct CombineParams {
     ExpertOutputs outputs;
     CombineTarget target;
     const float* topk_weights;  ///< [T, K]: what this rank's own rows are multiplied by, or null
-    int32_t num_tokens;
+    int32_t own_origin;         ///< inside a node: whose tokens are those of this rank
+    int32_t num_tokens;         ///< with one origin; else the plan knows
     int32_t num_topk;
 };
 

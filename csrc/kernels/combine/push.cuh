@@ -7,31 +7,36 @@
 
 namespace deepcomm::kernels {
 
-/// The chunks of one worker: all peers in turn, beginning with the rank after this one.
+/// The chunks of one worker: all blocks of peers in turn, beginning with the rank after this one.
 template <typename Spec>
 struct PushCursor {
     const CombineBlock<Spec>& my;
-    int32_t next_chunk;  ///< over all peers: chunk * (R - 1) + step
-    int32_t peer = 0;
+    int32_t next_chunk;  ///< over all blocks: chunk * blocks + step
+    int32_t block = 0;   ///< of a peer: layout/plan.hpp
     int32_t chunk = 0;
-    int32_t row = 0;  ///< in the peer's block
+    int32_t row = 0;  ///< in the block
     int32_t end = 0;  ///< of the chunk at hand
 
-    DEEPCOMM_DEVICE explicit PushCursor(const CombineBlock<Spec>& block)
-        : my(block),
-          next_chunk(block.block.block_idx() * Spec::kPushWarps + block.warp.warp_idx()) {}
+    DEEPCOMM_DEVICE explicit PushCursor(const CombineBlock<Spec>& mine)
+        : my(mine), next_chunk(mine.block.block_idx() * Spec::kPushWarps + mine.warp.warp_idx()) {}
 
     DEEPCOMM_DEVICE bool is_alive() const { return true; }
+    DEEPCOMM_DEVICE int32_t peer() const {
+        return Spec::kRowOrigins == 1 ? block : block % Spec::kNumRanks;
+    }
 
     /// Moves to the next chunk that has rows; false when there is none.
     DEEPCOMM_DEVICE bool open_chunk() {
         constexpr int32_t kNumPeers = Spec::kNumRanks - 1;
+        constexpr int32_t kNumBlocks = Spec::kRowOrigins * kNumPeers;
         const int32_t end_chunk = my.params.meet.layout.shape.max_push_chunks();
-        while (kNumPeers > 0 && next_chunk / kNumPeers < end_chunk) {
-            peer = (my.rank() + 1 + next_chunk % kNumPeers) % Spec::kNumRanks;
-            chunk = next_chunk / kNumPeers;
+        while (kNumPeers > 0 && next_chunk / kNumBlocks < end_chunk) {
+            const int32_t step = next_chunk % kNumBlocks;
+            block = step / kNumPeers * Spec::kNumRanks +
+                    (my.rank() + 1 + step % kNumPeers) % Spec::kNumRanks;
+            chunk = next_chunk / kNumBlocks;
             next_chunk += my.block.num_blocks() * Spec::kPushWarps;
-            const int32_t num_rows = my.num_rows_of(peer);
+            const int32_t num_rows = my.num_rows_of(block);
             const int32_t begin = chunk * layout::kPushChunk;
             if (begin >= num_rows) continue;
             row = begin;
@@ -42,35 +47,45 @@ struct PushCursor {
     }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         if (row == end && !open_chunk()) return false;
-        piece->row = my.output_row(my.rows_from(peer) + row);
+        piece->row = my.output_row(my.rows_from(block) + row);
         ++row;
         return true;
     }
 };
 
-/// The weights of one row that are carried back, a lane a pair.
+/// The weights of the row at hand that are carried back, a lane a pair.
 template <typename Spec>
-DEEPCOMM_DEVICE void push_carried(const CombineBlock<Spec>& my, int32_t peer, int32_t row,
+DEEPCOMM_DEVICE void push_carried(const CombineBlock<Spec>& my, const PushCursor<Spec>& rows,
                                   int32_t slot) {
     const int32_t k = my.warp.thread_idx();
     if (my.params.outputs.carried == nullptr || k >= my.params.num_topk) return;
     float value = 0;
     if (!Spec::kByExpert) {
-        const int64_t here = my.rows_from(peer) + row;
+        const int64_t here = my.rows_from(rows.block) + rows.row;
         value = my.params.outputs.carried[here * my.params.num_topk + k];
     } else if (slot >= 0) {
         value = my.params.outputs.carried[slot];
     }
-    my.combine_weights(peer, my.push_base(peer) + row)[k] = value;
+    my.combine_weights(rows.peer(), my.push_base(rows.block) + rows.row)[k] = value;
 }
+
+/// A chunk of a block. A rank's block of an origin here is that of this rank there.
+struct PushedChunk {
+    int32_t block;
+    int32_t chunk;
+};
+
+constexpr PushedChunk kNothingPushed = {-1, 0};
 
 /// All lanes' stores of the chunk are complete.
 template <typename Spec>
-DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, int32_t peer, int32_t chunk) {
+DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, const PushedChunk& pushed) {
     my.warp.sync();  // ORDER: the stores of all lanes before the leader's release
     if (!my.warp.is_leader()) return;
     // ORDER: pairs with the wait of the peer's reduce
-    device::st_release_sys(my.pushed_word(peer, my.rank(), chunk), my.epoch);
+    const int32_t peer = pushed.block % Spec::kNumRanks;
+    const int32_t block = pushed.block - peer + my.rank();
+    device::st_release_sys(my.pushed_word(peer, block, pushed.chunk), my.epoch);
 }
 
 /// TOKEN: bulk copies; a chunk is announced when the stores of the next one have been issued.
@@ -78,67 +93,66 @@ template <typename Spec>
 DEEPCOMM_DEVICE bool push_rows(const CombineBlock<Spec>& my, typename Spec::Pipe& pipe) {
     PushCursor<Spec> loads(my);
     PushCursor<Spec> rows(my);
-    int32_t last_peer = layout::kNoPeer, last_chunk = 0;
+    PushedChunk last = kNothingPushed;
     const bool is_complete = move_rows(pipe, loads, [&]() {
         if (rows.row == rows.end && !rows.open_chunk()) return false;
-        const device::WaitSite site = {device::Operation::kCombine, device::Role::kSend, rows.peer,
-                                       rows.row};
+        const device::WaitSite site = {device::Operation::kCombine, device::Role::kSend,
+                                       rows.peer(), rows.row};
         if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
         if (my.warp.is_leader()) {
-            device::bulk_store(my.combine_row(rows.peer, my.push_base(rows.peer) + rows.row),
+            device::bulk_store(my.combine_row(rows.peer(), my.push_base(rows.block) + rows.row),
                                pipe.current(), Spec::kRowBytes);
         }
-        push_carried(my, rows.peer, rows.row, -1);
+        push_carried(my, rows, -1);
         ++rows.row;
         if (rows.row != rows.end) return true;
-        if (last_peer != layout::kNoPeer) {
+        if (last.block >= 0) {
             // All newer groups are of this chunk, whose last row is in the open one.
             if (rows.end % layout::kPushChunk == 0) {
                 device::bulk_wait_group<layout::kPushChunk - 1>();  // ORDER: the chunk before
             } else {
                 device::bulk_wait_group<0>();  // ORDER: likewise, after a chunk of fewer rows
             }
-            announce_pushed(my, last_peer, last_chunk);
+            announce_pushed(my, last);
         }
-        last_peer = rows.peer;
-        last_chunk = rows.chunk;
+        last = {rows.block, rows.chunk};
         return true;
     });
     device::bulk_wait_group<0>();  // ORDER: all stores before the last announcement
     if (!is_complete) return false;
-    if (last_peer != layout::kNoPeer) announce_pushed(my, last_peer, last_chunk);
+    if (last.block >= 0) announce_pushed(my, last);
     return true;
 }
 
 /// Expert layouts: one row, summed over this rank's experts, straight to the peer.
 template <typename Spec>
-DEEPCOMM_DEVICE void push_sum(const CombineBlock<Spec>& my, int32_t peer, int32_t row) {
+DEEPCOMM_DEVICE void push_sum(const CombineBlock<Spec>& my, const PushCursor<Spec>& rows) {
     const int32_t k = my.warp.thread_idx();
     const ExpertOutputs& outputs = my.params.outputs;
     Term term = {nullptr, -1, 0.0f, false};
     if (k < my.params.num_topk) {
         const int64_t index =
-            static_cast<int64_t>(my.rows_from(peer) + row) * my.params.num_topk + k;
+            static_cast<int64_t>(my.rows_from(rows.block) + rows.row) * my.params.num_topk + k;
         term.key = outputs.row_slots[index];
         if (term.key >= 0) {
             term.row = my.output_row(term.key);
             if (outputs.row_weights != nullptr) term.weight = outputs.row_weights[index];
         }
     }
-    push_carried(my, peer, row, term.key);
+    push_carried(my, rows, term.key);
     const TermOrder order = order_terms(term.key);
     term.ends_rank = order.position == order.count - 1;
-    unsigned char* out = my.combine_row(peer, my.push_base(peer) + row);
-    sum_terms<Spec::kHidden, true>(term, order, outputs.row_weights != nullptr,
-                                   {out, nullptr, false});
+    unsigned char* out = my.combine_row(rows.peer(), my.push_base(rows.block) + rows.row);
+    sum_terms<Spec::kHidden, kSumExperts>(term, order, outputs.row_weights != nullptr,
+                                          {out, nullptr, nullptr, false});
 }
 
 template <typename Spec>
 DEEPCOMM_DEVICE void push_sums(const CombineBlock<Spec>& my) {
     PushCursor<Spec> rows(my);
     while (rows.open_chunk()) {
-        for (; rows.row < rows.end; ++rows.row) push_sum(my, rows.peer, rows.row);
-        announce_pushed(my, rows.peer, rows.chunk);
+        for (; rows.row < rows.end; ++rows.row) push_sum(my, rows);
+        announce_pushed(my, {rows.block, rows.chunk});
     }
 }
 

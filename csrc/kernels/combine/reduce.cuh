@@ -11,15 +11,25 @@ namespace deepcomm::kernels {
 struct ReducePair {
     Term term;
     int32_t dst;
+    int32_t block;     ///< of the rows that dst sends back: layout/plan.hpp
     int32_t row_back;  ///< row of the combine region that holds what dst sent for the token, or -1
     int32_t slot;      ///< row here where this rank owns the expert, or -1
     bool is_first;     ///< of its token for its rank
     bool is_lost;
 };
 
+/// This rank's own row, or, between nodes, what its node has summed of the token.
+template <typename Spec>
+DEEPCOMM_DEVICE const unsigned char* own_row(const CombineBlock<Spec>& my, int32_t slot) {
+    if (Spec::kStage != kStageBetweenNodes) return my.output_row(slot);
+    const int64_t index = slot - my.rows_from(my.rank());
+    return reinterpret_cast<const unsigned char*>(my.params.outputs.own_sums +
+                                                  index * Spec::kHidden);
+}
+
 template <typename Spec>
 DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token) {
-    ReducePair pair = {{nullptr, -1, 0.0f, false}, -1, -1, -1, false, false};
+    ReducePair pair = {{nullptr, -1, 0.0f, false}, -1, -1, -1, -1, false, false};
     const int32_t k = my.warp.thread_idx();
     if (k >= my.params.num_topk) return pair;
     const RoutingTable& table = my.params.table;
@@ -27,6 +37,7 @@ DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token
     const int32_t expert = table.topk_idx[index];
     if (expert < 0) return pair;
     pair.dst = expert / (my.params.meet.layout.shape.num_experts / Spec::kNumRanks);
+    pair.block = my.row_origin(token) * Spec::kNumRanks + pair.dst;
     const int32_t token_slot = table.token_slot[index];
     const int32_t pair_slot = Spec::kByExpert ? table.pair_slot[index] : token_slot;
     pair.is_first = token_slot >= 0;
@@ -35,10 +46,10 @@ DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token
         if (pair_slot < 0 || pair.is_lost) return pair;
         pair.slot = pair_slot;
         pair.term.key = expert;
-        pair.term.row = my.output_row(pair_slot);
+        pair.term.row = own_row(my, pair_slot);
         if (my.params.topk_weights != nullptr) pair.term.weight = my.params.topk_weights[index];
     } else if (token_slot >= 0 && (Spec::kByExpert || !pair.is_lost)) {
-        pair.row_back = token_slot - my.sent_base(pair.dst) + my.combine_base(pair.dst);
+        pair.row_back = token_slot - my.sent_base(pair.block) + my.combine_base(pair.block);
         pair.term.key = expert;
         pair.term.row = my.combine_row(my.rank(), pair.row_back);
         pair.term.weight = 1.0f;
@@ -51,9 +62,9 @@ template <typename Spec>
 DEEPCOMM_DEVICE bool await_rows(const CombineBlock<Spec>& my, const ReducePair& pair) {
     bool is_there = true;
     if (pair.row_back >= 0) {
-        const int32_t row = pair.row_back - my.combine_base(pair.dst);
+        const int32_t row = pair.row_back - my.combine_base(pair.block);
         const int32_t chunk = row / layout::kPushChunk;
-        const uint32_t* word = my.pushed_word(my.rank(), pair.dst, chunk);
+        const uint32_t* word = my.pushed_word(my.rank(), pair.block, chunk);
         const device::WaitSite site = {device::Operation::kCombine, device::Role::kReduce, pair.dst,
                                        row};
         is_there = device::wait_until(wait_context(my.params.meet.comm), site, my.epoch, word,
@@ -94,6 +105,21 @@ DEEPCOMM_DEVICE void bring_weights(const CombineBlock<Spec>& my, const ReducePai
     my.params.target.topk_weights[static_cast<int64_t>(token) * num_topk + k] = value;
 }
 
+/// Where the sum goes: to the token, or to its rank on its own node, unrounded if that is here.
+template <typename Spec>
+DEEPCOMM_DEVICE SumTarget sum_target(const CombineBlock<Spec>& my, int32_t token, bool is_lost) {
+    const CombineTarget& target = my.params.target;
+    SumTarget sum = {target.out + static_cast<int64_t>(token) * Spec::kRowBytes, nullptr, nullptr,
+                     is_lost};
+    if (target.bias != nullptr) sum.bias = target.bias + token * target.bias_stride;
+    if (Spec::kStage != kStageInNode) return sum;
+    const int32_t own_token = token - my.tokens_from(my.params.own_origin);
+    if (own_token >= 0 && token < my.tokens_from(my.params.own_origin + 1)) {
+        sum.floats = target.own_sums + static_cast<int64_t>(own_token) * Spec::kHidden;
+    }
+    return sum;
+}
+
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
     ReducePair pair = load_pair(my, token);
@@ -106,12 +132,12 @@ DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
     const bool is_lost = device::warp_ballot(pair.is_lost) != 0;
     if (!await_rows(my, pair)) return false;
     bring_weights(my, pair, token);
-    const CombineTarget& target = my.params.target;
-    const SumTarget sum = {
-        target.out + static_cast<int64_t>(token) * Spec::kRowBytes,
-        target.bias == nullptr ? nullptr : target.bias + token * target.bias_stride, is_lost};
-    sum_terms<Spec::kHidden, Spec::kByExpert>(pair.term, order, my.params.topk_weights != nullptr,
-                                              sum);
+    pair.term.is_sum = Spec::kStage == kStageBetweenNodes && pair.slot >= 0;
+    constexpr SumKind kKind = Spec::kByExpert                      ? kSumExperts
+                              : Spec::kStage == kStageBetweenNodes ? kSumNodes
+                                                                   : kSumRanks;
+    sum_terms<Spec::kHidden, kKind>(pair.term, order, my.params.topk_weights != nullptr,
+                                    sum_target(my, token, is_lost));
     return true;
 }
 
@@ -121,7 +147,7 @@ DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
     const int32_t num_workers = my.block.num_blocks() * Spec::kReduceWarps;
     const int32_t worker =
         my.block.block_idx() * Spec::kReduceWarps + (my.warp.warp_idx() - Spec::kPushWarps);
-    for (int32_t token = worker; token < my.params.num_tokens; token += num_workers) {
+    for (int32_t token = worker; token < my.num_tokens(); token += num_workers) {
         if (!reduce_token(my, token)) return false;
     }
     return true;

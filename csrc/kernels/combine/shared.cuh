@@ -10,14 +10,27 @@
 
 namespace deepcomm::kernels {
 
-template <int32_t kNumRanks_, int32_t kHidden_, bool kByExpert_>
+/// Where a combine stands among several nodes: sums that do not leave the node stay in FP32, and are
+/// added between nodes as they are.
+enum CombineStage { kStageAlone, kStageInNode, kStageBetweenNodes };
+
+/// Nodes whose tokens a rank sends on; 1 where there is one node, 0 between nodes.
+template <int32_t kNumRanks_, int32_t kHidden_, bool kByExpert_, int32_t kOrigins_>
 struct CombineSpec {
     static constexpr int32_t kNumRanks = kNumRanks_;
     static constexpr int32_t kHidden = kHidden_;
     static constexpr bool kByExpert = kByExpert_;
+    static constexpr int32_t kOrigins = kOrigins_;
+    static constexpr CombineStage kStage = kOrigins == 0   ? kStageBetweenNodes
+                                           : kOrigins == 1 ? kStageAlone
+                                                           : kStageInNode;
+    static constexpr int32_t kNumOrigins = kOrigins == 0 ? 1 : kOrigins;
+    static constexpr layout::PlanLayout kWords = {kNumRanks, kNumOrigins};
+    /// Blocks of rows that go to a rank; those of the expert layouts hold rows of all origins.
+    static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
     // TOKEN rows are pushed by bulk copies, which take few warps; sums by experts take many.
-    static constexpr int32_t kWarps = kByExpert ? 12 : 20;
+    static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageBetweenNodes ? 16 : 20;
     static constexpr int32_t kStageBytes = static_cast<int32_t>(round_up(kRowBytes, 128));
     static constexpr int32_t kPushWarps =
         kByExpert ? 6 : clamp(kStageBudgetBytes / (2 * kStageBytes), 1, 4);
@@ -30,53 +43,73 @@ struct CombineSpec {
 };
 
 /// The handle's plan, and the meeting.
-template <int32_t kNumRanks>
+template <typename Spec>
 struct CombineTables {
-    MeetTable<kNumRanks> meet;
-    int32_t plan[layout::PlanLayout{kNumRanks}.num_words()];
+    MeetTable<Spec::kNumRanks> meet;
+    int32_t plan[Spec::kWords.num_words()];
 };
 
-template <int32_t kNumRanks, int32_t kHidden, bool kByExpert>
+template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>
 struct CombineShared {
-    CombineTables<kNumRanks> tables;
-    typename CombineSpec<kNumRanks, kHidden, kByExpert>::Bank bank;
+    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>;
+
+    CombineTables<Spec> tables;
+    typename Spec::Bank bank;
 };
 
-template <int32_t kNumRanks, int32_t kHidden>
-struct CombineShared<kNumRanks, kHidden, true> {
-    CombineTables<kNumRanks> tables;
+template <int32_t kNumRanks, int32_t kHidden, int32_t kOrigins>
+struct CombineShared<kNumRanks, kHidden, true, kOrigins> {
+    using Spec = CombineSpec<kNumRanks, kHidden, true, kOrigins>;
+
+    CombineTables<Spec> tables;
 };
 
 /// What all warps of a block share.
 template <typename Spec>
 struct CombineBlock {
+    using Shared = CombineShared<Spec::kNumRanks, Spec::kHidden, Spec::kByExpert, Spec::kOrigins>;
+
     const CombineParams& params;
-    CombineShared<Spec::kNumRanks, Spec::kHidden, Spec::kByExpert>& smem;
+    Shared& smem;
     device::Block block;
     device::Warp warp;
     uint32_t epoch;
 
     DEEPCOMM_DEVICE int32_t rank() const { return params.meet.comm.rank; }
-    DEEPCOMM_DEVICE layout::PlanLayout words() const { return {Spec::kNumRanks}; }
-    DEEPCOMM_DEVICE int32_t rows_from(int32_t src) const {
-        return smem.tables.plan[words().rows_from() + src];
+    // Blocks are those of layout/plan.hpp.
+    DEEPCOMM_DEVICE int32_t rows_from(int32_t block) const {
+        return smem.tables.plan[Spec::kWords.rows_from() + block];
     }
-    DEEPCOMM_DEVICE int32_t push_base(int32_t src) const {
-        return smem.tables.plan[words().push_base() + src];
+    DEEPCOMM_DEVICE int32_t push_base(int32_t block) const {
+        return smem.tables.plan[Spec::kWords.push_base() + block];
     }
-    DEEPCOMM_DEVICE int32_t sent_base(int32_t dst) const {
-        return smem.tables.plan[words().sent_base() + dst];
+    DEEPCOMM_DEVICE int32_t sent_base(int32_t block) const {
+        return smem.tables.plan[Spec::kWords.sent_base() + block];
     }
-    DEEPCOMM_DEVICE int32_t combine_base(int32_t dst) const {
-        return smem.tables.plan[words().combine_base() + dst];
+    DEEPCOMM_DEVICE int32_t combine_base(int32_t block) const {
+        return smem.tables.plan[Spec::kWords.combine_base() + block];
     }
     DEEPCOMM_DEVICE int32_t capacity(int32_t dst) const {
-        return smem.tables.plan[words().capacity() + dst];
+        return smem.tables.plan[Spec::kWords.capacity() + dst];
     }
-    /// Rows of a source that are here: TOKEN rows beyond the capacity are not.
-    DEEPCOMM_DEVICE int32_t num_rows_of(int32_t src) const {
-        const int32_t begin = rows_from(src);
-        int32_t end = rows_from(src + 1);
+    DEEPCOMM_DEVICE int32_t tokens_from(int32_t origin) const {
+        return smem.tables.plan[Spec::kWords.tokens_from() + origin];
+    }
+    DEEPCOMM_DEVICE int32_t num_tokens() const {
+        return Spec::kNumOrigins == 1 ? params.num_tokens : tokens_from(Spec::kNumOrigins);
+    }
+    /// Whose token it is, where rows of origins are apart.
+    DEEPCOMM_DEVICE int32_t row_origin(int32_t token) const {
+        int32_t found = 0;
+        for (int32_t origin = 1; origin < Spec::kRowOrigins; ++origin) {
+            if (token >= tokens_from(origin)) found = origin;
+        }
+        return found;
+    }
+    /// Rows of a block that are here: TOKEN rows beyond the capacity are not.
+    DEEPCOMM_DEVICE int32_t num_rows_of(int32_t block) const {
+        const int32_t begin = rows_from(block);
+        int32_t end = rows_from(block + 1);
         if (!Spec::kByExpert && end > capacity(rank())) end = capacity(rank());
         return end > begin ? end - begin : 0;
     }
@@ -93,9 +126,10 @@ struct CombineBlock {
                                         params.meet.layout.combine_weights) +
                static_cast<int64_t>(row) * params.num_topk;
     }
-    DEEPCOMM_DEVICE uint32_t* pushed_word(int32_t at_rank, int32_t src, int32_t chunk) const {
+    /// The block is that of the rank that reads the word.
+    DEEPCOMM_DEVICE uint32_t* pushed_word(int32_t at_rank, int32_t block, int32_t chunk) const {
         return reinterpret_cast<uint32_t*>(params.meet.comm.bases[at_rank] +
-                                           params.meet.layout.pushed_chunk(src, chunk));
+                                           params.meet.layout.pushed_chunk(block, chunk));
     }
 };
 

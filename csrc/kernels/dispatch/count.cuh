@@ -8,13 +8,18 @@
 namespace deepcomm::kernels {
 
 /// Counts the block's pairs; the counters of each warp hold its own.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
     uint32_t* counters = my.smem.counters[warp.warp_idx()];
     for (int32_t i = warp.thread_idx(); i < my.kNumCounters; i += warp.size()) counters[i] = 0;
     if (my.block.is_leader()) my.smem.refusal = 0;
-    my.block.sync();  // ORDER: the zeros before anybody counts
+    if (kNumOrigins > 1) {
+        for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
+            my.smem.tokens_from[o] = was_called_off(my.params.meet) ? 0 : my.params.tokens_from[o];
+        }
+    }
+    my.block.sync();  // ORDER: the zeros and origins before anybody counts
     const Walk walk = my.walk(warp.warp_idx());
     uint32_t refusal = 0;
     const int32_t step = walk.tokens_per_step();
@@ -23,7 +28,7 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts>& my) {
         const int64_t id = next_id;
         next_id = walk.load(token + step);
         const Pair pair = walk.at(token, id);
-        add_to_counters(pair, kNumRanks, counters);
+        add_to_counters(pair, counters);
         refusal |= pair.refusal;
         if (pair.index >= 0) my.params.table.topk_idx[pair.index] = pair.expert;
     }
@@ -32,8 +37,8 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts>& my) {
 }
 
 /// A warp a rank: where the groups of its experts begin.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void place_groups(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void place_groups(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
     const int32_t lane = warp.thread_idx();
     const bool is_padded = my.params.recv_layout == RecvLayout::kExpertPadded;
@@ -63,11 +68,12 @@ DEEPCOMM_DEVICE void place_groups(const CountBlock<kNumRanks, kNumExperts>& my) 
 }
 
 /// Turns the warps' counters into the next slot of each.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void start_slots(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void start_slots(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
         uint32_t next = my.smem.before[i];
-        if (i >= kNumRanks) next += static_cast<uint32_t>(my.smem.offsets[i - kNumRanks]);
+        const int32_t expert = i % my.kNumTotals - kNumRanks;
+        if (expert >= 0) next += static_cast<uint32_t>(my.smem.offsets[expert]);
         for (int32_t w = 0; w < kCountWarps; ++w) {
             const uint32_t count = my.smem.counters[w][i];
             my.smem.counters[w][i] = next;
@@ -82,14 +88,14 @@ DEEPCOMM_DEVICE int32_t limit_of(const Header& header) {
 }
 
 /// Walks again and writes every pair's slot.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
     uint32_t* counters = my.smem.counters[warp.warp_idx()];
     const RoutingTable& table = my.params.table;
     const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
     const Walk walk = my.walk(warp.warp_idx());
-    bool has_lost = false;
+    uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
     const int32_t step = walk.tokens_per_step();
     int64_t next_id = walk.load(walk.begin);
     for (int32_t token = walk.begin; token < walk.end; token += step) {
@@ -98,59 +104,100 @@ DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts>& my) 
         const Pair pair = walk.at(token, id);
         int32_t token_slot = -1, pair_slot = -1;
         if (pair.is_first) {
-            token_slot = static_cast<int32_t>(counters[pair.dst]) + num_before(pair.firsts);
+            token_slot =
+                static_cast<int32_t>(counters[pair.token_counter]) + num_before(pair.firsts);
         }
         if (pair.expert >= 0) {
-            pair_slot = static_cast<int32_t>(counters[kNumRanks + pair.expert]) +
-                        num_before(pair.same_expert);
+            pair_slot =
+                static_cast<int32_t>(counters[pair.pair_counter]) + num_before(pair.same_expert);
             const int32_t slot = by_expert ? pair_slot : token_slot;
-            has_lost = has_lost || slot >= limit_of(my.smem.meet.headers[pair.dst]);
+            if (slot >= limit_of(my.smem.meet.headers[pair.dst])) {
+                device::atom_or_relaxed_gpu(lost + pair.pair_counter / my.kNumTotals, 1u);
+            }
         }
         if (pair.index >= 0) {
             table.token_slot[pair.index] = token_slot;
             if (by_expert) table.pair_slot[pair.index] = pair_slot;
         }
         warp.sync();  // ORDER: the counters are read before they move on
-        add_to_counters(pair, kNumRanks, counters);
+        add_to_counters(pair, counters);
     }
-    if (has_lost) device::atom_or_relaxed_gpu(my.params.overflow, 1u);
+}
+
+/// Tokens of the block (origin, source) that go to a rank.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE uint32_t known_tokens(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                      int32_t origin, int32_t src, int32_t dst) {
+    return known_count(my, src, my.counter(origin, dst));
+}
+
+/// Rows of src that come back from dst, of origins before one.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE uint32_t rows_back(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                   int32_t src, int32_t dst, int32_t end_origin) {
+    uint32_t rows = 0;
+    for (int32_t origin = 0; origin < end_origin; ++origin) {
+        rows += known_tokens(my, origin, src, dst);
+    }
+    return rows;
+}
+
+/// Where what comes back to src from dst begins in its combine region: after lower ranks' rows.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE uint32_t region_begin(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                      int32_t src, int32_t dst) {
+    uint32_t rows = 0;
+    for (int32_t other = 0; other < dst; ++other) {
+        if (other != src) rows += rows_back(my, src, other, kNumOrigins);
+    }
+    return rows;
 }
 
 /// By the first block: what the handle keeps (layout/plan.hpp).
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts>& my) {
-    const layout::PlanLayout words = {kNumRanks};
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
+    constexpr layout::PlanLayout kWords = {kNumRanks, kNumOrigins};
     const int32_t rank = my.params.meet.comm.rank;
-    for (int32_t peer = my.block.thread_idx(); peer < kNumRanks; peer += my.block.size()) {
-        uint32_t push_base = 0, sent_base = 0, combine_base = 0, rows_before = 0;
-        for (int32_t other = 0; other < kNumRanks; ++other) {
-            if (other < rank && other != peer) push_base += known_count(my, peer, other);
-            if (other < rank) sent_base += known_count(my, other, peer);
-            if (other < peer && other != rank) combine_base += known_count(my, rank, other);
-            if (other < peer) rows_before += known_count(my, other, rank);
+    const auto put = [&](int32_t word, uint32_t value) {
+        *my.plan(word) = static_cast<int32_t>(value);
+    };
+    for (int32_t b = my.block.thread_idx(); b < kWords.num_blocks(); b += my.block.size()) {
+        const int32_t origin = b / kNumRanks, peer = b % kNumRanks;
+        uint32_t rows_before = 0, sent_base = 0;
+        for (int32_t other = 0; other < origin * kNumRanks + rank || other < b; ++other) {
+            const int32_t o = other / kNumRanks, src = other % kNumRanks;
+            if (other < b) rows_before += known_tokens(my, o, src, rank);
+            if (other < origin * kNumRanks + rank) sent_base += known_tokens(my, o, src, peer);
         }
-        *my.plan(words.rows_from() + peer) = static_cast<int32_t>(rows_before);
-        *my.plan(words.push_base() + peer) = static_cast<int32_t>(push_base);
-        *my.plan(words.sent_base() + peer) = static_cast<int32_t>(sent_base);
-        *my.plan(words.combine_base() + peer) = static_cast<int32_t>(combine_base);
-        *my.plan(words.capacity() + peer) = limit_of(my.smem.meet.headers[peer]);
+        put(kWords.rows_from() + b, rows_before);
+        put(kWords.sent_base() + b, sent_base);
+        put(kWords.push_base() + b,
+            region_begin(my, peer, rank) + rows_back(my, peer, rank, origin));
+        put(kWords.combine_base() + b,
+            region_begin(my, rank, peer) + rows_back(my, rank, peer, origin));
+        if (origin == 0) {
+            put(kWords.capacity() + peer,
+                static_cast<uint32_t>(limit_of(my.smem.meet.headers[peer])));
+        }
     }
-    if (my.block.is_leader()) {
-        *my.plan(words.rows_from() + kNumRanks) = static_cast<int32_t>(my.smem.totals[rank]);
+    for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
+        const int32_t first = kNumOrigins == 1 ? o * my.params.num_tokens : my.smem.tokens_from[o];
+        *my.plan(kWords.tokens_from() + o) = first;
     }
+    if (my.block.is_leader()) put(kWords.rows_from() + kWords.num_blocks(), my.smem.totals[rank]);
 }
 
 /// Rows of this rank's receive tensor that are in use, before any capacity.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE int32_t slots_here(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE int32_t slots_here(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const int32_t rank = my.params.meet.comm.rank;
     return my.params.recv_layout == RecvLayout::kToken ? static_cast<int32_t>(my.smem.totals[rank])
                                                        : my.smem.num_slots[rank];
 }
 
 /// By the first block: counts, offsets and flags of this rank.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const int32_t rank = my.params.meet.comm.rank;
     const int32_t limit = limit_of(my.smem.meet.headers[rank]);
     const int32_t num_slots = slots_here(my);
@@ -193,13 +240,15 @@ DEEPCOMM_DEVICE void send_report(const CountParams& params, MeetStatus status) {
 }
 
 /// The rest of the operation once all headers are there.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const bool is_first_block = my.block.block_idx() == 0;
     const MeetStatus status = my.smem.meet.status;
     if (status != MeetStatus::kGood) {
         if (!is_first_block || !my.block.is_leader()) return true;
-        report_trouble(my.params.meet, my.smem.meet);
+        record_verdict(my.params.meet, my.smem.meet, my.epoch);
+        my.params.meet.verdict->done_epoch = my.epoch;  // nothing else will take place
+        report_trouble(my.params.meet);
         send_report(my.params, status);
         return true;
     }
@@ -208,20 +257,27 @@ DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts>& my)
     if (is_first_block) {
         write_outputs(my);
         write_plan(my);
-        if (my.block.is_leader()) send_report(my.params, status);
+        if (my.block.is_leader()) {
+            record_verdict(my.params.meet, my.smem.meet, my.epoch);
+            send_report(my.params, status);
+        }
     }
     start_slots(my);
     assign_slots(my);
     return true;
 }
 
-template <int32_t kNumRanks, int32_t kNumExperts>
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 __global__ void __launch_bounds__(kCountWarps * 32, 1)
     dispatch_count(const __grid_constant__ CountParams params) {
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
-    const CountBlock<kNumRanks, kNumExperts> my = {
+    if (device::Block{}.block_idx() == 0 && device::Block{}.is_leader()) {
+        params.meet.verdict->met_epoch = kNotMet;  // until this kernel has ended well
+    }
+    if (!may_begin(params.meet, device::current_epoch(state))) return;
+    const CountBlock<kNumRanks, kNumExperts, kNumOrigins> my = {
         params,
-        device::shared_storage<CountShared<kNumRanks, kNumExperts>>(),
+        device::shared_storage<CountShared<kNumRanks, kNumExperts, kNumOrigins>>(),
         {},
         device::current_epoch(state)};
     count_pairs(my);

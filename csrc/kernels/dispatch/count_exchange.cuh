@@ -47,8 +47,8 @@ DEEPCOMM_DEVICE bool await_tagged(const device::WaitContext& context, const devi
 }
 
 /// Adds up one counter over the blocks before this one. The last counter is the refusal's bits.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts>& my,
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
                                        int32_t counter, uint32_t* before) {
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_gpu(word); };
@@ -70,8 +70,8 @@ DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts>&
 }
 
 /// Publishes the block's sums to the blocks after it and learns those of the blocks before it.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     bool is_complete = true;
     for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
         const bool is_refusal = i == my.kNumCounters;
@@ -84,72 +84,83 @@ DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts>&
             device::st_relaxed_block(&my.smem.refusal, before | own);
         } else {
             my.smem.before[i] = before;
-            my.smem.totals[i] = before + own;
+            my.smem.own[i] = before + own;
         }
     }
     return my.block.sync_and(is_complete);  // ORDER: the sums before their publication
 }
 
 /// By the last block, which knows the rank's sums: header and counts go to all ranks.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const CommParams& comm = my.params.meet.comm;
     if (my.block.is_leader()) {
         device::st_relaxed_gpu(my.params.overflow, 0);
         device::atom_or_relaxed_block(&my.smem.refusal, earlier_refusal(my.params.meet));
     }
-    my.block.sync();  // ORDER: both before the header; who sets the flag has seen it
-    publish_header(my.params.meet, my.block, my.epoch, device::ld_relaxed_block(&my.smem.refusal));
+    if (kNumOrigins > 1) {
+        for (int32_t o = my.block.thread_idx(); o < kNumOrigins; o += my.block.size()) {
+            device::st_relaxed_gpu(my.params.lost + o, 0);
+        }
+    }
+    my.block.sync();  // ORDER: all of it before the header; who sets a flag has seen that
+    publish_header(my.params.meet, my.block, my.epoch,
+                   {device::ld_relaxed_block(&my.smem.refusal), my.num_tokens()});
     for (int32_t peer = 0; peer < kNumRanks; ++peer) {
         auto* words = reinterpret_cast<uint64_t*>(
             comm.bases[peer] + my.params.meet.layout.counts_of(my.epoch, comm.rank));
         for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
-            device::st_relaxed_sys(words + i, my.tagged(my.smem.totals[i]));
+            device::st_relaxed_sys(words + i, my.tagged(my.smem.own[i]));
         }
     }
-    my.block.sync();  // ORDER: the sums are read before gather_counts replaces them
 }
 
 /// The count words that a rank has sent here.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE const uint64_t* count_words(const CountBlock<kNumRanks, kNumExperts>& my,
-                                            int32_t src) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE const uint64_t* count_words(
+    const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my, int32_t src) {
     const CommParams& comm = my.params.meet.comm;
     return reinterpret_cast<const uint64_t*>(comm.bases[comm.rank] +
                                              my.params.meet.layout.counts_of(my.epoch, src));
 }
 
 /// A count that gather_counts has waited for.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts>& my, int32_t src,
-                                     int32_t counter) {
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                     int32_t src, int32_t counter) {
     return static_cast<uint32_t>(device::ld_relaxed_sys(count_words(my, src) + counter));
 }
 
-/// Adds up all ranks' counts: totals, and what comes before this block's own.
-template <int32_t kNumRanks, int32_t kNumExperts>
-DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts>& my) {
-    constexpr int32_t kAtOnce = kNumRanks < kWordsAtOnce ? kNumRanks : kWordsAtOnce;
+/// Adds up the counts of all ranks and origins: totals, and what comes before this block's own. Rows
+/// are in the order of their origins, then of the ranks that send them on.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
+    constexpr int32_t kSources = kNumOrigins * kNumRanks;
+    constexpr int32_t kAtOnce = kSources < kWordsAtOnce ? kSources : kWordsAtOnce;
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_sys(word); };
     bool is_complete = true;
-    for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
-        uint32_t total = 0, before = my.smem.before[i];
-        for (int32_t first = 0; first < kNumRanks && is_complete; first += kAtOnce) {
-            const int32_t count = kNumRanks - first < kAtOnce ? kNumRanks - first : kAtOnce;
+    for (int32_t i = my.block.thread_idx(); i < my.kNumTotals; i += my.block.size()) {
+        const auto word = [&](int32_t source) {
+            return count_words(my, source % kNumRanks) + my.counter(source / kNumRanks, i);
+        };
+        uint32_t total = 0;
+        for (int32_t first = 0; first < kSources && is_complete; first += kAtOnce) {
+            const int32_t count = kSources - first < kAtOnce ? kSources - first : kAtOnce;
             is_complete = gather_words<kAtOnce>(
-                count, my.epoch, [&](int32_t n) { return load(count_words(my, first + n) + i); },
+                count, my.epoch, [&](int32_t n) { return load(word(first + n)); },
                 [&](int32_t n, uint64_t* value) {
                     return await_tagged(wait_context(comm),
-                                        my.site(device::Role::kCount, first + n),
-                                        count_words(my, first + n) + i, my.epoch, value, load);
+                                        my.site(device::Role::kCount, (first + n) % kNumRanks),
+                                        word(first + n), my.epoch, value, load);
                 },
                 [&](int32_t n, uint32_t value) {
-                    if (first + n < comm.rank) before += value;
+                    if ((first + n) % kNumRanks == comm.rank) {
+                        my.smem.before[my.counter((first + n) / kNumRanks, i)] += total;
+                    }
                     total += value;
                 });
         }
-        my.smem.before[i] = before;
         my.smem.totals[i] = total;
     }
     return my.block.sync_and(is_complete);  // ORDER: the sums before the offsets made of them

@@ -13,34 +13,43 @@ constexpr int32_t kMaxCountBlocks = 16;  ///< more would only wait for each othe
 constexpr int32_t kWordsAtOnce = 8;
 constexpr int32_t kNoLimit = 0x7FFFFFFF;
 
-template <int32_t kNumRanks, int32_t kNumExperts>
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 struct CountShared {
-    static constexpr int32_t kNumCounters = kNumRanks + kNumExperts;
+    static constexpr int32_t kNumTotals = kNumRanks + kNumExperts;
+    static constexpr int32_t kNumCounters = kNumOrigins * kNumTotals;
 
     MeetTable<kNumRanks> meet;
-    /// [R] tokens for each rank, then [E] pairs for each expert: of each warp; later the next slot.
+    int32_t tokens_from[kNumOrigins + 1];  ///< first token of each origin, and the end
+    /// Of each origin [R] tokens for each rank, then [E] pairs for each expert: of each warp; later
+    /// the next slot.
     uint32_t counters[kCountWarps][kNumCounters];
-    uint32_t before[kNumCounters];  ///< of blocks, then also of ranks, that come first
-    uint32_t totals[kNumCounters];  ///< of all ranks
+    uint32_t before[kNumCounters];  ///< of blocks, then also of sources, that come first
+    uint32_t own[kNumCounters];     ///< of this rank
+    uint32_t totals[kNumTotals];    ///< of all ranks and origins
     int32_t offsets[kNumExperts];   ///< first row of each expert at its rank
     int32_t num_slots[kNumRanks];   ///< rows of an expert layout at each rank
     uint32_t refusal;
 };
 
 /// Everything that the steps of one block share.
-template <int32_t kNumRanks, int32_t kNumExperts>
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 struct CountBlock {
     static constexpr int32_t kNumLocal = kNumExperts / kNumRanks;
-    static constexpr int32_t kNumCounters = kNumRanks + kNumExperts;
+    static constexpr int32_t kNumTotals = kNumRanks + kNumExperts;
+    static constexpr int32_t kNumCounters = kNumOrigins * kNumTotals;
     static constexpr int32_t kNumPartials = kNumCounters + 1;  ///< and the refusal
 
     const CountParams& params;
-    CountShared<kNumRanks, kNumExperts>& smem;
+    CountShared<kNumRanks, kNumExperts, kNumOrigins>& smem;
     device::Block block;
     uint32_t epoch;
 
+    DEEPCOMM_DEVICE int32_t num_tokens() const {
+        return kNumOrigins == 1 ? params.num_tokens : smem.tokens_from[kNumOrigins];
+    }
+
     DEEPCOMM_DEVICE Walk walk(int32_t warp_idx) const {
-        const auto num_tokens = static_cast<int64_t>(params.num_tokens);
+        const auto num_tokens = static_cast<int64_t>(this->num_tokens());
         const int32_t num_parts = block.num_blocks() * kCountWarps;
         const int32_t part = block.block_idx() * kCountWarps + warp_idx;
         return {params.topk_idx,
@@ -48,6 +57,9 @@ struct CountBlock {
                 params.num_topk,
                 kNumExperts,
                 kNumLocal,
+                params.recv_layout == RecvLayout::kToken,
+                kNumOrigins,
+                smem.tokens_from,
                 static_cast<int32_t>(num_tokens * part / num_parts),
                 static_cast<int32_t>(num_tokens * (part + 1) / num_parts)};
     }
@@ -56,6 +68,10 @@ struct CountBlock {
         return {device::Operation::kDispatch, role, peer};
     }
 
+    /// Counter i of an origin.
+    DEEPCOMM_DEVICE int32_t counter(int32_t origin, int32_t i) const {
+        return origin * kNumTotals + i;
+    }
     DEEPCOMM_DEVICE uint64_t* partial(int32_t block_idx, int32_t counter) const {
         return params.partials + static_cast<int64_t>(block_idx) * kNumPartials + counter;
     }

@@ -4,6 +4,7 @@
 
 #include "kernels/dispatch/arrive.cuh"
 #include "kernels/dispatch/expand.cuh"
+#include "kernels/dispatch/lost.cuh"
 #include "kernels/dispatch/pad.cuh"
 
 namespace deepcomm::kernels {
@@ -24,8 +25,9 @@ DEEPCOMM_DEVICE void find_destinations(const SendBlock<Spec>& my) {
 /// The meeting: held here for a cached dispatch, else what dispatch_count has heard.
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
+    if (my.ready_epoch != my.epoch) return false;
     if (my.params.opens && my.block.block_idx() == 0) {
-        publish_header(my.params.meet, my.block, my.epoch, 0);
+        publish_header(my.params.meet, my.block, my.epoch, {0, my.num_tokens});
     }
     return await_headers(my.params.meet, my.block, device::Operation::kDispatch, my.epoch,
                          &my.smem.meet);
@@ -35,12 +37,13 @@ DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
 template <typename Spec, typename Send>
 DEEPCOMM_DEVICE bool exchange_rows(const SendBlock<Spec>& my, Send&& send) {
     find_destinations(my);
+    if (my.block.block_idx() == 0) tell_of_lost(my);
     const bool is_complete = send();
     pad_rows(my);
     if (!my.block.sync_and(is_complete)) return false;  // ORDER: all stores before the arrival
     signal_arrival(my);
     if (my.block.block_idx() != 0) return true;
-    if (!await_arrivals(my)) return false;
+    if (!await_arrivals(my) || !hear_of_lost(my)) return false;
     if (my.block.is_leader()) {
         device::red_add_relaxed_gpu(&my.params.meet.counters->tokens_received,
                                     static_cast<uint64_t>(rows_here(my)));
@@ -87,38 +90,68 @@ DEEPCOMM_DEVICE bool pair(const SendBlock<Spec>& my) {
     });
 }
 
+/// By one thread of one block: what the meeting has come to, if it was held here.
+template <typename Spec>
+DEEPCOMM_DEVICE void pass_verdict_on(const SendBlock<Spec>& my) {
+    if (!my.params.opens) return;
+    record_verdict(my.params.meet, my.smem.meet, my.epoch);
+    report_trouble(my.params.meet);
+}
+
 /// Ends the operation for this block: the rounds count on, also where nothing was exchanged.
 template <typename Spec>
-DEEPCOMM_DEVICE void finish(const SendBlock<Spec>& my, bool has_exchanged) {
+DEEPCOMM_DEVICE void finish(const SendBlock<Spec>& my) {
+    const bool has_exchanged = my.smem.meet.status == MeetStatus::kGood;
     my.block.sync();  // ORDER: every thread has read epoch and round
     if (!my.block.is_leader()) return;
+    const MeetParams& meet = my.params.meet;
     const int32_t num_blocks = my.block.num_blocks();
+    if (my.block.block_idx() == 0) pass_verdict_on(my);
     if (my.params.opens) {
-        device::finish_epoch(static_cast<device::EpochState*>(my.params.meet.epoch), num_blocks);
+        device::finish_epoch(static_cast<device::EpochState*>(meet.epoch), num_blocks);
     }
-    if (has_exchanged) {
-        device::finish_epoch(static_cast<device::EpochState*>(my.params.round), num_blocks);
-    }
+    auto* round = static_cast<device::EpochState*>(my.params.round);
+    const bool is_last =
+        has_exchanged ? device::finish_epoch(round, num_blocks) : my.block.block_idx() == 0;
+    if (is_last) meet.verdict->done_epoch = my.epoch;
+}
+
+/// The operation that this kernel belongs to: the next one, or the one that was just counted.
+DEEPCOMM_DEVICE uint32_t epoch_of(const SendParams& params) {
+    const auto* state = static_cast<const device::EpochState*>(params.meet.epoch);
+    return params.opens ? device::current_epoch(state) : state->epoch;
+}
+
+/// A dispatch_count, or a stage before, that has failed leaves an older one, and tables of nothing.
+DEEPCOMM_DEVICE uint32_t ready_epoch_of(const SendParams& params, uint32_t epoch) {
+    if (!params.opens) return params.meet.verdict->met_epoch;
+    const Verdict* before = params.meet.verdict_before;
+    return before == nullptr ? epoch : before->done_epoch;
+}
+
+template <int32_t kNumRanks>
+DEEPCOMM_DEVICE int32_t tokens_to_send(const SendParams& params, bool is_ready) {
+    if (params.num_origins == 1) return params.num_tokens;
+    // A plan that was not made, since the operation was called off, says nothing.
+    const bool is_good = params.opens || params.meet.verdict->status == MeetStatus::kGood;
+    if (!is_ready || !is_good) return 0;
+    const layout::PlanLayout words = {kNumRanks, params.num_origins};
+    return params.table.plan[words.tokens_from() + params.num_origins];
 }
 
 template <int32_t kNumRanks, int32_t kHidden, int32_t kWire, bool kByExpert>
 __global__ void __launch_bounds__(SendSpec<kNumRanks, kHidden, kWire, kByExpert>::kWarps * 32, 1)
     dispatch_send(const __grid_constant__ SendParams params) {
     using Spec = SendSpec<kNumRanks, kHidden, kWire, kByExpert>;
-    const auto* state = static_cast<const device::EpochState*>(params.meet.epoch);
+    const uint32_t epoch = epoch_of(params);
+    const uint32_t ready_epoch = ready_epoch_of(params, epoch);
     const SendBlock<Spec> my = {
-        params,
-        device::shared_storage<SendShared<kNumRanks, kHidden, kWire, kByExpert>>(),
-        {},
-        {},
-        params.opens ? device::current_epoch(state) : state->epoch,
-        device::current_epoch(static_cast<const device::EpochState*>(params.round))};
+        params,      device::shared_storage<SendShared<kNumRanks, kHidden, kWire, kByExpert>>(),
+        {},          {},
+        epoch,       device::current_epoch(static_cast<const device::EpochState*>(params.round)),
+        ready_epoch, tokens_to_send<kNumRanks>(params, ready_epoch == epoch)};
     if (!(my.is_mover() ? move(my) : pair(my))) return;
-    const bool is_good = my.smem.meet.status == MeetStatus::kGood;
-    if (!is_good && params.opens && my.block.block_idx() == 0 && my.block.is_leader()) {
-        report_trouble(params.meet, my.smem.meet);
-    }
-    finish(my, is_good);
+    finish(my);
 }
 
 }  // namespace deepcomm::kernels

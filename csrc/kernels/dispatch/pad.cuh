@@ -10,8 +10,8 @@ namespace deepcomm::kernels {
 /// Rows of this rank that hold tokens.
 template <typename Spec>
 DEEPCOMM_DEVICE int32_t rows_here(const SendBlock<Spec>& my) {
-    const layout::PlanLayout words = {Spec::kNumRanks};
-    const int32_t num_rows = my.params.table.plan[words.rows_from() + Spec::kNumRanks];
+    const layout::PlanLayout words = my.words();
+    const int32_t num_rows = my.params.table.plan[words.rows_from() + words.num_blocks()];
     const int32_t limit = Spec::kByExpert ? kNoLimit : my.smem.destinations[my.rank()].limit;
     return num_rows < limit ? num_rows : limit;
 }
@@ -54,10 +54,10 @@ DEEPCOMM_DEVICE void pad_rows(const SendBlock<Spec>& my) {
 /// By one block after all arrivals: counts the pairs again if TOKEN rows were lost here.
 template <typename Spec>
 DEEPCOMM_DEVICE void correct_counts(const SendBlock<Spec>& my) {
-    const layout::PlanLayout words = {Spec::kNumRanks};
+    const layout::PlanLayout words = my.words();
     const int32_t num_rows = rows_here(my);
     if (Spec::kByExpert || my.params.counts == nullptr) return;
-    if (num_rows == my.params.table.plan[words.rows_from() + Spec::kNumRanks]) return;
+    if (num_rows == my.params.table.plan[words.rows_from() + words.num_blocks()]) return;
     const Destination& here = my.smem.destinations[my.rank()];
     for (int32_t e = my.block.thread_idx(); e < my.num_local(); e += my.block.size()) {
         int32_t count = 0;

@@ -32,16 +32,27 @@ struct CountParams {
     RoutingTable table;
     const void* topk_idx;  ///< as given: [num_tokens, num_topk]
     int32_t ids_are_64;
-    int32_t num_tokens;
+    /// [O + 1]: first token of each origin, and how many there are; null with one origin.
+    const int32_t* tokens_from;
+    int32_t num_tokens;  ///< with one origin
     int32_t num_topk;
     RecvLayout recv_layout;
-    uint64_t* partials;  ///< [blocks, R + E + 1]: {epoch, count of the block}
+    uint64_t* partials;  ///< [blocks, O * (R + E) + 1]: {epoch, count of the block}
     int32_t* counts;     ///< out: [L], delivered pairs of each local expert
     int32_t* offsets;    ///< out: [L + 1], or null
     int32_t* num_recv;   ///< out: rows delivered
-    uint32_t* overflow;  ///< out: 1 if rows were lost, else 0
+    uint32_t* overflow;  ///< out: 1 if rows were lost, else 0; with one origin also if its were
+    uint32_t* lost;      ///< out, with several origins: [O], 1 if tokens of theirs were lost
     CountReport* report;
     uint64_t report_tag;
+};
+
+/// With several nodes: how the ranks of a rail hear of tokens lost where they were sent on.
+struct LostParams {
+    CommParams rail;
+    layout::ExchangeLayout layout;  ///< of the rail
+    const uint32_t* lost;           ///< [O], of dispatch_count; null: nothing is told
+    uint32_t* overflow;             ///< set if tokens of this rank were lost
 };
 
 /// Rows as they are given.
@@ -69,9 +80,11 @@ struct SendParams {
     RowSource source;
     const float* topk_weights;  ///< [T, K] or null
     ExpertTarget target;        ///< expert layouts only
-    void* round;                ///< device::EpochState of arrivals
-    int32_t* counts;            ///< [L] to be corrected where TOKEN rows overflow
-    int32_t num_tokens;
+    LostParams lost;
+    void* round;          ///< device::EpochState of arrivals
+    int32_t* counts;      ///< [L] to be corrected where TOKEN rows overflow
+    int32_t num_origins;  ///< of the plan
+    int32_t num_tokens;   ///< with one origin; else the plan knows
     int32_t num_topk;
     int32_t opens;  ///< whether this kernel holds the meeting (cached dispatch)
     int32_t zero_padding;

@@ -27,7 +27,7 @@ struct TokenCursor {
     DEEPCOMM_DEVICE bool is_alive() const { return true; }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         const int32_t token = token_of(index);
-        if (token >= my.params.num_tokens) return false;
+        if (token >= my.num_tokens) return false;
         ++index;
         const RowSource& source = my.params.source;
         piece->row = source.rows + token * source.row_stride;
@@ -228,7 +228,7 @@ template <typename Spec>
 DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
     const int32_t stride = my.block.num_blocks() * Spec::kPairers;
     int32_t token = my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
-    for (; token < my.params.num_tokens; token += stride) {
+    for (; token < my.num_tokens; token += stride) {
         PairSlots pair = load_pairs<true>(my, token);
         name_ranks(my, &pair);
         keep_weights(my, token, pair);
@@ -262,7 +262,7 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
                                  TokenCursor<Spec>& loads) {
     TokenCursor<Spec> tokens(my);
     ChunkAnnouncer<Spec> announcer(my);
-    const int32_t num_tokens = my.params.num_tokens;
+    const int32_t num_tokens = my.num_tokens;
     PairSlots next;
     if (tokens.token_of(0) < num_tokens) next = load_pairs<Spec::kByExpert>(my, tokens.token_of(0));
     uint32_t num_local = 0, num_peer = 0;  // rows that this lane has stored

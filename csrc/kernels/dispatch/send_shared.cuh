@@ -71,10 +71,15 @@ struct SendBlock {
     Shared& smem;
     device::Block block;
     device::Warp warp;
-    uint32_t epoch;  ///< of the operation
-    uint32_t round;  ///< of arrivals
+    uint32_t epoch;        ///< of the operation
+    uint32_t round;        ///< of arrivals
+    uint32_t ready_epoch;  ///< the latest operation of which what this kernel needs has ended well
+    int32_t num_tokens;
 
     DEEPCOMM_DEVICE int32_t rank() const { return params.meet.comm.rank; }
+    DEEPCOMM_DEVICE layout::PlanLayout words() const {
+        return {Spec::kNumRanks, params.num_origins};
+    }
     DEEPCOMM_DEVICE bool is_mover() const { return warp.warp_idx() < Spec::kMovers; }
     /// This warp among the movers of all blocks.
     DEEPCOMM_DEVICE int32_t worker() const {

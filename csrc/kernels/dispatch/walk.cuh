@@ -10,11 +10,13 @@ namespace deepcomm::kernels {
 
 /// One lane's pair and the lanes that share something with it.
 struct Pair {
-    int32_t index;         ///< in [T, K], or -1: none
-    int32_t expert;        ///< or -1
-    int32_t dst;           ///< rank of the expert, or -1
-    uint32_t same_expert;  ///< lanes
-    uint32_t firsts;       ///< lanes whose pair is the first of its token for the same rank
+    int32_t index;          ///< in [T, K], or -1: none
+    int32_t expert;         ///< or -1
+    int32_t dst;            ///< rank of the expert, or -1
+    int32_t token_counter;  ///< which one counts the token for that rank, or -1
+    int32_t pair_counter;   ///< which one counts the pair, or -1
+    uint32_t same_expert;   ///< lanes with the same pair_counter
+    uint32_t firsts;        ///< lanes with the same token_counter that are first of their tokens
     bool is_first;
     uint32_t refusal;
 };
@@ -27,7 +29,11 @@ struct Walk {
     int32_t num_topk;
     int32_t num_experts;
     int32_t num_local_experts;
-    int32_t begin;  ///< tokens
+    bool
+        splits_ranks;  ///< whether the tokens for a rank are counted origin by origin, as pairs are
+    int32_t num_origins;
+    const int32_t* tokens_from;  ///< [origins + 1]
+    int32_t begin;               ///< tokens
     int32_t end;
 
     DEEPCOMM_DEVICE int32_t tokens_per_step() const { return device::kWarpSize / num_topk; }
@@ -47,26 +53,39 @@ struct Walk {
         return is_active ? id_at(first_token * num_topk + lane) : kInactive;
     }
 
+    /// Counters of an origin are [R] tokens for each rank, then [E] pairs for each expert.
+    DEEPCOMM_DEVICE void name_counters(int32_t token, Pair* pair) const {
+        const int32_t num_ranks = num_experts / num_local_experts;
+        int32_t first = 0;
+        for (int32_t origin = 1; origin < num_origins; ++origin) {
+            if (token >= tokens_from[origin]) first = origin * (num_ranks + num_experts);
+        }
+        pair->token_counter = (splits_ranks ? first : 0) + pair->dst;
+        pair->pair_counter = first + num_ranks + pair->expert;
+    }
+
     /// All lanes of the warp; id is what load has returned for the same token.
     DEEPCOMM_DEVICE Pair at(int32_t first_token, int64_t id) const {
         const int32_t lane = device::Warp{}.thread_idx();
         const int32_t token_in_step = lane / num_topk;
         const bool is_active = id != kInactive;
-        Pair pair = {is_active ? first_token * num_topk + lane : -1, -1, -1, 0, 0, false, 0};
+        Pair pair = {
+            is_active ? first_token * num_topk + lane : -1, -1, -1, -1, -1, 0, 0, false, 0};
         if (is_active) {
             const bool is_expert = id >= 0 && id < num_experts;
             if (!is_expert && id != -1) pair.refusal = kExpertOutOfRange;
             pair.expert = is_expert ? static_cast<int32_t>(id) : -1;
             pair.dst = is_expert ? pair.expert / num_local_experts : -1;
+            if (is_expert) name_counters(first_token + token_in_step, &pair);
         }
         const uint32_t own_token = (~0u >> (device::kWarpSize - num_topk))
                                    << (token_in_step * num_topk % device::kWarpSize);
         const auto nobody = static_cast<uint32_t>(-1 - lane);  // alike in no two lanes
         const bool has_expert = pair.expert >= 0;
         pair.same_expert =
-            device::warp_match(has_expert ? static_cast<uint32_t>(pair.expert) : nobody);
+            device::warp_match(has_expert ? static_cast<uint32_t>(pair.pair_counter) : nobody);
         const uint32_t same_dst =
-            device::warp_match(has_expert ? static_cast<uint32_t>(pair.dst) : nobody);
+            device::warp_match(has_expert ? static_cast<uint32_t>(pair.token_counter) : nobody);
         pair.is_first = has_expert && device::lowest_bit(same_dst & own_token) == lane;
         pair.firsts = device::warp_ballot(pair.is_first) & same_dst;
         if (has_expert && device::popcount(pair.same_expert & own_token) > 1) {
@@ -82,16 +101,15 @@ DEEPCOMM_DEVICE int32_t num_before(uint32_t mask) {
     return device::popcount(mask & ((1u << lane) - 1));
 }
 
-/// Adds a step's pairs to the warp's counters: [R] tokens for each rank, then [E] pairs.
-DEEPCOMM_DEVICE void add_to_counters(const Pair& pair, int32_t num_ranks, uint32_t* counters) {
+/// Adds a step's pairs to the warp's counters.
+DEEPCOMM_DEVICE void add_to_counters(const Pair& pair, uint32_t* counters) {
     const device::Warp warp;
     const int32_t lane = warp.thread_idx();
     if (pair.is_first && device::lowest_bit(pair.firsts) == lane) {
-        counters[pair.dst] += static_cast<uint32_t>(device::popcount(pair.firsts));
+        counters[pair.token_counter] += static_cast<uint32_t>(device::popcount(pair.firsts));
     }
     if (pair.expert >= 0 && device::lowest_bit(pair.same_expert) == lane) {
-        counters[num_ranks + pair.expert] +=
-            static_cast<uint32_t>(device::popcount(pair.same_expert));
+        counters[pair.pair_counter] += static_cast<uint32_t>(device::popcount(pair.same_expert));
     }
     warp.sync();  // ORDER: the counters before the lanes that read them in the next step
 }

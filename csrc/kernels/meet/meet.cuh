@@ -17,7 +17,7 @@ struct MeetTable {
 };
 
 DEEPCOMM_DEVICE device::WaitContext wait_context(const CommParams& comm) {
-    return {comm.record, comm.timeout_ns, comm.rank};
+    return {comm.record, comm.timeout_ns, comm.rank, comm.names};
 }
 
 DEEPCOMM_DEVICE device::Vec128* header_at(const MeetParams& params, uint32_t epoch, int32_t dst,
@@ -29,7 +29,7 @@ DEEPCOMM_DEVICE device::Vec128* header_at(const MeetParams& params, uint32_t epo
 /// By one thread, before it publishes: an earlier operation's trouble that the host has not raised yet
 /// is a reason to refuse one that all hosts wait for. They then raise in the same call.
 DEEPCOMM_DEVICE uint32_t earlier_refusal(const MeetParams& params) {
-    uint64_t* has_trouble = &params.counters->has_trouble;
+    uint64_t* has_trouble = params.has_trouble;
     if (!params.host_waits || device::ld_relaxed_gpu(has_trouble) == 0) return 0;
     const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
     if (device::ld_relaxed_sys(&params.trouble->state) != clear) return kUnraisedTrouble;
@@ -37,15 +37,42 @@ DEEPCOMM_DEVICE uint32_t earlier_refusal(const MeetParams& params) {
     return 0;
 }
 
-/// By one group; refusal is added to the host's.
+/// Whether the stage before has come to its end; what has failed there ends here as well.
+DEEPCOMM_DEVICE bool may_begin(const MeetParams& params, uint32_t epoch) {
+    return params.verdict_before == nullptr || params.verdict_before->done_epoch == epoch;
+}
+
+/// Whether the stage before has come to nothing, and has left nothing to go on with.
+DEEPCOMM_DEVICE bool was_called_off(const MeetParams& params) {
+    return params.verdict_before != nullptr && params.verdict_before->status != MeetStatus::kGood;
+}
+
+/// The part of a header that the device knows.
+struct Entry {
+    uint32_t refusal;  ///< added to the host's
+    int32_t num_tokens;
+};
+
+/// What was found, or that the operation was called off one stage before.
+DEEPCOMM_DEVICE Entry entry_after(const MeetParams& params, const Entry& found) {
+    if (!was_called_off(params)) return found;
+    const Verdict& before = *params.verdict_before;
+    const uint32_t reasons = before.theirs.refusal & (kFailedBefore - 1);
+    const uint32_t told = kFailedBefore | static_cast<uint32_t>(before.status) << kStatusShift |
+                          static_cast<uint32_t>(before.culprit) << kCulpritShift;
+    return {reasons | told, before.most_tokens};
+}
+
+/// By one group.
 template <typename Group>
 DEEPCOMM_DEVICE void publish_header(const MeetParams& params, const Group& group, uint32_t epoch,
-                                    uint32_t refusal) {
+                                    const Entry& found) {
     const Header& mine = params.header;
+    const Entry entry = entry_after(params, found);
     const device::Vec128 first = {{mine.signature, static_cast<uint32_t>(mine.capacity),
-                                   static_cast<uint32_t>(mine.num_tokens), epoch}};
+                                   static_cast<uint32_t>(entry.num_tokens), epoch}};
     const device::Vec128 second = {
-        {mine.landing, static_cast<uint32_t>(mine.alignment), mine.refusal | refusal, epoch}};
+        {mine.landing, static_cast<uint32_t>(mine.alignment), mine.refusal | entry.refusal, epoch}};
     // ORDER: what earlier kernels of this rank have read is free to be written by whoever has seen
     // the header; pairs with the fence of await_headers
     device::fence_acq_rel_sys();
@@ -97,9 +124,13 @@ DEEPCOMM_DEVICE void judge(const MeetParams& params, MeetTable<kNumRanks>* table
         table->culprit = rank;
     }
     for (int32_t rank = kNumRanks - 1; rank >= 0; --rank) {
-        if (table->headers[rank].refusal == 0) continue;
-        table->status = MeetStatus::kRefused;
+        const uint32_t refusal = table->headers[rank].refusal;
+        if (refusal == 0) continue;
+        const bool has_failed = (refusal & kFailedBefore) != 0;
+        table->status = has_failed ? static_cast<MeetStatus>(refusal >> kStatusShift & 3)
+                                   : MeetStatus::kRefused;
         table->culprit = rank;
+        if (has_failed) table->most_tokens = table->headers[rank].num_tokens;
     }
     if (table->status == MeetStatus::kGood && table->most_tokens > params.max_tokens) {
         table->status = MeetStatus::kMustGrow;
@@ -128,22 +159,45 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     return true;
 }
 
-/// By one thread of one block: lets the host know of an operation that does not take place, unless it
-/// is itself the reason.
+/// The verdict as the kernels after this one take it. By one thread of one block.
 template <int32_t kNumRanks>
-DEEPCOMM_DEVICE void report_trouble(const MeetParams& params, const MeetTable<kNumRanks>& table) {
-    if (params.header.refusal != 0) return;
+DEEPCOMM_DEVICE void record_verdict(const MeetParams& params, const MeetTable<kNumRanks>& table,
+                                    uint32_t epoch) {
+    Verdict* verdict = params.verdict;
+    verdict->met_epoch = epoch;
+    verdict->status = table.status;
+    verdict->most_tokens = table.most_tokens;
+    verdict->culprit = layout::kNoPeer;
+    verdict->mine = params.header;
+    if (table.culprit == layout::kNoPeer) return;
+    const Header& theirs = table.headers[table.culprit];
+    verdict->theirs = theirs;
+    verdict->culprit = params.comm.names.of(table.culprit);
+    if ((theirs.refusal & kFailedBefore) == 0) return;
+    verdict->culprit = static_cast<int32_t>(theirs.refusal) >> kCulpritShift;
+    // Who was there knows more than the peer that tells.
+    const Verdict& before = *params.verdict_before;
+    if (before.status == MeetStatus::kGood || before.culprit != verdict->culprit) return;
+    verdict->mine = before.mine;
+    verdict->theirs = before.theirs;
+}
+
+/// Lets the host know of an operation that does not take place, unless it is itself the reason. By the
+/// thread that has recorded the verdict.
+DEEPCOMM_DEVICE void report_trouble(const MeetParams& params) {
     Trouble* trouble = params.trouble;
+    const Verdict& verdict = *params.verdict;
+    if (!params.reports || verdict.status == MeetStatus::kGood) return;
+    if (params.header.refusal != 0) return;
     const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
     const auto writing = static_cast<uint32_t>(layout::RecordState::kWriting);
     if (device::atom_cas_relaxed_sys(&trouble->state, clear, writing) != clear) return;
-    const int32_t culprit = table.culprit == layout::kNoPeer ? params.comm.rank : table.culprit;
-    device::st_relaxed_gpu(&params.counters->has_trouble, 1);
-    trouble->status = table.status;
-    trouble->culprit = table.culprit;
-    trouble->max_tokens = table.most_tokens;
-    trouble->mine = table.headers[params.comm.rank];
-    trouble->theirs = table.headers[culprit];
+    device::st_relaxed_gpu(params.has_trouble, 1);
+    trouble->status = verdict.status;
+    trouble->culprit = verdict.culprit;
+    trouble->max_tokens = verdict.most_tokens;
+    trouble->mine = verdict.mine;
+    trouble->theirs = verdict.theirs;
     // ORDER: the fields above; pairs with the host's acquire of kComplete
     device::st_release_sys(&trouble->state, static_cast<uint32_t>(layout::RecordState::kComplete));
 }

@@ -18,6 +18,10 @@ constexpr uint32_t kRefusedByHost = 1;     ///< the host has found an argument e
 constexpr uint32_t kExpertOutOfRange = 2;  ///< an id is below -1, or E or more
 constexpr uint32_t kExpertTwice = 4;       ///< a row names an expert twice
 constexpr uint32_t kUnraisedTrouble = 8;   ///< the host has yet to raise an earlier operation's
+/// The operation has already come to nothing one stage before: MeetStatus and culprit follow.
+constexpr uint32_t kFailedBefore = 16;
+constexpr int32_t kStatusShift = 5;
+constexpr int32_t kCulpritShift = 16;
 
 /// Bits of Header::landing beside the generation's index.
 constexpr uint32_t kLandingIdsAre64 = 1u << 31;
@@ -44,18 +48,31 @@ enum class MeetStatus : uint32_t {
 struct Trouble {
     uint32_t state;  ///< layout::RecordState
     MeetStatus status;
-    int32_t culprit;  ///< the rank that refuses or differs
+    int32_t culprit;  ///< the rank that refuses or differs, among all ranks
     int32_t max_tokens;
     Header mine;
     Header theirs;
 };
+
+/// What an operation came to, for the kernels after it on the same rank; in device memory.
+struct Verdict {
+    uint32_t met_epoch;   ///< the latest one whose meeting's kernel has ended well, or kNotMet
+    uint32_t done_epoch;  ///< the latest one that has ended well, or was called off
+    MeetStatus status;
+    int32_t culprit;  ///< among all ranks, or kNoPeer
+    int32_t most_tokens;
+    Header mine;
+    Header theirs;  ///< the culprit's
+};
+
+constexpr uint32_t kNotMet = 0xFFFFFFFF;
 
 /// Words that every operation adds to; 64 bits each.
 struct Counters {
     uint64_t bytes_local;  ///< rows and scales that this rank wrote for itself
     uint64_t bytes_node;   ///< likewise for peers
     uint64_t tokens_received;
-    uint64_t has_trouble;  ///< no counter: 0 spares a look at the Trouble, which is far away
+    uint64_t free;
 };
 
 struct MeetParams {
@@ -64,8 +81,12 @@ struct MeetParams {
     Header header;
     int32_t max_tokens;
     int32_t host_waits;  ///< whether the host waits for this operation's verdict, on all ranks
+    int32_t reports;     ///< whether the host hears from this stage of an operation called off
     void* epoch;         ///< device::EpochState, one for all high-throughput operations
+    Verdict* verdict;
+    const Verdict* verdict_before;  ///< of the stage before, which must have ended; or null
     Trouble* trouble;
+    uint64_t* has_trouble;  ///< 0 spares a look at the Trouble, which is far away
     Counters* counters;  ///< followed by [R]: ns until each rank's header came, of the first block
 };
 

@@ -14,8 +14,12 @@ struct Term {
     const unsigned char* row;
     int32_t key;  ///< -1: none
     float weight;
-    bool ends_rank;  ///< the last of its rank
+    bool ends_rank;       ///< the last of its rank
+    bool is_sum = false;  ///< FP32: what a node has summed already
 };
+
+/// What is added up: rows of experts and of other ranks, rows of ranks, or rows and sums of nodes.
+enum SumKind { kSumExperts, kSumRanks, kSumNodes };
 
 /// Lanes of the terms in their order.
 struct TermOrder {
@@ -34,18 +38,22 @@ DEEPCOMM_DEVICE TermOrder order_terms(int32_t key) {
 }
 
 /// The term at a position, in every lane.
+template <SumKind kKind>
 DEEPCOMM_DEVICE Term term_at(const Term& own, const TermOrder& order, int32_t position) {
     const int32_t lane = device::lowest_bit(device::warp_ballot(order.position == position));
     const auto bits = reinterpret_cast<uint64_t>(own.row);
     const uint64_t row = device::warp_shuffle(bits, lane);
     const uint32_t ends = device::warp_ballot(own.ends_rank);
-    return {reinterpret_cast<const unsigned char*>(row), 0, device::warp_shuffle(own.weight, lane),
-            (ends >> lane & 1) != 0};
+    Term term = {reinterpret_cast<const unsigned char*>(row), 0,
+                 device::warp_shuffle(own.weight, lane), (ends >> lane & 1) != 0};
+    if (kKind == kSumNodes) term.is_sum = (device::warp_ballot(own.is_sum) >> lane & 1) != 0;
+    return term;
 }
 
 /// What becomes of a sum.
 struct SumTarget {
     unsigned char* out;
+    float* floats;              ///< in its place, unrounded; or null
     const unsigned char* bias;  ///< or null
     bool is_lost;               ///< write NaN
 };
@@ -87,14 +95,14 @@ DEEPCOMM_DEVICE void scale_by(Floats8* floats, float weight) {
 }
 
 /// Partial sums of a rank, when it may have several terms, and of all ranks.
-template <bool kByExpert>
+template <SumKind kKind>
 struct Accumulator {
     Floats8 total;
     Floats8 partial;
 
     DEEPCOMM_DEVICE void add(const device::Vec128& vector, const Term& term, bool has_weights) {
         Floats8 floats = floats_of(vector);
-        if (!kByExpert) {
+        if (kKind != kSumExperts) {
             add_to(&total, floats);
             return;
         }
@@ -121,10 +129,54 @@ struct RowVectors {
     }
 };
 
+/// Adds vectors first, first + 32, ... of a sum that is FP32 already.
+template <int32_t kNumVectors, SumKind kKind>
+DEEPCOMM_DEVICE void add_sum(Accumulator<kKind> (&sums)[kSumUnroll], const unsigned char* row,
+                             int32_t first) {
+    const auto* from = reinterpret_cast<const device::Vec128*>(row);
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kSumUnroll; ++i) {
+        const int32_t index = first + i * device::kWarpSize;
+        if (index >= kNumVectors) continue;
+        const device::Vec128 halves[] = {device::ld_weak_streaming(from + 2 * index),
+                                         device::ld_weak_streaming(from + 2 * index + 1)};
+        Floats8 floats;
+        DEEPCOMM_UNROLL
+        for (int32_t j = 0; j < 8; ++j) {
+            floats.values[j] = device::float_from_bits(halves[j / 4].words[j % 4]);
+        }
+        add_to(&sums[i].total, floats);
+    }
+}
+
+/// Stores vectors first, first + 32, ... of the sum unrounded.
+template <int32_t kNumVectors, SumKind kKind>
+DEEPCOMM_DEVICE void store_floats(const Accumulator<kKind> (&sums)[kSumUnroll],
+                                  const SumTarget& target, int32_t first) {
+    auto* out = reinterpret_cast<device::Vec128*>(target.floats);
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kSumUnroll; ++i) {
+        const int32_t index = first + i * device::kWarpSize;
+        if (index >= kNumVectors) continue;
+        device::Vec128 halves[2];
+        DEEPCOMM_UNROLL
+        for (int32_t j = 0; j < 8; ++j) {
+            halves[j / 4].words[j % 4] =
+                target.is_lost ? kNanBits : device::float_bits(sums[i].total.values[j]);
+        }
+        out[2 * index] = halves[0];
+        out[2 * index + 1] = halves[1];
+    }
+}
+
 /// Finishes and stores vectors first, first + 32, ... of the sum.
-template <int32_t kNumVectors, bool kByExpert>
-DEEPCOMM_DEVICE void store_sum(Accumulator<kByExpert> (&sums)[kSumUnroll], const SumTarget& target,
+template <int32_t kNumVectors, SumKind kKind>
+DEEPCOMM_DEVICE void store_sum(Accumulator<kKind> (&sums)[kSumUnroll], const SumTarget& target,
                                int32_t first) {
+    if (target.floats != nullptr) {
+        store_floats<kNumVectors>(sums, target, first);
+        return;
+    }
     auto* out = reinterpret_cast<device::Vec128*>(target.out);
     const auto* bias = reinterpret_cast<const device::Vec128*>(target.bias);
     DEEPCOMM_UNROLL
@@ -138,9 +190,33 @@ DEEPCOMM_DEVICE void store_sum(Accumulator<kByExpert> (&sums)[kSumUnroll], const
     }
 }
 
+template <SumKind kKind>
+DEEPCOMM_DEVICE bool is_sum(const Term& term) {
+    return kKind == kSumNodes && term.is_sum;
+}
+
+template <SumKind kKind, int32_t kNumVectors>
+DEEPCOMM_DEVICE void load_term(const Term& term, int32_t first, RowVectors<kNumVectors>* vectors) {
+    if (!is_sum<kKind>(term)) vectors->load(term.row, first);
+}
+
+template <SumKind kKind, int32_t kNumVectors>
+DEEPCOMM_DEVICE void add_term(Accumulator<kKind> (&sums)[kSumUnroll], const Term& term,
+                              const RowVectors<kNumVectors>& vectors, bool has_weights,
+                              int32_t first) {
+    if (is_sum<kKind>(term)) {
+        add_sum<kNumVectors>(sums, term.row, first);
+        return;
+    }
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kSumUnroll; ++i) {
+        sums[i].add(vectors.vectors[i], term, has_weights);
+    }
+}
+
 /// All lanes of a warp. Two terms are loaded together: what a warp has in flight, not its arithmetic,
 /// decides how fast rows are read.
-template <int32_t kHidden, bool kByExpert>
+template <int32_t kHidden, SumKind kKind>
 DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has_weights,
                                const SumTarget& target) {
     constexpr int32_t kNumVectors = kHidden / 8;
@@ -149,26 +225,19 @@ DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has
     const int32_t count = target.is_lost ? 0 : order.count;
     for (int32_t begin = 0; begin < kNumVectors; begin += kPart) {
         const int32_t first = begin + lane;
-        Accumulator<kByExpert> sums[kSumUnroll] = {};
+        Accumulator<kKind> sums[kSumUnroll] = {};
         for (int32_t j = 0; j < count; j += 2) {
             RowVectors<kNumVectors> vectors[2]{};
-            const Term one = term_at(own, order, j);
-            vectors[0].load(one.row, first);
+            const Term one = term_at<kKind>(own, order, j);
+            load_term<kKind>(one, first, &vectors[0]);
             Term two{};
             const bool are_two = j + 1 < count;
             if (are_two) {
-                two = term_at(own, order, j + 1);
-                vectors[1].load(two.row, first);
+                two = term_at<kKind>(own, order, j + 1);
+                load_term<kKind>(two, first, &vectors[1]);
             }
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kSumUnroll; ++i) {
-                sums[i].add(vectors[0].vectors[i], one, has_weights);
-            }
-            if (!are_two) continue;
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kSumUnroll; ++i) {
-                sums[i].add(vectors[1].vectors[i], two, has_weights);
-            }
+            add_term(sums, one, vectors[0], has_weights, first);
+            if (are_two) add_term(sums, two, vectors[1], has_weights, first);
         }
         store_sum<kNumVectors>(sums, target, first);
     }

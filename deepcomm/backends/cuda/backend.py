@@ -7,25 +7,20 @@ import contextlib
 import ctypes
 import logging
 import os
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from deepcomm.backends.cuda.combine import Combine
-from deepcomm.backends.cuda.dispatch import Dispatch, refuse
-from deepcomm.backends.cuda.exchange import (
-    NUM_COUNTERS,
-    CountReport,
-    Exchange,
-    Workspace,
-)
+from deepcomm.backends.cuda.domain import Machine, agree_on
+from deepcomm.backends.cuda.engine import Engine, FlatEngine, Traffic
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
-from deepcomm.backends.cuda.functions import load_functions
+from deepcomm.backends.cuda.functions import LowLatencyFunctions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
+from deepcomm.backends.cuda.nodes import NodesEngine
+from deepcomm.backends.cuda.routing import RoutingId
 from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
-from deepcomm.errors import CommTimeout, InvalidArgument
+from deepcomm.errors import InvalidArgument
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.topology import Topology
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
@@ -33,7 +28,6 @@ from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
@@ -46,8 +40,6 @@ T = TypeVar("T")
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
 GROWTH = 1.5
-HOST_MARGIN_S = 5.0
-"""How much longer than the device the host waits, so that the device says what is missing."""
 
 
 class CudaBackend:
@@ -61,9 +53,9 @@ class CudaBackend:
         agree(self._group, "Buffer", lambda: self._check_config(config))
         entry = {"protocol": PROTOCOL_VERSION, **config.shared_fields()}
         check_equal("Buffer", self._group.all_gather(entry))
-        self.topology = Topology(self._group.rank, self._group.size, self._group.size)
-        self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
-        self.num_local_experts = config.num_experts // self.topology.num_ranks
+        ranks_per_node = config.ranks_per_node or self._group.size
+        self.topology = Topology(self._group.rank, self._group.size, ranks_per_node)
+        self.config = replace(config, ranks_per_node=ranks_per_node)
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
@@ -73,15 +65,11 @@ class CudaBackend:
             runtime.host_memory(ctypes.sizeof(ErrorRecord)),
             runtime.host_memory(ctypes.sizeof(Trouble)),
         )
-        self.functions, self._low_latency_functions = agree_on(
-            self._group, lambda: load_functions(runtime, config, self.topology)
+        self._has_trouble = runtime.memory(8)
+        self._low_latency_functions = agree_on(
+            self._group, lambda: LowLatencyFunctions.load(runtime, self.config, self.topology)
         )
-        self.workspace = Workspace(runtime, config, self.topology.num_ranks)
-        self.scratch_counts = torch.zeros(
-            2 * self.num_local_experts + 3, dtype=torch.int32, device=self.device
-        )
-        self.exchange = Exchange(runtime, self._group, self.config, self.topology)
-        self.report_tag = 0
+        self.engine: Engine = self._open_engine()
         self.serial = 0
         self._num_dispatches = self._num_combines = self._tokens_sent = 0
         self._low_latency = self._open_low_latency(None)
@@ -92,16 +80,17 @@ class CudaBackend:
         config.check(self._group.size)
         if config.rail not in ("auto", "lsa"):
             raise InvalidArgument(f"rail: expected 'auto' or 'lsa' on CUDA, got {config.rail!r}")
-        if config.ranks_per_node not in (None, self._group.size):
-            raise InvalidArgument(
-                f"ranks_per_node: expected None or all {self._group.size} ranks on CUDA, "
-                f"got {config.ranks_per_node}"
-            )
+
+    def _open_engine(self) -> Engine:
+        machine = Machine(self.runtime, self.num_sms, self.failure, self._has_trouble)
+        if self.topology.num_nodes == 1:
+            return FlatEngine(self._group, self.config, machine)
+        return NodesEngine(self._group, self.config, machine, self.topology)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of symmetric memory reserved on this rank."""
-        return self.exchange.memory.num_bytes + self._low_latency.num_bytes
+        return self.engine.num_bytes + self._low_latency.num_bytes
 
     def _open_low_latency(self, previous: LowLatency | None) -> LowLatency:
         place = Place(
@@ -115,27 +104,17 @@ class CudaBackend:
         )
         return LowLatency(place, self.config, previous)
 
-    @property
-    def meet(self) -> kernels.MeetParams:
-        """What every operation hands to its kernels; its header is the caller's to fill."""
-        return self.exchange.meet_params(
-            self.workspace, self.failure, self.topology, self.config.timeout_s
-        )
-
     # ---- operations
 
-    def _prepare(
-        self, operation: str, prepare: Callable[[], T], *, makes_routing: bool = False
-    ) -> T:
-        """Check an operation's arguments; the peers hear of an error, and count it likewise."""
+    def _prepare(self, operation: str, prepare: Callable[[], T], refuse: Callable[[], None]) -> T:
+        """Check an operation's arguments; the peers hear of an error."""
         self._check_open(operation)
         self.failure.check_usable(operation)
         try:
             return prepare()
         except Exception:
             if not self.runtime.is_capturing():
-                refuse(self)
-                self.serial += makes_routing
+                refuse()
             raise
 
     def _raise_earlier(self) -> None:
@@ -151,43 +130,6 @@ class CudaBackend:
         if self._closed:
             raise InvalidArgument(f"{operation}: the buffer is closed")
 
-    def wait_report(self) -> CountReport:
-        """Wait for the counts of the operation at hand.
-
-        Raises:
-            InvalidArgument: A graph is being captured.
-            CommTimeout: A peer did not come within ``timeout_s``.
-        """
-        if self.runtime.is_capturing():
-            raise InvalidArgument(
-                "num_recv_tokens: expected a capacity while a CUDA graph is captured, got None: "
-                "the host would have to wait for the counts"
-            )
-        report, record = self.workspace.report, self.failure.record_address
-        address = self.workspace.report_memory.address
-        late_s = min(self.config.late_warning_s, self.config.timeout_s / 2)
-        start = time.monotonic()
-        if self.runtime.wait_word(address, self.report_tag, record, late_s):
-            return report
-        if not self.failure.failed:
-            LOG.warning(
-                "dispatch: rank %d: no counts from all ranks after %g s",
-                self.topology.rank,
-                late_s,
-            )
-            left_s = self.config.timeout_s + HOST_MARGIN_S - (time.monotonic() - start)
-            if self.runtime.wait_word(address, self.report_tag, record, left_s):
-                return report
-        if self.failure.failed:
-            self.failure.check_usable("dispatch")
-        self.failure.raise_fatal(
-            CommTimeout(
-                f"dispatch: rank {self.topology.rank}: the device did not answer within "
-                f"{self.config.timeout_s:g} s"
-            )
-        )
-        raise AssertionError  # unreachable: raise_fatal raises
-
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
         with self.runtime.annotate("dispatch"):
@@ -196,9 +138,16 @@ class CudaBackend:
         return output
 
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        routing = RoutingId(self.buffer_id, self.serial + 1)
+
+        def refuse() -> None:
+            self.engine.refuse_dispatch()
+            self.serial += request.handle is None  # it counts on the peers
+
         operation = self._prepare(
-            "dispatch", lambda: Dispatch(self, request), makes_routing=request.handle is None
+            "dispatch", lambda: self.engine.dispatch(request, routing), refuse
         )
+        self.serial += request.handle is None
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
         if not request.async_op:
@@ -222,7 +171,11 @@ class CudaBackend:
         return output
 
     def _combine(self, request: CombineRequest) -> CombineOutput:
-        operation = self._prepare("combine", lambda: Combine(self, request))
+        operation = self._prepare(
+            "combine",
+            lambda: self.engine.combine(request, self.buffer_id),
+            self.engine.refuse_combine,
+        )
         self._num_combines += 1
         if not request.async_op:
             self._order_on_current_stream(request.previous_event)
@@ -271,10 +224,8 @@ class CudaBackend:
         LOG.info(
             "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
         )
-        config = replace(self.config, max_tokens_per_rank=wanted)
-        exchange = Exchange(self.runtime, self._group, config, self.topology)
-        self.exchange.close()
-        self.config, self.exchange = config, exchange
+        self.config = replace(self.config, max_tokens_per_rank=wanted)
+        self.engine.grow(wanted)
         previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
         previous.close()
         return self._dispatch(request)
@@ -314,17 +265,25 @@ class CudaBackend:
         Bytes, rows and waits are those of high-throughput operations.
         """
         self.runtime.flush()
-        counters = self.workspace.counters.tolist()
+        node, rail = self.engine.traffic()
         return BufferStats(
             num_dispatches=self._num_dispatches + self._low_latency.num_dispatches,
             num_combines=self._num_combines + self._low_latency.num_combines,
             tokens_sent=self._tokens_sent + self._low_latency.tokens_sent,
-            tokens_received=counters[2],
-            bytes_local=counters[0],
-            bytes_node=counters[1],
-            bytes_network=0,
-            wait_us=tuple(wait_ns // 1000 for wait_ns in counters[NUM_COUNTERS:]),
+            tokens_received=node.tokens_received,
+            bytes_local=node.bytes_local,
+            bytes_node=node.bytes_peers,
+            bytes_network=0 if rail is None else rail.bytes_peers,
+            wait_us=self._waits(node, rail),
         )
+
+    def _waits(self, node: Traffic, rail: Traffic | None) -> tuple[int, ...]:
+        """Return how long each rank was awaited; those of other nodes and rails never are."""
+        wait_us = dict(zip(self.topology.node_ranks, node.wait_us, strict=True))
+        if rail is not None:
+            for rank, waited in zip(self.topology.rail_ranks, rail.wait_us, strict=True):
+                wait_us[rank] = wait_us.get(rank, 0) + waited
+        return tuple(wait_us.get(rank, 0) for rank in range(self.topology.num_ranks))
 
     def explain(self) -> str:
         """Return what was chosen and why."""
@@ -333,8 +292,9 @@ class CudaBackend:
         growable = " (growable)" if config.growable else ""
         lines = [
             f"backend    cuda on {self.device}: kernels on symmetric memory, loads and stores",
-            f"topology   rank {topology.rank} of {topology.num_ranks}, one NVLink domain",
-            "rail       none: one NVLink domain",
+            f"topology   rank {topology.rank} of {topology.num_ranks}, nodes of "
+            f"{topology.ranks_per_node}: {topology.num_nodes}",
+            *self._explain_rail(),
             f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms}); low "
             f"latency up to {self._sms.low_latency}; {self._sms.num_sharing} rank(s) on the device",
             f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
@@ -347,16 +307,18 @@ class CudaBackend:
         ]
         return "\n".join(lines)
 
+    def _explain_rail(self) -> list[str]:
+        topology = self.topology
+        if topology.num_nodes == 1:
+            return ["rail       none: one NVLink domain"]
+        return [
+            f"rail       lsa: ranks {topology.rail_ranks} by loads and stores, once a node; then "
+            "inside the node",
+        ]
+
     def close(self) -> None:
         """Release everything; idempotent."""
         if not self._closed:
             self._closed = True
-            self.exchange.close()
+            self.engine.close()
             self._low_latency.close()
-
-
-def agree_on(group: Group, produce: Callable[[], T]) -> T:
-    """Run ``produce`` on every rank and return the own result; an error ends it on all."""
-    results: list[T] = []
-    agree(group, "Buffer", lambda: results.append(produce()))
-    return results[0]

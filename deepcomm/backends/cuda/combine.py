@@ -3,62 +3,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
-from deepcomm.backends.cuda.dispatch import LAYOUTS, NO_CAPACITY, routing_table
+from deepcomm.backends.cuda.routing import ALONE, LAYOUTS, NO_CAPACITY, Stage, routing_table
 from deepcomm.backends.cuda.tensors import address_of, aligned_rows, record_of
 from deepcomm.checks import check_combine
 from deepcomm.types import CombineOutput, RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest
-    from deepcomm.backends.cuda.backend import CudaBackend
+    from deepcomm.backends.cuda.domain import Domain
     from deepcomm.checks import CheckedCombine
 
-__all__ = ["Combine"]
+__all__ = ["Combine", "OwnSums"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnSums:
+    """Sums over a node of the tokens of one of its own ranks: written there, read on its rail.
+
+    Attributes:
+        sums: float32 [T, H].
+        node: Index of the node.
+    """
+
+    sums: torch.Tensor
+    node: int
 
 
 class Combine:
-    """One combine of one rank."""
+    """One combine of one rank in one domain."""
 
-    def __init__(self, backend: CudaBackend, request: CombineRequest) -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        buffer_id: bytes,
+        request: CombineRequest,
+        stage: Stage = ALONE,
+        own_sums: OwnSums | None = None,
+    ) -> None:
         """Check the arguments.
+
+        Args:
+            domain: Whose ranks it is among.
+            buffer_id: Of the buffer.
+            request: What was asked for, of this stage.
+            stage: Where it stands among several.
+            own_sums: With several nodes, what does not leave this rank's.
 
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self._backend = backend
+        self._domain = domain
         self._request = request
+        self._stage = stage
+        self._own_sums = own_sums
         self._checked: CheckedCombine = check_combine(
-            request, backend.config, backend.num_local_experts, backend.device
+            request, domain.config, domain.num_local_experts, domain.device
         )
-        self._record = record_of(request.handle, backend.buffer_id)
+        self._record = record_of(request.handle, buffer_id)
         self._rows = aligned_rows(self._checked.rows)
         bias = self._checked.bias
         self._bias = None if bias is None else aligned_rows(bias)
 
     def run(self) -> CombineOutput:
         """Launch."""
-        backend, request, handle = self._backend, self._request, self._request.handle
-        hidden, num_topk = backend.config.hidden, int(handle.topk_idx.shape[1])
+        domain, request, handle = self._domain, self._request, self._request.handle
+        hidden, num_topk = domain.config.hidden, int(handle.topk_idx.shape[1])
         out = request.out
         if out is None or out.data_ptr() % 16:
             out = torch.empty(
-                handle.num_tokens, hidden, dtype=self._rows.dtype, device=backend.device
+                handle.num_tokens, hidden, dtype=self._rows.dtype, device=domain.device
             )
         weights: torch.Tensor | None = None
         if self._checked.carried is not None:
             weights = torch.empty(
-                handle.num_tokens, num_topk, dtype=torch.float32, device=backend.device
+                handle.num_tokens, num_topk, dtype=torch.float32, device=domain.device
             )
         by_expert = handle.recv_layout is not RecvLayout.TOKEN
         params = self._params(out, weights)
-        backend.runtime.launch(backend.functions.combine[by_expert], backend.num_sms, params)
-        backend.runtime.flush()
+        domain.runtime.launch(domain.functions.combine[by_expert], domain.num_sms, params)
+        domain.runtime.flush()
         if request.out is not None and out is not request.out:
             out = request.out.copy_(out)
         return CombineOutput(x=out, topk_weights=weights)
@@ -67,6 +97,8 @@ class Combine:
         """Return the tensors that the kernel reads."""
         weights = self._request.handle.topk_weights
         tensors = [self._rows, self._bias, self._checked.carried, weights, *self._record.tensors]
+        if self._own_sums is not None:
+            tensors.append(self._own_sums.sums)
         return [tensor for tensor in tensors if tensor is not None]
 
     def _params(self, out: torch.Tensor, weights: torch.Tensor | None) -> kernels.CombineParams:
@@ -82,6 +114,10 @@ class Combine:
             params.outputs.row_weights = address_of(record.row_weights)
             params.topk_weights = address_of(handle.topk_weights)
         params.outputs.carried = address_of(checked.carried)
+        if self._own_sums is not None:
+            params.own_origin = self._own_sums.node
+            sums = address_of(self._own_sums.sums)
+            params.outputs.own_sums = params.target.own_sums = sums
         params.target.out = address_of(out)
         if self._bias is not None:
             params.target.bias = address_of(self._bias)
@@ -103,7 +139,7 @@ class Combine:
             num_topk=int(handle.topk_idx.shape[1]),
             handle=self._record.serial,
         )
-        meet = self._backend.meet
+        meet = self._domain.meet(self._stage.after, reports=self._stage.is_last)
         meet.header = kernels.Header(
             signature.pack(), NO_CAPACITY, handle.num_tokens, 0, handle.expert_alignment, 0
         )

@@ -15,15 +15,26 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
-from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
+from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange, Landing
+from deepcomm.backends.cuda.routing import (
+    ALONE,
+    LAYOUTS,
+    NO_CAPACITY,
+    RoutingId,
+    Stage,
+    fill_count_outputs,
+    routing_table,
+)
 from deepcomm.backends.cuda.tensors import (
     SCALE_ROW_ALIGN,
     CudaRecord,
+    Forwarded,
     Outputs,
     RowFormat,
     address_of,
     aligned_rows,
     expert_outputs,
+    lease_landing,
     owned_copy,
     record_of,
     row_format,
@@ -34,43 +45,13 @@ from deepcomm.types import DispatchOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
-    from deepcomm.backends.cuda.backend import CudaBackend
-    from deepcomm.backends.cuda.exchange import Landing
+    from deepcomm.backends.cuda.domain import Domain
     from deepcomm.checks import CheckedDispatch
 
-__all__ = ["Dispatch", "refuse"]
+__all__ = ["Dispatch"]
 
-NO_CAPACITY = -1
 LANDING_IDS_ARE_64 = 1 << 31
 TOKENS_PER_COUNT_BLOCK = 64
-LAYOUTS = {RecvLayout.TOKEN: 0, RecvLayout.EXPERT: 1, RecvLayout.EXPERT_PADDED: 2}
-
-
-def refuse(backend: CudaBackend) -> None:
-    """Tell the peers that this rank does not take part in the operation that it was asked for."""
-    params = kernels.CountParams()
-    params.meet = backend.meet
-    params.meet.header = kernels.Header(0, NO_CAPACITY, 0, 0, 1, failures.REFUSED_BY_HOST)
-    params.num_topk = 1
-    fill_count_outputs(backend, params, backend.scratch_counts)
-    backend.runtime.launch(backend.functions.count, 1, params)
-    backend.runtime.flush()
-
-
-def fill_count_outputs(
-    backend: CudaBackend, params: kernels.CountParams, counts: torch.Tensor
-) -> None:
-    """Name the memory that dispatch_count writes to beside the slots."""
-    num_local = backend.num_local_experts
-    begin = address_of(counts)
-    params.counts = begin
-    params.offsets = begin + 4 * num_local
-    params.num_recv = begin + 4 * (2 * num_local + 1)
-    params.overflow = begin + 4 * (2 * num_local + 2)
-    params.partials = backend.workspace.partials.address
-    params.report = backend.workspace.report_memory.device_address
-    backend.report_tag += 1
-    params.report_tag = backend.report_tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +68,23 @@ class Counted:
 
 
 class Dispatch:
-    """One dispatch of one rank."""
+    """One dispatch of one rank in one domain."""
 
-    def __init__(self, backend: CudaBackend, request: DispatchRequest) -> None:
+    def __init__(
+        self, domain: Domain, routing: RoutingId, request: DispatchRequest, stage: Stage = ALONE
+    ) -> None:
         """Check the arguments.
 
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self._backend = backend
+        self._domain = domain
+        self._routing = routing
         self._request = request
-        self._checked: CheckedDispatch = check_dispatch(request, backend.config, backend.device)
+        self._stage = stage
+        self._checked: CheckedDispatch = check_dispatch(request, domain.config, domain.device)
         self._cached = (
-            None if request.handle is None else record_of(request.handle, backend.buffer_id)
+            None if request.handle is None else record_of(request.handle, routing.buffer_id)
         )
         if self._cached is not None:
             self._checked = replace(self._checked, id_dtype=self._cached.id_dtype)
@@ -111,7 +96,8 @@ class Dispatch:
         self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
         self._has_views = False
         self._scale_rows: torch.Tensor | None = None
-        self._kept_weights: torch.Tensor | None = None
+        weights = self._checked.topk_weights
+        self._kept_weights = None if weights is None else torch.empty_like(weights)
 
     @property
     def num_tokens(self) -> int:
@@ -131,14 +117,14 @@ class Dispatch:
     @property
     def waits(self) -> bool:
         """Whether the host waits for the verdict: for counts, or because it might have to grow."""
-        return self.is_exact or (self._backend.config.growable and self._cached is None)
+        if self._stage.host_waits is not None:
+            return self._stage.host_waits
+        return self.is_exact or (self._domain.config.growable and self._cached is None)
 
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
-        backend, exchange = self._backend, self._backend.exchange
+        domain, exchange = self._domain, self._domain.exchange
         landing = exchange.choose_landing()
-        if self._checked.topk_weights is not None:
-            self._kept_weights = torch.empty_like(self._checked.topk_weights)
         record = self._cached or self._count(landing)
         if self._by_expert:
             if (counted := self._learn_counts(exchange)) is None:
@@ -155,8 +141,25 @@ class Dispatch:
             if (counted := self._learn_counts(exchange)) is None:
                 return None
             outputs = self._token_outputs(exchange, landing, counted)
-        backend.runtime.flush()
+        domain.runtime.flush()
         return self._output(record, outputs, counted)
+
+    def run_towards_nodes(self, landing: torch.Tensor) -> Forwarded:
+        """Launch on a rail: rows land in its only generation, and the host waits for nothing.
+
+        Args:
+            landing: The bytes of that generation.
+        """
+        only = Landing(0, may_lease=False)
+        record = self._cached or self._count(only)
+        self._send(only, record, None)
+        exchange = self._domain.exchange
+        outputs = token_views(
+            landing, exchange.layout.landing, self._checked, self._format, exchange.max_rows
+        )
+        handle = self._handle(record, Counted(exchange.max_rows, exchange.max_rows))
+        # A plan begins with the first row of each rank here: of the node whose tokens they are.
+        return Forwarded(outputs, handle, record.plan.data_ptr())
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
@@ -191,7 +194,7 @@ class Dispatch:
         landing_word = landing.generation
         if checked.id_dtype == torch.int64:
             landing_word |= LANDING_IDS_ARE_64
-        meet = self._backend.meet
+        meet = self._domain.meet(self._stage.after, reports=self._stage.is_last)
         meet.header = kernels.Header(
             signature.pack(),
             NO_CAPACITY if checked.capacity is None else checked.capacity,
@@ -204,16 +207,17 @@ class Dispatch:
 
     def _count(self, landing: Landing) -> CudaRecord:
         """Launch dispatch_count; return the routing that it will have written."""
-        backend, checked = self._backend, self._checked
+        domain, checked = self._domain, self._checked
         topk_idx = checked.topk_idx
         assert topk_idx is not None
-        backend.serial += 1
-        device, shape = backend.device, (checked.num_tokens, checked.num_topk)
+        device, shape = domain.device, (checked.num_tokens, checked.num_topk)
+        num_origins = domain.position.num_origins
         tables = torch.empty(3 if self._by_expert else 2, *shape, dtype=torch.int32, device=device)
-        plan_words = kernels.plan_words(backend.topology.num_ranks)
+        plan_words = kernels.plan_words(domain.topology.num_ranks, num_origins)
         record = CudaRecord(
-            buffer_id=backend.buffer_id,
-            serial=backend.serial,
+            buffer_id=self._routing.buffer_id,
+            serial=self._routing.serial,
+            num_origins=num_origins,
             id_dtype=checked.id_dtype,
             topk_idx=tables[0],
             token_slot=tables[1],
@@ -221,7 +225,7 @@ class Dispatch:
             plan=torch.empty(plan_words, dtype=torch.int32, device=device),
             row_slots=None,
             row_weights=None,
-            counts=torch.empty(2 * backend.num_local_experts + 3, dtype=torch.int32, device=device),
+            counts=torch.empty(2 * domain.num_local_experts + 3, dtype=torch.int32, device=device),
         )
         params = kernels.CountParams()
         params.meet = self._meet(landing, 0)
@@ -229,45 +233,46 @@ class Dispatch:
         params.table = routing_table(record)
         params.topk_idx = address_of(topk_idx)
         params.ids_are_64 = int(topk_idx.dtype == torch.int64)
+        params.tokens_from = self._stage.tokens_from
         params.num_tokens, params.num_topk = shape
         params.recv_layout = LAYOUTS[checked.recv_layout]
-        fill_count_outputs(backend, params, record.counts)
+        fill_count_outputs(domain, params, record.counts)
         num_blocks = -(-checked.num_tokens // TOKENS_PER_COUNT_BLOCK)
-        grid = max(1, min(num_blocks, MAX_COUNT_BLOCKS, backend.num_sms))
-        backend.runtime.launch(backend.functions.count, grid, params)
+        grid = max(1, min(num_blocks, MAX_COUNT_BLOCKS, domain.num_sms))
+        domain.runtime.launch(domain.functions.count, grid, params)
         return record
 
     def _learn_counts(self, exchange: Exchange) -> Counted | None:
         """Return what arrives, waiting for it where the shapes depend on it; None: must grow."""
-        backend = self._backend
+        domain = self._domain
         handle = self._request.handle
         if self.waits:
-            report = backend.wait_report()
+            report = domain.wait_report()
             if report.status == failures.MUST_GROW:
                 return None
             if report.status != failures.GOOD:
-                backend.runtime.flush()
-                backend.failure.raise_trouble()
+                domain.runtime.flush()
+                domain.failure.raise_trouble()
             if self.is_exact:
                 return Counted(report.num_rows, report.num_tokens)
         if handle is not None:
             return Counted(handle.num_rows, exchange.max_rows)
         num_rows = self._checked.capacity
         if num_rows is None:  # EXPERT_PADDED
-            num_rows = backend.num_local_experts * exchange.max_rows
+            num_rows = domain.num_local_experts * exchange.max_rows
         return Counted(num_rows, exchange.max_rows)
 
     # ---- dispatch_send
 
     def _blocks(self, counted: Counted) -> tuple[int, int]:
         if self.is_padded:
-            num_local = self._backend.num_local_experts
+            num_local = self._domain.num_local_experts
             return num_local, counted.num_rows // num_local
         return 1, counted.num_rows
 
     def _with_row_records(self, record: CudaRecord, counted: Counted) -> CudaRecord:
         """Return the record with room for the slots of the rows that arrive."""
-        checked, device = self._checked, self._backend.device
+        checked, device = self._checked, self._domain.device
         shape = (counted.num_tokens, checked.num_topk)
         weights: torch.Tensor | None = None
         if checked.topk_weights is not None:
@@ -276,7 +281,7 @@ class Dispatch:
         return replace(record, row_slots=slots, row_weights=weights)
 
     def _send(self, landing: Landing, record: CudaRecord, outputs: Outputs | None) -> None:
-        backend, checked, fmt = self._backend, self._checked, self._format
+        domain, checked, fmt = self._domain, self._checked, self._format
         params = kernels.SendParams()
         serial = record.serial if self._cached is not None else 0
         params.meet = self._meet(landing, serial)
@@ -291,15 +296,20 @@ class Dispatch:
         params.topk_weights = address_of(checked.topk_weights)
         if outputs is not None:
             self._fill_target(params.target, record, outputs)
-        params.round = backend.exchange.round.address
+        if self._stage.after is not None and self._cached is None:
+            params.lost.on_rail(self._stage.after.meet())
+            params.lost.lost = domain.workspace.lost.address
+            params.lost.overflow = address_of(record.counts[-1:])
+        params.round = domain.exchange.round.address
         params.counts = address_of(record.counts) if self._cached is None else 0
+        params.num_origins = record.num_origins
         params.num_tokens, params.num_topk = checked.num_tokens, checked.num_topk
         params.opens = int(self._cached is not None)
         params.zero_padding = int(self._request.zero_padding)
         params.scale_words = fmt.scale_words
         params.scales_are_ue8m0 = int(fmt.scales == 2)
-        function = backend.functions.send[fmt.wire, self._by_expert]
-        backend.runtime.launch(function, backend.num_sms, params)
+        function = domain.functions.send[fmt.wire, self._by_expert]
+        domain.runtime.launch(function, domain.num_sms, params)
 
     def _fill_target(
         self, target: kernels.ExpertTarget, record: CudaRecord, outputs: Outputs
@@ -326,7 +336,7 @@ class Dispatch:
         params.block_rows = block_rows
         params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
         params.scale_words = words
-        self._backend.runtime.launch(self._backend.functions.scales, self._backend.num_sms, params)
+        self._domain.runtime.launch(self._domain.functions.scales, self._domain.num_sms, params)
 
     # ---- results
 
@@ -334,19 +344,23 @@ class Dispatch:
         """Return views of what lands, or copies where no view may stay."""
         request, num_rows = self._request, counted.num_rows
         views = token_views(
-            exchange, landing, self._checked, self._format, min(num_rows, exchange.max_rows)
+            lease_landing(exchange, landing.generation),
+            exchange.layout.landing,
+            self._checked,
+            self._format,
+            min(num_rows, exchange.max_rows),
         )
         may_view = landing.may_lease and not request.owned and request.out is None
         self._has_views = may_view and 0 < num_rows <= exchange.max_rows
         if self._has_views:
             return views
-        self._backend.runtime.flush()
+        self._domain.runtime.flush()
         return owned_copy(views, num_rows, request.out)
 
     def _output(self, record: CudaRecord, outputs: Outputs, counted: Counted) -> DispatchOutput:
-        request, num_local = self._request, self._backend.num_local_experts
+        request, num_local = self._request, self._domain.num_local_experts
         if request.out is not None and outputs.x.data_ptr() != request.out.data_ptr():
-            self._backend.runtime.flush()
+            self._domain.runtime.flush()
             check_out_shape(request.out, tuple(outputs.x.shape), outputs.x.dtype)
         counts = record.counts if self._cached is None else record.counts.clone()
         is_expert = self._checked.recv_layout is RecvLayout.EXPERT
@@ -375,13 +389,3 @@ class Dispatch:
             low_latency=False,
             records=record,
         )
-
-
-def routing_table(record: CudaRecord) -> kernels.RoutingTable:
-    """Return the addresses of a routing's tables."""
-    table = kernels.RoutingTable()
-    table.topk_idx = address_of(record.topk_idx)
-    table.token_slot = address_of(record.token_slot)
-    table.pair_slot = address_of(record.pair_slot)
-    table.plan = address_of(record.plan)
-    return table

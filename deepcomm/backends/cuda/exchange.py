@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from deepcomm.group import Group
     from deepcomm.topology import Topology
 
-__all__ = ["CountReport", "Exchange", "Workspace", "exchange_layout"]
+__all__ = [
+    "CountReport",
+    "Exchange",
+    "Workspace",
+    "exchange_layout",
+    "node_config",
+    "rail_config",
+]
 
 MAX_COUNT_BLOCKS = 16
 NUM_COUNTERS = 4
@@ -40,10 +47,15 @@ class CountReport(ctypes.Structure):
 class Workspace:
     """Words that live as long as the buffer: epochs, partial counts, what the host reads."""
 
-    def __init__(self, runtime: Runtime, config: BufferConfig, num_ranks: int) -> None:
+    def __init__(
+        self, runtime: Runtime, config: BufferConfig, num_ranks: int, num_origins: int
+    ) -> None:
         """Reserve and zero them."""
         self.epoch = runtime.memory(EPOCH_STATE_BYTES)
-        num_partials = num_ranks + config.num_experts + 1
+        self.verdict = runtime.memory(kernels.VERDICT_BYTES)
+        self.lost = runtime.memory(4 * num_origins)  # whether tokens of each origin were
+        self.no_tokens = runtime.memory(4 * (num_origins + 1))  # of any origin
+        num_partials = num_origins * (num_ranks + config.num_experts) + 1
         self.partials = runtime.memory(MAX_COUNT_BLOCKS * num_partials * 8)
         # bytes local and to peers, tokens received, one unused; then ns awaited of each rank.
         self.counters = torch.zeros(
@@ -53,7 +65,9 @@ class Workspace:
         self.report = CountReport.from_address(self.report_memory.address)
 
 
-def exchange_layout(config: BufferConfig, num_ranks: int) -> kernels.ExchangeLayout:
+def exchange_layout(
+    config: BufferConfig, num_ranks: int, num_origins: int
+) -> kernels.ExchangeLayout:
     """Return the map of one rank's symmetric memory."""
     shape = kernels.ExchangeShape()
     shape.num_ranks = num_ranks
@@ -62,7 +76,23 @@ def exchange_layout(config: BufferConfig, num_ranks: int) -> kernels.ExchangeLay
     shape.hidden = config.hidden
     shape.max_tokens = config.max_tokens_per_rank
     shape.num_generations = config.num_generations
+    shape.num_origins = num_origins
     return kernels.ExchangeLayout.make(shape)
+
+
+def rail_config(config: BufferConfig) -> BufferConfig:
+    """Return what a buffer over several nodes asks of a rail: no view stays in its landing area."""
+    return replace(config, ranks_per_node=None, num_generations=1)
+
+
+def node_config(config: BufferConfig, num_nodes: int) -> BufferConfig:
+    """Return what it asks of a node, each of whose ranks brings the tokens of its rail."""
+    return replace(
+        config,
+        ranks_per_node=None,
+        num_experts=config.num_experts // num_nodes,
+        max_tokens_per_rank=config.max_tokens_per_rank * num_nodes,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +112,15 @@ class Exchange:
     """Symmetric memory at one ``max_tokens_per_rank``, and the ring of its generations."""
 
     def __init__(
-        self, runtime: Runtime, group: Group, config: BufferConfig, topology: Topology
+        self,
+        runtime: Runtime,
+        group: Group,
+        config: BufferConfig,
+        topology: Topology,
+        num_origins: int,
     ) -> None:
         """Reserve symmetric memory; collective."""
-        self.layout = exchange_layout(config, topology.num_ranks)
+        self.layout = exchange_layout(config, topology.num_ranks, num_origins)
         self.memory = runtime.symmetric_memory(group, self.layout.total_bytes, config.timeout_s)
         table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
         self._bases = runtime.upload(table)
@@ -107,6 +142,7 @@ class Exchange:
         meet.layout = self.layout
         meet.max_tokens = self.max_tokens
         meet.epoch = workspace.epoch.address
+        meet.verdict = workspace.verdict.address
         meet.trouble = failure.trouble_device_address
         meet.counters = workspace.counters.data_ptr()
         return meet

@@ -33,6 +33,7 @@ KIND_CHECK = 1
 
 GOOD, REFUSED, MISMATCH, MUST_GROW = 0, 1, 2, 3
 REFUSED_BY_HOST, EXPERT_OUT_OF_RANGE, EXPERT_TWICE, UNRAISED_TROUBLE = 1, 2, 4, 8
+FAILED_BEFORE = 16  # in a stage that this rank was not in
 
 
 class ErrorRecord(ctypes.Structure):
@@ -125,7 +126,7 @@ class Failure:
         self, rank: int, num_experts: int, record: HostMemory, trouble: HostMemory
     ) -> None:
         """Read from two pieces of host memory, zeroed."""
-        self._rank = rank
+        self.rank = rank
         self._num_experts = num_experts
         self._keep = (record, trouble)
         self.record_address = record.address
@@ -147,7 +148,7 @@ class Failure:
             raise self._fatal
         if self._fatal is not None:
             raise CommError(
-                f"{operation}: rank {self._rank}: the buffer has failed and can only be closed: "
+                f"{operation}: rank {self.rank}: the buffer has failed and can only be closed: "
                 f"{self._fatal}",
                 getattr(self._fatal, "peer", None),
             )
@@ -212,7 +213,7 @@ class Failure:
         trouble = self._trouble
         mine = Signature.unpack(trouble.mine.signature)
         operation = "combine" if mine.operation == 2 else "dispatch"
-        where = f"{operation}: rank {self._rank}"
+        where = f"{operation}: rank {self.rank}"
         if trouble.status == MISMATCH:
             return self._describe_mismatch(where, mine)
         if trouble.status == MUST_GROW:
@@ -220,7 +221,7 @@ class Failure:
                 f"{where}: x: expected at most max_tokens_per_rank rows, got {trouble.max_tokens} "
                 "on some rank, in an operation that cannot wait for a larger buffer"
             )
-        if trouble.culprit != self._rank:
+        if trouble.culprit != self.rank:
             return CommError(
                 f"{where}: rank {trouble.culprit} refused: {self._reason(trouble.theirs.refusal)}",
                 int(trouble.culprit),
@@ -240,16 +241,21 @@ class Failure:
 
     def _describe_mismatch(self, where: str, mine: Signature) -> Error:
         trouble = self._trouble
+        if trouble.theirs.refusal & FAILED_BEFORE:
+            return ConfigMismatch(
+                f"{where}: rank {trouble.culprit} and a rank that {self.rank} does not exchange "
+                "with differ, and say in what"
+            )
         theirs = Signature.unpack(trouble.theirs.signature)
         for name, own, other in zip(Signature._fields, mine, theirs, strict=True):
             if own != other:
                 names = VALUE_NAMES.get(name)
                 got = (names[own], names[other]) if names else (own, other)
                 return ConfigMismatch(
-                    f"{where}: {name} differs between ranks: rank {self._rank} has {got[0]}, "
+                    f"{where}: {name} differs between ranks: rank {self.rank} has {got[0]}, "
                     f"rank {trouble.culprit} has {got[1]}"
                 )
         return ConfigMismatch(
-            f"{where}: expert_alignment differs between ranks: rank {self._rank} has "
+            f"{where}: expert_alignment differs between ranks: rank {self.rank} has "
             f"{trouble.mine.alignment}, rank {trouble.culprit} has {trouble.theirs.alignment}"
         )

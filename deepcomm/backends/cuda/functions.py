@@ -15,13 +15,12 @@ from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import BF16, KINDS, wire_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from deepcomm.backends.cuda.domain import Position
     from deepcomm.backends.cuda.runtime import Function, Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
 
-__all__ = ["Functions", "LowLatencyFunctions", "load_functions"]
+__all__ = ["Functions", "LowLatencyFunctions"]
 
 FP8_ALIGN: Final = 16
 NUM_THREADS: Final = 256
@@ -52,17 +51,30 @@ class Functions:
     combine: dict[bool, Function]
 
     @staticmethod
-    def wanted(config: BufferConfig, num_ranks: int) -> Wanted:
+    def load(
+        runtime: Runtime, config: BufferConfig, topology: Topology, position: Position
+    ) -> Functions:
+        """Compile and load all that a domain may need."""
+        return Functions.of(load(runtime, Functions.wanted(config, topology, position), topology))
+
+    @staticmethod
+    def wanted(config: BufferConfig, topology: Topology, position: Position) -> Wanted:
         """Return name and compile-time choices of each."""
+        num_ranks = topology.num_ranks
         shape = {"num_ranks": num_ranks, "hidden": config.hidden}
-        experts = {"num_ranks": num_ranks, "num_experts": config.num_experts}
+        experts = {
+            "num_ranks": num_ranks,
+            "num_experts": config.num_experts,
+            "num_origins": position.num_origins,
+        }
         wires = WIRES if has_fp8(config) else {"bf16": WIRES["bf16"]}
         wanted: Wanted = {
             ("count",): ("dispatch_count", experts),
             ("scales",): ("dispatch_scales", {}),
         }
-        for by_expert in (False, True):
-            wanted["combine", by_expert] = ("combine", {**shape, "by_expert": by_expert})
+        for by_expert in (False,) if position.is_rail else (False, True):
+            origins = {"by_expert": by_expert, "origins": position.combine_origins}
+            wanted["combine", by_expert] = ("combine", {**shape, **origins})
             for name, wire in wires.items():
                 spec = {**shape, "wire": wire, "by_expert": by_expert}
                 wanted["send", name, by_expert] = ("dispatch_send", spec)
@@ -94,6 +106,12 @@ class LowLatencyFunctions:
     refuse: Function | None
     dispatch: dict[int, dict[int, Function]]
     combine: dict[int, Function]
+
+    @staticmethod
+    def load(runtime: Runtime, config: BufferConfig, topology: Topology) -> LowLatencyFunctions:
+        """Compile and load all that a buffer may need."""
+        loaded = load(runtime, LowLatencyFunctions.wanted(config, topology), topology)
+        return LowLatencyFunctions.of(loaded, config)
 
     @staticmethod
     def wanted(config: BufferConfig, topology: Topology) -> Wanted:
@@ -142,17 +160,12 @@ def kinds_of(config: BufferConfig) -> tuple[int, ...]:
     return KINDS if has_fp8(config) else (BF16,)
 
 
-def load_functions(
-    runtime: Runtime, config: BufferConfig, topology: Topology
-) -> tuple[Functions, LowLatencyFunctions]:
-    """Compile (or find in the cache) and load everything that an operation may need."""
-    wanted: Mapping[Key, tuple[str, dict[str, int]]] = {
-        **Functions.wanted(config, topology.num_ranks),
-        **LowLatencyFunctions.wanted(config, topology),
-    }
-    # NVRTC compiles one kernel at a time in a process. Ranks begin at different ones, so that
-    # processes that share a cache also share the work.
+def load(runtime: Runtime, wanted: Wanted, topology: Topology) -> Loaded:
+    """Compile (or find in the cache) and load.
+
+    NVRTC compiles one kernel at a time in a process. Ranks begin at different ones, so that
+    processes that share a cache also share the work.
+    """
     keys = list(wanted)
     first = len(keys) * topology.rank // topology.num_ranks
-    loaded = {key: runtime.load(*wanted[key]) for key in keys[first:] + keys[:first]}
-    return Functions.of(loaded), LowLatencyFunctions.of(loaded, config)
+    return {key: runtime.load(*wanted[key]) for key in keys[first:] + keys[:first]}

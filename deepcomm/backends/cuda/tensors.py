@@ -13,17 +13,20 @@ from deepcomm.errors import InvalidArgument
 from deepcomm.types import SCALE_TILE, RecvLayout
 
 if TYPE_CHECKING:
+    from deepcomm._C import kernels
     from deepcomm.backends.base import DispatchRequest
-    from deepcomm.backends.cuda.exchange import Exchange, Landing
+    from deepcomm.backends.cuda.exchange import Exchange
     from deepcomm.checks import CheckedDispatch
     from deepcomm.types import Handle
 
 __all__ = [
     "CudaRecord",
+    "Forwarded",
     "Outputs",
     "address_of",
     "aligned_rows",
     "expert_outputs",
+    "lease_landing",
     "row_format",
     "token_views",
 ]
@@ -39,6 +42,7 @@ class CudaRecord:
     Attributes:
         buffer_id: Of the buffer, alike on its ranks: its slots mean nothing to another.
         serial: Number of the dispatch that made the routing, alike on all ranks.
+        num_origins: Of the plan.
         id_dtype: Of ``topk_idx`` as the user gave it.
         topk_idx: int32 [T, K].
         token_slot: int32 [T, K] (csrc/kernels/dispatch/params.hpp, RoutingTable).
@@ -52,6 +56,7 @@ class CudaRecord:
 
     buffer_id: bytes
     serial: int
+    num_origins: int
     id_dtype: torch.dtype
     topk_idx: torch.Tensor
     token_slot: torch.Tensor
@@ -124,18 +129,37 @@ class Outputs:
     topk_weights: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Forwarded:
+    """What a rail brings to a rank that sends it on to its node.
+
+    Attributes:
+        rows: Views of room for the tokens of all ranks of the rail; the first ones are used.
+        handle: Of the dispatch on the rail.
+        tokens_from: Address of each origin's first token, and of how many tokens there are.
+    """
+
+    rows: Outputs
+    handle: Handle
+    tokens_from: int
+
+
+def lease_landing(exchange: Exchange, generation: int) -> torch.Tensor:
+    """Return the bytes of a landing area; it is leased for as long as their storage lives."""
+    begin = exchange.layout.generation(generation)
+    end = exchange.layout.generation(generation + 1)
+    return from_dlpack(exchange.memory.lease(generation, begin, end - begin))
+
+
 def token_views(
-    exchange: Exchange, landing: Landing, checked: CheckedDispatch, fmt: RowFormat, num_rows: int
+    whole: torch.Tensor,
+    offsets: kernels.LandingOffsets,
+    checked: CheckedDispatch,
+    fmt: RowFormat,
+    num_rows: int,
 ) -> Outputs:
-    """Return views of a landing area's first rows; they lease it."""
+    """Return views of the first rows of a landing area, of which ``whole`` are the bytes."""
     hidden, num_topk = int(checked.rows.shape[1]), checked.num_topk
-    offsets = exchange.layout.landing
-    begin = exchange.layout.generation(landing.generation)
-    whole = from_dlpack(
-        exchange.memory.lease(
-            landing.generation, begin, exchange.layout.generation(landing.generation + 1) - begin
-        )
-    )
 
     def view(offset: int, dtype: torch.dtype, width: int) -> torch.Tensor:
         size = num_rows * width * dtype.itemsize

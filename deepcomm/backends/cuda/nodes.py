@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations of several nodes: on the rail to the nodes, then inside each node, and back.
+
+A dispatch on the rail takes each token once to every node that owns one of its experts: there its
+rank of the rail has it in a landing area, with ids that are those of the node. A second dispatch,
+inside the node, takes it on from there, in the order of the tokens' ranks. Combine goes the same
+way back: sums over the ranks of a node, then over nodes. The stages follow each other on the stream
+without the host: how many tokens there are to forward, and that an operation is called off, the
+second learns from what the first has left in device memory. csrc/kernels/PROTOCOLS.md: nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from deepcomm.backends.base import CombineRequest
+from deepcomm.backends.cuda.combine import Combine, OwnSums
+from deepcomm.backends.cuda.dispatch import Dispatch
+from deepcomm.backends.cuda.domain import Domain, Machine, Position
+from deepcomm.backends.cuda.engine import Traffic
+from deepcomm.backends.cuda.exchange import node_config, rail_config
+from deepcomm.backends.cuda.routing import RoutingId, Stage, refuse
+from deepcomm.backends.cuda.tensors import lease_landing
+from deepcomm.checks import check_combine, check_dispatch
+from deepcomm.errors import InvalidArgument
+from deepcomm.group import Group, SubGroup
+from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, ScaledTensor
+
+if TYPE_CHECKING:
+    from deepcomm.backends.base import DispatchRequest
+    from deepcomm.config import BufferConfig
+    from deepcomm.topology import Topology
+
+__all__ = ["NodesEngine"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodesRecord:
+    """What a ``Handle`` keeps for several nodes: those of the two stages."""
+
+    rail: Handle
+    node: Handle
+
+
+class NodesEngine:
+    """Nodes that are domains of their own, and rails between them."""
+
+    def __init__(
+        self, group: Group, config: BufferConfig, machine: Machine, topology: Topology
+    ) -> None:
+        """Load kernels and reserve memory; collective."""
+        self.config = config
+        self.topology = topology
+        num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
+        self.rail = Domain(
+            SubGroup(group, topology.rail_ranks),
+            rail_config(config),
+            machine,
+            Position(topology.local, ranks_per_node, is_rail=True),
+        )
+        self.node = Domain(
+            SubGroup(group, topology.node_ranks),
+            node_config(config, num_nodes),
+            machine,
+            Position(topology.node_ranks[0], 1, num_origins=num_nodes),
+        )
+        self.landing = lease_landing(self.rail.exchange, 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of symmetric memory reserved on this rank."""
+        return self.rail.exchange.memory.num_bytes + self.node.exchange.memory.num_bytes
+
+    def dispatch(self, request: DispatchRequest, routing: RoutingId) -> NodesDispatch:
+        """Check the arguments of a dispatch."""
+        return NodesDispatch(self, routing, request)
+
+    def combine(self, request: CombineRequest, buffer_id: bytes) -> NodesCombine:
+        """Check the arguments of a combine."""
+        return NodesCombine(self, buffer_id, request)
+
+    def refuse_dispatch(self) -> None:
+        """Tell the peers of both stages that this rank does not take part in a dispatch."""
+        refuse(self.rail, Stage(is_last=False))
+        refuse(self.node, Stage(after=self.rail))
+
+    def refuse_combine(self) -> None:
+        """Tell the peers of both stages that this rank does not take part in a combine."""
+        refuse(self.node, Stage(is_last=False))
+        refuse(self.rail, Stage(after=self.node))
+
+    def grow(self, max_tokens: int) -> None:
+        """Make room for more tokens a rank; collective."""
+        self.config = replace(self.config, max_tokens_per_rank=max_tokens)
+        del self.landing
+        self.rail.grow(max_tokens)
+        self.node.grow(max_tokens * self.topology.num_nodes)
+        self.landing = lease_landing(self.rail.exchange, 0)
+
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """Return the counters inside the node and on the rail."""
+        return Traffic(self.node), Traffic(self.rail)
+
+    def close(self) -> None:
+        """Release everything."""
+        del self.landing
+        self.rail.close()
+        self.node.close()
+
+
+def record_of(handle: Handle) -> NodesRecord:
+    """Return what a handle keeps.
+
+    Raises:
+        InvalidArgument: The handle comes from another buffer.
+    """
+    if not isinstance(handle.records, NodesRecord):
+        raise InvalidArgument("handle: expected one of this buffer, got one of another")
+    return handle.records
+
+
+class NodesDispatch:
+    """One dispatch of one rank, in two stages."""
+
+    def __init__(self, engine: NodesEngine, routing: RoutingId, request: DispatchRequest) -> None:
+        """Check the arguments.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        checked = check_dispatch(request, engine.config, engine.rail.device)
+        self._engine = engine
+        self._routing = routing
+        self._request = request
+        self._record = None if request.handle is None else record_of(request.handle)
+        towards_nodes = replace(
+            request,
+            handle=None if self._record is None else self._record.rail,
+            recv_layout=None if self._record else RecvLayout.TOKEN,
+            expert_alignment=None,
+            capacity=None,
+            zero_padding=False,
+            out=None,
+        )
+        is_exact = checked.capacity is None and checked.recv_layout is not RecvLayout.EXPERT_PADDED
+        waits = self._record is None and (is_exact or engine.config.growable)
+        stage = Stage(is_last=False, host_waits=waits)
+        self._on_rail = Dispatch(engine.rail, routing, towards_nodes, stage)
+        self._in_node: Dispatch | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._on_rail.num_tokens
+
+    def run(self) -> DispatchOutput | None:
+        """Launch; None where the operation has to be repeated in a larger buffer."""
+        engine, request = self._engine, self._request
+        forwarded = self._on_rail.run_towards_nodes(engine.landing)
+        rows, is_new = forwarded.rows, self._record is None
+        inside_node = replace(
+            request,
+            x=rows.x if rows.scales is None else ScaledTensor(rows.x, rows.scales),
+            topk_idx=rows.topk_idx if is_new else None,
+            topk_weights=rows.topk_weights,
+            handle=None if self._record is None else self._record.node,
+            quantize=None,
+            scale_format="fp32",
+        )
+        stage = Stage(after=engine.rail, tokens_from=forwarded.tokens_from)
+        self._in_node = Dispatch(engine.node, self._routing, inside_node, stage)
+        output = self._in_node.run()
+        if output is None:
+            return None
+        inner, rail = output.handle, forwarded.handle
+        handle = replace(
+            inner,
+            num_tokens=rail.num_tokens,
+            topk_idx=rail.topk_idx,
+            topk_weights=rail.topk_weights,
+            records=NodesRecord(rail, inner),
+        )
+        return replace(output, handle=handle)
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return the tensors that kernels read."""
+        inside = [] if self._in_node is None else self._in_node.inputs()
+        return self._on_rail.inputs() + inside
+
+    def owned_outputs(self, output: DispatchOutput) -> list[torch.Tensor]:
+        """Return the tensors of the result that are not views of symmetric memory."""
+        assert self._in_node is not None
+        record = record_of(output.handle)
+        kept = [*record.rail.records.tensors, record.rail.topk_weights]
+        inside = self._in_node.owned_outputs(replace(output, handle=record.node))
+        return inside + [tensor for tensor in kept if tensor is not None]
+
+
+class NodesCombine:
+    """One combine of one rank, in two stages."""
+
+    def __init__(self, engine: NodesEngine, buffer_id: bytes, request: CombineRequest) -> None:
+        """Check the arguments.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        record = record_of(request.handle)
+        config, device = engine.config, engine.rail.device
+        check_combine(request, config, engine.node.num_local_experts, device)
+        self._engine = engine
+        self._buffer_id = buffer_id
+        self._request = request
+        self._rail_handle = record.rail
+        sums = torch.empty(
+            record.rail.num_tokens, config.hidden, dtype=torch.float32, device=device
+        )
+        self._own_sums = OwnSums(sums, engine.topology.node)
+        inside_node = replace(request, handle=record.node, bias=None, out=None)
+        stage = Stage(is_last=False)
+        self._in_node = Combine(engine.node, buffer_id, inside_node, stage, self._own_sums)
+        self._on_rail: Combine | None = None
+
+    def run(self) -> CombineOutput:
+        """Launch."""
+        engine, request = self._engine, self._request
+        sums = self._in_node.run()
+        between_nodes = CombineRequest(
+            y=sums.x,
+            handle=self._rail_handle,
+            topk_weights=sums.topk_weights,
+            bias=request.bias,
+            out=request.out,
+        )
+        stage = Stage(after=engine.node)
+        self._on_rail = Combine(engine.rail, self._buffer_id, between_nodes, stage, self._own_sums)
+        return self._on_rail.run()
+
+    def inputs(self) -> list[torch.Tensor]:
+        """Return the tensors that kernels read."""
+        later = [] if self._on_rail is None else self._on_rail.inputs()
+        return self._in_node.inputs() + later

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several nodes on the emulator, a stage on the rail and one inside the node, and the reference.
+
+Scenarios and oracle are those of one node (``test_matrix.py``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from collective.case import Case
+from collective.scenario import exchange
+from collective.session import Oracle, Session
+from emulated.cluster import RankStopped, Settings
+from emulated.conftest import Schedules
+from emulated.host_api import Faults
+from emulated.runtime import run_emulated
+
+from deepcomm import RecvLayout
+from deepcomm.errors import CommTimeout
+from deepcomm.testing import LocalGroup
+
+pytestmark = pytest.mark.emulated_backend
+
+TOKEN, EXPERT, PADDED = RecvLayout
+HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
+TWO_BY_TWO = Case(num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3)
+
+WIRE_CASES = [
+    replace(TWO_BY_TWO, layout=layout, wire=wire, alignment=8 if layout is EXPERT else 1)
+    for layout, wire in itertools.product(
+        RecvLayout, ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
+    )
+]
+# Nodes x ranks a node.
+SHAPES = {"2x4": (8, 4), "4x2": (8, 2), "3x2": (6, 2), "2x1": (2, 1)}
+SHAPE_CASES = [
+    replace(TWO_BY_TWO, num_ranks=ranks, ranks_per_node=per_node, num_tokens=6, layout=layout)
+    for (ranks, per_node), layout in itertools.product(SHAPES.values(), RecvLayout)
+]
+OPTION_CASES = [
+    *(
+        replace(TWO_BY_TWO, routing=routing, layout=layout)
+        for routing in ("one_expert", "none")
+        for layout in RecvLayout
+    ),
+    *(
+        replace(TWO_BY_TWO, capacity=capacity, layout=layout)
+        for layout in (TOKEN, EXPERT)
+        for capacity in (4, 90)
+    ),
+    replace(TWO_BY_TWO, id_dtype=replace(TWO_BY_TWO).id_dtype, strided=True, wire="scaled"),
+    # More chunks than are announced at once, of two origins.
+    *(replace(TWO_BY_TWO, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
+]
+CASES = WIRE_CASES + SHAPE_CASES + OPTION_CASES
+
+
+def play(settings: Settings, case: Case, oracle: Oracle) -> None:
+    run_emulated(
+        lambda group: exchange(group, case, oracle, **HIGH_THROUGHPUT_ONLY),
+        case.num_ranks,
+        settings,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_exchange_of_nodes_equals_reference(schedules: Schedules, case: Case) -> None:
+    oracle = Oracle()
+    for settings in schedules():
+        play(settings, case, oracle)
+
+
+SLOW = {
+    "delayed": Faults(delay_rank=1, delay_from_ns=50_000, delay_for_ns=2_000_000),
+    "slow-rail": Faults(slow_src=0, slow_dst=2, slow_extra_ns=100_000),
+    "slow-inside": Faults(slow_src=2, slow_dst=3, slow_extra_ns=100_000),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW)
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_exchange_of_nodes_equals_reference_beside_slow_peers(
+    schedules: Schedules, layout: RecvLayout, fault: str
+) -> None:
+    case, oracle = replace(TWO_BY_TWO, layout=layout), Oracle()
+    for settings in schedules(faults=SLOW[fault]):
+        play(settings, case, oracle)
+
+
+def exchange_for_ever(group: LocalGroup, case: Case, oracle: Oracle) -> None:
+    """Repeat dispatch and combine; what fails in a combine is raised by the next operation."""
+    with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+        inputs, rank = session.inputs(0), group.rank
+        for _ in range(1000):
+            received = session.buffer.dispatch(
+                inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], recv_layout=case.layout
+            )
+            session.buffer.combine(received.x, received.handle)
+
+
+STOPPED = 3
+
+
+@pytest.mark.parametrize("stop_at_ns", [0, 30_000, 100_000, 200_000, 400_000])
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_stopped_node_ends_the_operation_everywhere(
+    schedules: Schedules, layout: RecvLayout, stop_at_ns: int
+) -> None:
+    case, oracle = replace(TWO_BY_TWO, layout=layout), Oracle()
+    errors: dict[int, int | None] = {}
+
+    def run_into_timeout(group: LocalGroup) -> None:
+        if group.rank == STOPPED:
+            exchange_for_ever(group, case, oracle)
+        with pytest.raises(CommTimeout) as caught:
+            exchange_for_ever(group, case, oracle)
+        errors[group.rank] = caught.value.peer
+
+    for settings in schedules(faults=Faults(stop_rank=STOPPED, stop_at_ns=stop_at_ns)):
+        with pytest.raises(RankStopped):
+            run_emulated(run_into_timeout, case.num_ranks, settings)
+        assert set(errors) == set(range(case.num_ranks)) - {STOPPED}
+        # Some rank misses the stopped one; others may run out of time on ranks that do.
+        assert STOPPED in errors.values()
+        for rank, peer in errors.items():
+            assert peer is not None
+            # Of its node or of its rail.
+            assert peer != rank
+            assert peer // 2 == rank // 2 or peer % 2 == rank % 2
+        errors.clear()
+
+
+@pytest.mark.parametrize("case", [replace(TWO_BY_TWO, wire="fp8"), SHAPE_CASES[3]], ids=str)
+def test_token_crosses_once_per_node(schedules: Schedules, case: Case) -> None:
+    """What a rank counts on its rail is its tokens times the other nodes that they visit."""
+    oracle = Oracle()
+
+    def count(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            dispatched = session.dispatch(0)
+            after_dispatch = session.buffer.stats()
+            session.combine(dispatched)
+            after_combine = session.buffer.stats()
+            ids = dispatched.inputs.ids[group.rank]
+            num_copies = num_foreign_nodes(case, ids.tolist(), group.rank)
+            assert after_dispatch.bytes_network == num_copies * row_bytes(case)
+            # What comes back was sent by ranks of the rail: together they bring as many rows.
+            assert after_combine.bytes_network >= after_dispatch.bytes_network
+
+    for settings in schedules():
+        run_emulated(count, case.num_ranks, settings)
+
+
+def num_foreign_nodes(case: Case, ids: list[list[int]], rank: int) -> int:
+    assert case.ranks_per_node is not None
+    experts_per_node = case.experts_per_rank * case.ranks_per_node
+    own = rank // case.ranks_per_node
+    return sum(len({i // experts_per_node for i in row if i >= 0} - {own}) for row in ids)
+
+
+def row_bytes(case: Case) -> int:
+    tiles = -(-case.hidden // 128)
+    return case.hidden + 4 * tiles if case.wire == "fp8" else 2 * case.hidden
