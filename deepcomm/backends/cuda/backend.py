@@ -298,7 +298,8 @@ class CudaBackend:
             f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms}); low "
             f"latency up to {self._sms.low_latency}; {self._sms.num_sharing} rank(s) on the device",
             f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
-            "which can be leased to views",
+            f"which can be leased to views, {self.engine.num_reserved} reserved for "
+            "graphs",
             f"slots      {config.num_low_latency_slots} low-latency operations in flight",
             f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
             f"{config.max_tokens_per_rank} tokens a rank{growable}",

@@ -15,7 +15,8 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
-from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange, Landing
+from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
+from deepcomm.backends.cuda.generations import Landing
 from deepcomm.backends.cuda.routing import (
     ALONE,
     LAYOUTS,
@@ -124,7 +125,7 @@ class Dispatch:
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
         domain, exchange = self._domain, self._domain.exchange
-        landing = exchange.choose_landing()
+        landing = exchange.generations.choose(domain.runtime.is_capturing())
         record = self._cached or self._count(landing)
         if self._by_expert:
             if (counted := self._learn_counts(exchange)) is None:

@@ -73,6 +73,10 @@ class Engine(Protocol):
     def num_bytes(self) -> int:
         """Bytes of symmetric memory reserved on this rank."""
 
+    @property
+    def num_reserved(self) -> int:
+        """How many generations are reserved for graphs."""
+
     def dispatch(self, request: DispatchRequest, routing: RoutingId) -> DispatchOperation:
         """Check the arguments of a dispatch.
 
@@ -114,6 +118,11 @@ class FlatEngine:
     def num_bytes(self) -> int:
         """Bytes of symmetric memory reserved on this rank."""
         return self.domain.exchange.memory.num_bytes
+
+    @property
+    def num_reserved(self) -> int:
+        """How many generations are reserved for graphs."""
+        return self.domain.exchange.generations.num_reserved
 
     def dispatch(self, request: DispatchRequest, routing: RoutingId) -> Dispatch:
         """Check the arguments of a dispatch."""

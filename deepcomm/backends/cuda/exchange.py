@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from deepcomm._C import kernels
+from deepcomm.backends.cuda.generations import Generations
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
@@ -95,19 +96,6 @@ def node_config(config: BufferConfig, num_nodes: int) -> BufferConfig:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Landing:
-    """A generation chosen for one dispatch.
-
-    Attributes:
-        generation: Its index.
-        may_lease: Whether a view may keep it: one generation always stays free.
-    """
-
-    generation: int
-    may_lease: bool
-
-
 class Exchange:
     """Symmetric memory at one ``max_tokens_per_rank``, and the ring of its generations."""
 
@@ -125,7 +113,7 @@ class Exchange:
         table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
         self._bases = runtime.upload(table)
         self.round = runtime.memory(EPOCH_STATE_BYTES)  # counts with the words that arrivals add to
-        self._num_generations = config.num_generations
+        self.generations = Generations(self.memory, config.num_generations)
         self.max_rows = topology.num_ranks * config.max_tokens_per_rank
         self.max_tokens = config.max_tokens_per_rank
 
@@ -146,11 +134,6 @@ class Exchange:
         meet.trouble = failure.trouble_device_address
         meet.counters = workspace.counters.data_ptr()
         return meet
-
-    def choose_landing(self) -> Landing:
-        """Return the first generation that no view leases."""
-        free = [g for g in range(self._num_generations) if self.memory.num_leases(g) == 0]
-        return Landing(free[0], len(free) > 1)
 
     def close(self) -> None:
         """Free the memory once no view is left."""

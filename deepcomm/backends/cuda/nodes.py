@@ -74,6 +74,11 @@ class NodesEngine:
         """Bytes of symmetric memory reserved on this rank."""
         return self.rail.exchange.memory.num_bytes + self.node.exchange.memory.num_bytes
 
+    @property
+    def num_reserved(self) -> int:
+        """How many generations are reserved for graphs."""
+        return self.node.exchange.generations.num_reserved
+
     def dispatch(self, request: DispatchRequest, routing: RoutingId) -> NodesDispatch:
         """Check the arguments of a dispatch."""
         return NodesDispatch(self, routing, request)
