@@ -51,17 +51,22 @@ bool Machine::only_stopped_wait(const std::vector<HostWait>& waits) const {
     return true;
 }
 
-std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over) {
-    strong.take_host_writes();
+/// The next time at which a host's wait is over; those that have come are over already.
+uint64_t Machine::next_deadline(const std::vector<HostWait>& waits) const {
     uint64_t deadline_ns = kNever;
     for (size_t rank = 0; rank < waits.size(); ++rank) {
         const bool stops = static_cast<int>(rank) == options.faults.stop_rank;
         const uint64_t end_ns = stops ? options.faults.stop_at_ns : kNever;
-        if (waits[rank].deadline_ns < end_ns) {
-            deadline_ns = std::min(deadline_ns, waits[rank].deadline_ns);
+        const uint64_t its_ns = waits[rank].deadline_ns;
+        if (its_ns > scheduler.now_ns() && its_ns < end_ns) {
+            deadline_ns = std::min(deadline_ns, its_ns);
         }
     }
-    scheduler.set_host_deadline(deadline_ns);
+    return deadline_ns;
+}
+
+std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vector<char>* over) {
+    strong.take_host_writes();
     // Some hosts go on at once, beside their peers' kernels; others come late, after all of them.
     const bool is_late = random.one_in(2);
     bool is_any_over = false;
@@ -70,6 +75,7 @@ std::string Machine::run_until_any(const std::vector<HostWait>& waits, std::vect
             while (start_ready_launches()) {
             }
             is_any_over = find_over(waits, over);
+            scheduler.set_host_deadline(next_deadline(waits));
             if (is_any_over && (!is_late || scheduler.is_idle())) break;
             scheduler.set_stop_when_idle(is_any_over);
         } while (scheduler.run_from_host() && error.empty());

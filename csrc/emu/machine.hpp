@@ -214,6 +214,7 @@ struct Machine {
     bool is_done() const;
     bool is_over(int rank, const HostWait& wait) const;
     bool find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const;
+    uint64_t next_deadline(const std::vector<HostWait>& waits) const;
     bool only_stopped_wait(const std::vector<HostWait>& waits) const;
     void provide_threads(Rank& rank, size_t count);
 };
