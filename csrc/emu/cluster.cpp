@@ -43,6 +43,16 @@ std::string Cluster::observe(int rank, const HostWait& wait) {
     return machine->error;
 }
 
+std::string Cluster::host_read(int rank, const void* begin, size_t num_bytes) {
+    const Rank& reader = machine->ranks[static_cast<size_t>(rank)];
+    try {
+        machine->memory.check_host_read(reader.host_know, machine->memory.offset_of(begin),
+                                        num_bytes);
+    } catch (const HostFailure&) {
+    }
+    return machine->error;
+}
+
 Statistics Cluster::statistics() const {
     const Scheduler& scheduler = machine->scheduler;
     return {scheduler.num_steps(), scheduler.num_switches(), scheduler.now_ns(),

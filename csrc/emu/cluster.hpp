@@ -104,6 +104,8 @@ class Cluster {
     /// Tells that a rank's host has seen the word or flag of a wait without one: as after it, what
     /// it reads next must be ordered before.
     std::string observe(int rank, const HostWait& wait);
+    /// Tells that a rank's host, or a later kernel of its stream, reads memory.
+    std::string host_read(int rank, const void* begin, size_t num_bytes);
 
     /// What has run so far.
     Statistics statistics() const;

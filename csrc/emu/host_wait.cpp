@@ -31,7 +31,7 @@ void Machine::observe(int rank_idx, const HostWait& wait) {
     const void* seen = is_word ? static_cast<const void*>(wait.word) : wait.flag;
     const size_t offset = memory.offset_of(seen);
     strong.teach_host(offset, &rank.host_know);
-    memory.check_host_read(rank.host_know, offset);
+    memory.check_host_read_of_region(rank.host_know, offset);
 }
 
 bool Machine::find_over(const std::vector<HostWait>& waits, std::vector<char>* over) const {

@@ -279,12 +279,16 @@ void Memory::check_copy_write(const Actor& actor, size_t offset,
     }
 }
 
-void Memory::check_host_read(const Knowledge& know, size_t offset) {
-    const Region* region = find_region(offset);
+void Memory::check_host_read(const Knowledge& know, size_t offset, size_t num_bytes) {
     const Actor host = {kHostRank, 0, &know, Access::kStrongSys, Proxy::kGeneric};
-    for_each_cell(region->begin, region->end - region->begin, [&](Cell& cell, size_t at_offset) {
+    for_each_cell(offset, num_bytes, [&](Cell& cell, size_t at_offset) {
         check_against_write(host, cell, at_offset, "read");
     });
+}
+
+void Memory::check_host_read_of_region(const Knowledge& know, size_t offset) {
+    const Region* region = find_region(offset);
+    check_host_read(know, region->begin, region->end - region->begin);
 }
 
 void Memory::check_bounds(const char* what, size_t offset, size_t num_bytes) const {

@@ -80,8 +80,9 @@ class Memory {
                          std::vector<uint8_t>* defined);
     void check_copy_write(const Actor& actor, size_t offset, const std::vector<uint8_t>& defined);
 
-    /// For a host that reads the region of an offset, knowing so much.
-    void check_host_read(const Knowledge& know, size_t offset);
+    /// For a host that reads, knowing so much.
+    void check_host_read(const Knowledge& know, size_t offset, size_t num_bytes);
+    void check_host_read_of_region(const Knowledge& know, size_t offset);
 
     /// Fails unless the whole range lies inside one region.
     void check_bounds(const char* what, size_t offset, size_t num_bytes) const;

@@ -143,11 +143,20 @@ class EmulatedCluster:
         """Tell that a rank has seen what it would wait for."""
         with self.turn:
             self._check_newest()
-            error = self._api.short.deepcomm_observe(rank, ctypes.byref(wait))
-            if error:
-                self._error = error.decode()
-                self.turn.notify_all()
+            self._end_with(self._api.short.deepcomm_observe(rank, ctypes.byref(wait)))
             self._raise_error(rank)
+
+    def read(self, rank: int, begin: int, num_bytes: int) -> None:
+        """Tell that a rank reads memory after its kernels."""
+        with self.turn:
+            self._check_newest()
+            self._end_with(self._api.short.deepcomm_host_read(rank, begin, num_bytes))
+            self._raise_error(rank)
+
+    def _end_with(self, error: bytes | None) -> None:
+        if error:
+            self._error = error.decode()
+            self.turn.notify_all()
 
     def wait_in_barrier(self, rank: int) -> bool:
         """Return once all ranks are in the barrier; False if one never will be."""

@@ -85,6 +85,10 @@ const char* deepcomm_observe(int rank, const HostWait* wait) {
     return catching([&] { return cluster->observe(rank, *wait); });
 }
 
+const char* deepcomm_host_read(int rank, const void* begin, size_t num_bytes) {
+    return catching([&] { return cluster->host_read(rank, begin, num_bytes); });
+}
+
 void deepcomm_statistics(Statistics* statistics) { *statistics = cluster->statistics(); }
 
 }  // extern "C"

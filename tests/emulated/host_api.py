@@ -104,6 +104,7 @@ def host_api() -> HostApi:
         "deepcomm_launch": ([c_int, POINTER(CLaunch)], None),
         "deepcomm_set_mutant": ([c_int], None),
         "deepcomm_observe": ([c_int, POINTER(CHostWait)], ctypes.c_char_p),
+        "deepcomm_host_read": ([c_int, c_void_p, c_size_t], ctypes.c_char_p),
         "deepcomm_statistics": ([POINTER(Statistics)], None),
     }
     for name, (arguments, result) in signatures.items():

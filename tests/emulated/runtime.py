@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -37,29 +38,39 @@ class EmulatedMemory:
         weakref.finalize(self, cluster.free, self.address)
 
 
+@dataclass(frozen=True)
+class Lease:
+    """A view of symmetric memory that has not ended."""
+
+    generation: int
+    begin: int
+    num_bytes: int
+
+
 class EmulatedSymmetricMemory:
     """One block a rank; all of them live until every rank has closed and returned its leases."""
 
     def __init__(self, own: EmulatedMemory, peers: list[EmulatedMemory]) -> None:
         self.bases = tuple(memory.address for memory in peers)
         self.num_bytes = own.num_bytes
+        self.leases: list[Lease] = []
         self._base = own.address
         self._peers: list[EmulatedMemory] | None = peers
-        self._leases: dict[int, int] = {}
 
     def lease(self, generation: int, offset: int, num_bytes: int) -> Any:
         """Return a capsule of uint8 [num_bytes]."""
         view = (ctypes.c_uint8 * num_bytes).from_address(self._base + offset)
-        self._leases[generation] = self.num_leases(generation) + 1
-        weakref.finalize(view, self._end_lease, generation, self._peers)
+        lease = Lease(generation, self._base + offset, num_bytes)
+        self.leases.append(lease)
+        weakref.finalize(view, self._end_lease, lease, self._peers)
         return torch.frombuffer(view, dtype=torch.uint8).__dlpack__()
 
     def num_leases(self, generation: int) -> int:
-        return self._leases.get(generation, 0)
+        return sum(lease.generation == generation for lease in self.leases)
 
-    def _end_lease(self, generation: int, peers: object) -> None:
+    def _end_lease(self, lease: Lease, peers: object) -> None:
         del peers  # what the lease kept alive
-        self._leases[generation] -= 1
+        self.leases.remove(lease)
 
     def close(self) -> None:
         self._peers = None
@@ -110,6 +121,7 @@ class EmulatedRuntime:
         self._rank = rank
         self._held: list[dict[str, Any]] = []
         self.annotations: list[str] = []
+        self._symmetric: weakref.WeakSet[EmulatedSymmetricMemory] = weakref.WeakSet()
 
     # ---- memory
 
@@ -118,7 +130,9 @@ class EmulatedRuntime:
     ) -> EmulatedSymmetricMemory:
         del timeout_s  # threads of one process are here
         own = EmulatedMemory(self._cluster, self._rank, "symmetric", num_bytes)
-        return EmulatedSymmetricMemory(own, group.all_gather(own))
+        memory = EmulatedSymmetricMemory(own, group.all_gather(own))
+        self._symmetric.add(memory)
+        return memory
 
     def memory(self, num_bytes: int) -> EmulatedMemory:
         return EmulatedMemory(self._cluster, self._rank, caller(), num_bytes)
@@ -182,6 +196,10 @@ class EmulatedRuntime:
     def flush(self) -> None:
         self._cluster.wait(self._rank, CHostWait(WAIT_STREAM, None, 0, None, 0, NEVER))
         self._held.clear()
+        # Whoever has a view reads it now, with what the rank's kernels have acquired.
+        for memory in self._symmetric:
+            for lease in memory.leases:
+                self._cluster.read(self._rank, lease.begin, lease.num_bytes)
 
     # ---- streams: each rank has one
 
@@ -234,6 +252,13 @@ def caller() -> str:
     """Name memory by the line that asked for it."""
     frame = sys._getframe(2)
     return f"{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}"
+
+
+def use_runtime(buffer: Any, runtime: Any) -> None:
+    """Let a buffer of one node go on with another runtime."""
+    backend = buffer._backend
+    for user in (backend, backend.engine.domain):
+        user.runtime = runtime
 
 
 def run_emulated(

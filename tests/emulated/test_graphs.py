@@ -14,7 +14,7 @@ import torch
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
-from emulated.runtime import LazyKernel, LazyRuntime, locals_of_backend, run_emulated
+from emulated.runtime import LazyKernel, LazyRuntime, locals_of_backend, run_emulated, use_runtime
 
 from deepcomm import InvalidArgument, RecvLayout
 
@@ -64,17 +64,13 @@ class CapturingRuntime(LazyRuntime):
 @contextlib.contextmanager
 def capture(session: Session) -> Iterator[CapturingRuntime]:
     """Record the operations of the block."""
-    backend: Any = session.buffer._backend
-    users = [backend, backend.engine.domain]
-    actual = backend.runtime
+    actual = session.buffer._backend.runtime  # type: ignore[attr-defined]
     graph = CapturingRuntime(actual)
+    use_runtime(session.buffer, graph)
     try:
-        for user in users:
-            user.runtime = graph
         yield graph
     finally:
-        for user in users:
-            user.runtime = actual
+        use_runtime(session.buffer, actual)
 
 
 def dispatch(session: Session, x: torch.Tensor, ids: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
-from emulated.runtime import LazyRuntime, run_emulated
+from emulated.runtime import LazyRuntime, run_emulated, use_runtime
 from emulated.test_trouble import (
     AT_FAULT,
     FAULTS,
@@ -35,15 +35,15 @@ class RunningAhead:
     """While the block runs, a session's calls return before their kernels have run."""
 
     def __init__(self, session: Session) -> None:
-        self._backend: Any = session.buffer._backend
-        self._actual = self._backend.runtime
+        self._buffer: Any = session.buffer
+        self._actual = self._buffer._backend.runtime
 
     def __enter__(self) -> RunningAhead:
-        self._backend.runtime = LazyRuntime(self._actual)
+        use_runtime(self._buffer, LazyRuntime(self._actual))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._backend.runtime = self._actual
+        use_runtime(self._buffer, self._actual)
 
     def catch_up(self) -> None:
         """Let the device do what was launched."""
