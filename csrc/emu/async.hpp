@@ -103,6 +103,7 @@ class AsyncEngine {
     };
 
     struct Mbarrier {
+        size_t offset = 0;
         uint32_t expected = 0;
         uint32_t pending = 0;
         int64_t bytes = 0;  ///< announced minus completed in this phase

@@ -13,6 +13,7 @@ void AsyncEngine::mbarrier_init(Thread& me, size_t offset, uint32_t num_arrivals
     }
     machine->memory.set_mbarrier(offset, true);
     Mbarrier fresh;
+    fresh.offset = offset;
     fresh.expected = fresh.pending = num_arrivals;
     fresh.init_thread = me.id;
     fresh.init_epoch = me.epoch;
@@ -50,7 +51,10 @@ void AsyncEngine::flip_if_complete(Mbarrier& mbarrier) {
     mbarrier.pending = mbarrier.expected;
     mbarrier.completed = std::move(mbarrier.arriving);
     mbarrier.arriving = {};
-    for (Thread* waiter : mbarrier.waiters) machine->scheduler.make_runnable(waiter);
+    for (Thread* waiter : mbarrier.waiters) {
+        // Whoever ran out of time may wait for something else by now.
+        if (waiter->wait.offset == mbarrier.offset) machine->scheduler.make_runnable(waiter);
+    }
     mbarrier.waiters.clear();
     machine->scheduler.note_progress();
 }

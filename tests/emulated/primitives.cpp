@@ -304,6 +304,33 @@ std::string proxy_fence_by_writer_case(Cluster& cluster) { return proxy_case(clu
 
 std::string proxy_fence_by_reader_case(Cluster& cluster) { return proxy_case(cluster, false); }
 
+// ---- mbarrier that completes when lanes have given it up and meet elsewhere
+
+std::string mbarrier_late_case(Cluster& cluster) {
+    const WaitContext context = {nullptr, 1'000, 0};
+    auto* sums = cluster.alloc<uint32_t>(0, "sums", 32, Fill::kZero);
+    cluster.launch(0, {1, 64, sizeof(Mbarrier), [=] {
+                           const Block block;
+                           const Warp warp;
+                           auto& late = shared_storage<Mbarrier>();
+                           if (block.is_leader()) mbarrier_init(&late, 1);
+                           block.sync();
+                           if (warp.warp_idx() == 1) {
+                               sleep_ns(4'000);
+                               if (warp.is_leader()) mbarrier_arrive(&late);
+                               return;
+                           }
+                           if (warp.is_leader()) sleep_ns(8'000);
+                           const bool is_there = wait_mbarrier(context, kSite, &late, 0);
+                           (void)warp.sync_and(is_there);
+                           sums[warp.thread_idx()] = warp_shuffle(is_there ? 1u : 0u, 0);
+                       }});
+    const std::string error = cluster.run();
+    if (!error.empty()) return error;
+    for (int lane = 0; lane < 32; ++lane) DEEPCOMM_EXPECT("sums", lane, 1u, sums[lane]);
+    return "";
+}
+
 // ---- rails: two puts and a signal on one context; the source is reused after a flush
 
 std::string rail_case(Cluster& cluster) {
@@ -348,6 +375,7 @@ const Register kKernelBoundary("kernel_boundary", 2, kernel_boundary_case);
 const Register kPadding("padding", 1, padding_case);
 const Register kProxyWriter("proxy_fence_by_writer", 2, proxy_fence_by_writer_case);
 const Register kProxyReader("proxy_fence_by_reader", 2, proxy_fence_by_reader_case);
+const Register kMbarrierLate("mbarrier_late", 1, mbarrier_late_case);
 const Register kRail("rail", 2, rail_case);
 
 }  // namespace

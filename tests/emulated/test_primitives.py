@@ -17,6 +17,7 @@ PRIMITIVES = (
     "padding",
     "proxy_fence_by_writer",
     "proxy_fence_by_reader",
+    "mbarrier_late",
     "rail",
 )
 PRIMITIVE_SEEDS = 1_000
