@@ -14,6 +14,7 @@ from emulated.cluster import Settings
 
 DEFAULT_SEEDS = 10_000
 DEFAULT_OPERATION_SEEDS = 2
+DEFAULT_SURVIVOR_ROUNDS = 1
 
 Builder = Callable[..., Program]
 Schedules = Callable[..., list[Settings]]
@@ -37,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--first-operation-seed", type=int, default=0, help="where they begin (default: 0)"
     )
     parser.addoption(
+        "--survivor-rounds",
+        type=int,
+        default=DEFAULT_SURVIVOR_ROUNDS,
+        help="how often mutants of operations that are known to survive are tried with every "
+        "scenario (default: %(default)s)",
+    )
+    parser.addoption(
         "--trace-operations", action="store_true", help="print every emulated event to stderr"
     )
 
@@ -45,6 +53,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def num_seeds(pytestconfig: pytest.Config) -> int:
     """Seeds for each correct case."""
     return int(pytestconfig.getoption("--emulated-seeds", default=DEFAULT_SEEDS))
+
+
+@pytest.fixture(scope="session")
+def survivor_rounds(pytestconfig: pytest.Config) -> int:
+    """Rounds of attacks that listed survivors must survive."""
+    return int(pytestconfig.getoption("--survivor-rounds", default=DEFAULT_SURVIVOR_ROUNDS))
 
 
 @pytest.fixture(scope="session")

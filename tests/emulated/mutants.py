@@ -16,7 +16,10 @@ from emulated.build import BUILD, CSRC, Variant, digest
 
 # The emulated path: what kernels run here, less the two implementations of the primitives.
 MUTATED = ("device/*.cuh", "kernels/**/*.cuh")
-MARKER = re.compile(r"(?<!/)// ORDER:")
+# Whose kernels need the backend to run them; test_mutants.py attacks the others.
+HIGH_THROUGHPUT = tuple(f"kernels/{name}/" for name in ("combine", "dispatch", "meet", "rows"))
+LOW_LATENCY = "kernels/low_latency/"
+MARKER = re.compile(r"(?<!/)// ORDER: (.*)")
 VALUE = re.compile(r"(?:const )?(?!bool\b|return\b)\w+ \w+ = ")
 
 WEAKER: dict[str, tuple[str, ...]] = {
@@ -56,13 +59,13 @@ class Mutant:
     path: str
     line: int
     change: str
-    statement: str
+    note: str
+    """What the marker says, on its first line."""
 
     @property
     def name(self) -> str:
         """Stable name for tables: independent of line numbers and twins."""
-        statement = re.sub(r"/\*.*?\*/", "", self.statement)
-        return f"{self.path}: {self.change}: {' '.join(statement.split())}"
+        return f"{self.path}: {self.note}: {self.change}"
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Mutator:
         for twin in twins:
             if self.text.count(twin.find) != 1:
                 raise ValueError(f"twin {twin.name}: {twin.find!r} must occur once in {self.path}")
-            number = self.add(self.text.index(twin.find), twin.name, twin.find)
+            number = self.add(self.text.index(twin.find), twin.name, "twin")
             begin, _, end = twin.find.rpartition(twin.part)
             marked = f"{begin}/*twin {number}*/{twin.part}/*end {number}*/{end}"
             self.text = self.text.replace(twin.find, marked)
@@ -95,13 +98,13 @@ class Mutator:
         position = 0
         while marker := MARKER.search(self.text, position):
             begin, end = statement_of_marker(self.text, marker.start())
-            broken = self.break_statement(begin, self.text[begin:end])
+            broken = self.break_statement(begin, self.text[begin:end], marker[1])
             self.text = self.text[:begin] + broken + self.text[end:]
             position = max(begin + len(broken), marker.start() + 1)
             line_end = self.text.find("\n", position)
             position = len(self.text) if line_end < 0 else line_end
 
-    def break_statement(self, begin: int, statement: str) -> str:
+    def break_statement(self, begin: int, statement: str, note: str) -> str:
         weakened = statement
         for call, weaker_calls in WEAKER.items():
             span = find_call(statement, call)
@@ -110,7 +113,7 @@ class Mutator:
             original = statement[span[0] : span[1]]
             choice = original
             for weaker in weaker_calls:
-                number = self.add(begin, f"{call} -> {weaker}", statement)
+                number = self.add(begin, f"{call} -> {weaker}", note)
                 broken = original.replace(call, weaker, 1)
                 choice = f"deepcomm_mutant({number}) ? {broken} : {choice}"
             weakened = weakened.replace(original, f"({choice})", 1)
@@ -118,12 +121,12 @@ class Mutator:
             if weakened == statement:
                 raise ValueError(f"nothing to weaken: {statement}")
             return weakened
-        number = self.add(begin, "delete", statement)
+        number = self.add(begin, "delete", note)
         return delete(weakened, statement, number)
 
-    def add(self, position: int, change: str, statement: str) -> int:
+    def add(self, position: int, change: str, note: str) -> int:
         line = self.text.count("\n", 0, position) + 1
-        self.mutants.append(Mutant(self.next_number, self.path, line, change, statement))
+        self.mutants.append(Mutant(self.next_number, self.path, line, change, note))
         self.next_number += 1
         return self.next_number - 1
 

@@ -12,15 +12,10 @@ from functools import cache
 
 import pytest
 from emulated.build import Program, Result, build
-from emulated.mutants import Mutant, Twin, mutate
+from emulated.mutants import HIGH_THROUGHPUT, LOW_LATENCY, Mutant, Twin, mutate
 
 CATCH_WITHIN = 1_000  # seeds
 RATE_SEEDS = range(200)
-
-# Kernels that these programs do not run: the backend's, which the emulated backend's tests run.
-OF_THE_BACKEND = tuple(
-    f"kernels/{name}/" for name in ("combine", "dispatch", "low_latency", "meet", "rows")
-)
 
 # Who runs what: the cases, by program, that execute a file's lines.
 CASES_OF = {
@@ -227,13 +222,24 @@ def test_protocol_has_a_schedule_dependent_twin(mutated: Mutated, protocol: str)
     assert any(0 < failures < len(RATE_SEEDS) for failures in rates.values()), rates
 
 
+def test_every_order_line_has_an_attacker() -> None:
+    """The other two attack theirs in test_operation_mutants.py and test_low_latency_mutants.py."""
+    for path in {mutant.path for mutant in mutate([])[1]}:
+        attackers = (
+            path in CASES_OF,
+            path.startswith(HIGH_THROUGHPUT),
+            path.startswith(LOW_LATENCY),
+        )
+        assert sum(attackers) == 1, path
+
+
 def test_every_order_line_matters(mutated: Mutated) -> None:
     survivors: dict[str, str] = {}
     twin_names = {twin.name for twin in TWINS}
     attacked = [
         mutant
         for mutant in mutated.mutants
-        if mutant.change not in twin_names and not mutant.path.startswith(OF_THE_BACKEND)
+        if mutant.change not in twin_names and mutant.path in CASES_OF
     ]
     for mutant in attacked:
         program, cases = CASES_OF[mutant.path]

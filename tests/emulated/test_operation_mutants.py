@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every line of the high-throughput kernels that orders memory is needed, or says why not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from emulated.attack import Attack, Attackers
+from emulated.mutants import HIGH_THROUGHPUT, Mutant, mutate
+from emulated.operations import SCENARIOS
+
+pytestmark = pytest.mark.emulated_backend
+
+NUM_ATTACKERS = 2
+MAX_ROUNDS = 12
+"""Of all scenarios, before a mutant counts as a survivor."""
+CLEAN_ROUNDS = 4
+
+# Mutants that nothing can see, and why.
+READ_BEFORE = (
+    "every thread has read it before the barriers of the meeting; this one agrees on failure"
+)
+SYNCS_OF_PIPE = (
+    "the pipe synchronises the warp between two tokens, and an announcement begins so too"
+)
+FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
+SURVIVORS = {
+    "kernels/combine/kernel.cuh: every thread has read the epoch: delete": READ_BEFORE,
+    "kernels/dispatch/count.cuh: every thread has read the epoch: delete": READ_BEFORE,
+    "kernels/dispatch/kernel.cuh: every thread has read epoch and round: delete": READ_BEFORE,
+    "kernels/dispatch/count_exchange.cuh: the sums before their publication: delete": (
+        "publish_counts and await_headers begin with barriers of their own"
+    ),
+    "kernels/dispatch/count_exchange.cuh: the zero before the header, which who sets the flag has "
+    "seen: delete": (
+        "who sets the flag has also seen counts that the leader stored after the zero, and the "
+        "emulator lets no store pass another of its thread"
+    ),
+    "kernels/dispatch/count_exchange.cuh: the sums are read before gather_counts replaces them: "
+    "delete": "a thread replaces the sums that it has read itself, after the meeting's barriers",
+    "kernels/dispatch/expand.cuh: the scales before other lanes read them: delete": (
+        "copy_words gives each lane the words that it has loaded itself"
+    ),
+    "kernels/dispatch/expand.cuh: the copies are complete when the kernel ends: bulk_wait_group<0> "
+    "-> bulk_wait_group_read<0>": "no other rank reads them, and the kernel's end awaits them too",
+    "kernels/dispatch/kernel.cuh: the mbarriers before the lanes that wait at them: delete": (
+        "the meeting's barriers stand between"
+    ),
+    "kernels/dispatch/send.cuh: the counts before other lanes add to them or announce them: "
+    "delete": SYNCS_OF_PIPE,
+    "kernels/dispatch/send.cuh: the counts are read before they start again: delete": SYNCS_OF_PIPE,
+    **{
+        "kernels/meet/meet.cuh: the fields above; pairs with the host's acquire of kComplete: "
+        f"st_release_sys -> {weaker}": FOR_THE_HOST
+        for weaker in ("st_relaxed_sys", "st_release_gpu")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def mutants() -> list[Mutant]:
+    return [one for one in mutate([])[1] if one.path.startswith(HIGH_THROUGHPUT)]
+
+
+@pytest.fixture(scope="module")
+def attackers() -> Iterator[Attackers]:
+    attackers = Attackers(mutate([])[0], NUM_ATTACKERS)
+    yield attackers
+    attackers.close()
+
+
+def attack(attackers: Attackers, name: str, mutant: int, first: int, count: int) -> str:
+    """Attack with rounds first .. first + count of a scenario."""
+    at_once = SCENARIOS[name].seeds_at_once
+    return attackers.run(Attack(name, mutant, first * at_once, count * at_once))
+
+
+def is_caught(attackers: Attackers, mutant: Mutant, rounds: int) -> bool:
+    return any(
+        attack(attackers, name, mutant.number, one, 1)
+        for one in range(rounds)
+        for name in SCENARIOS
+    )
+
+
+def test_scenario_without_a_mutant_is_right(attackers: Attackers) -> None:
+    with ThreadPoolExecutor(NUM_ATTACKERS) as pool:
+        answers = pool.map(lambda name: attack(attackers, name, 0, 0, CLEAN_ROUNDS), SCENARIOS)
+    assert {name: answer for name, answer in zip(SCENARIOS, answers, strict=True) if answer} == {}
+
+
+def test_every_order_line_matters(
+    attackers: Attackers, mutants: list[Mutant], survivor_rounds: int
+) -> None:
+    with ThreadPoolExecutor(NUM_ATTACKERS) as pool:
+        caught = pool.map(
+            lambda one: is_caught(
+                attackers, one, survivor_rounds if one.name in SURVIVORS else MAX_ROUNDS
+            ),
+            mutants,
+        )
+        survivors = {
+            one.name: f"line {one.line}"
+            for one, is_seen in zip(mutants, caught, strict=True)
+            if not is_seen
+        }
+    assert set(survivors) == set(SURVIVORS), survivors
+    assert len(mutants) >= 70, "the markers were not found"
