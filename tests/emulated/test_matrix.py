@@ -19,6 +19,7 @@ from collective.session import Oracle, Session
 from emulated.cluster import RankStopped, Settings
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
+from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
 from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
 from deepcomm import RecvLayout
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.emulated_backend
 
 TOKEN, EXPERT, PADDED = RecvLayout
 WIRES = ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
+MANY_RANKS = 8
 SMALL = Case(num_ranks=3, num_tokens=10)
-HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
 
 WIRE_CASES = [
     replace(SMALL, layout=layout, wire=wire, alignment=8 if layout is EXPERT else 1)
@@ -40,7 +41,7 @@ WIRE_CASES = [
 ]
 CLUSTER_CASES = [
     replace(SMALL, num_ranks=ranks, num_tokens=6, num_topk=3, experts_per_rank=3, layout=layout)
-    for ranks, layout in itertools.product((1, 2, 8), RecvLayout)
+    for ranks, layout in itertools.product((1, 2, MANY_RANKS), RecvLayout)
 ]
 ROUTING_CASES = [
     replace(SMALL, routing=routing, layout=layout)
@@ -57,7 +58,7 @@ OPTION_CASES = [
     *(replace(SMALL, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
     *(replace(SMALL, hidden=1040, num_ranks=2, wire="fp8", layout=layout) for layout in RecvLayout),
 ]  # fmt: skip
-CASES = WIRE_CASES + CLUSTER_CASES + ROUTING_CASES + OPTION_CASES
+CASES = list(dict.fromkeys(WIRE_CASES + CLUSTER_CASES + ROUTING_CASES + OPTION_CASES))
 # Kernels of their own tests run every other one: test_low_latency.py.
 LOW_LATENCY_CASES = [case for case in WIRE_CASES if case.layout is not EXPERT]
 
@@ -72,8 +73,8 @@ def play(settings: Settings, case: Case, oracle: Oracle) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_exchange_equals_reference(schedules: Schedules, case: Case) -> None:
-    oracle = Oracle()
-    for settings in schedules():
+    oracle, num_sms = Oracle(), 1 if case.num_ranks == MANY_RANKS else 2
+    for settings in schedules(num_sms=num_sms):
         play(settings, case, oracle)
 
 
@@ -112,15 +113,10 @@ def test_exchange_equals_reference_beside_slow_peers(
         play(settings, case, oracle)
 
 
-def exchange_for_ever(group: LocalGroup, case: Case, oracle: Oracle) -> None:
-    """Repeat dispatch and combine; what fails in a combine is raised by the next operation."""
+def run_on(group: LocalGroup, case: Case, oracle: Oracle) -> None:
+    """Until something fails; what fails in a combine is raised by the next operation."""
     with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
-        inputs, rank = session.inputs(0), group.rank
-        for _ in range(1000):
-            received = session.buffer.dispatch(
-                inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], recv_layout=case.layout
-            )
-            session.buffer.combine(received.x, received.handle)
+        exchange_for_ever(session)
 
 
 @pytest.mark.parametrize("stop_at_ns", [0, 30_000, 100_000, 200_000, 400_000])
@@ -133,9 +129,9 @@ def test_stopped_rank_is_named_by_its_peers(
 
     def run_into_timeout(group: LocalGroup) -> None:
         if group.rank == 1:
-            exchange_for_ever(group, case, oracle)
+            run_on(group, case, oracle)
         with pytest.raises(CommTimeout) as caught:
-            exchange_for_ever(group, case, oracle)
+            run_on(group, case, oracle)
         errors[group.rank] = caught.value.peer
 
     for settings in schedules(faults=Faults(stop_rank=1, stop_at_ns=stop_at_ns)):

@@ -16,6 +16,7 @@ from collective.session import Oracle, Session
 from emulated.cluster import RankStopped, Settings
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
+from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
 from emulated.runtime import run_emulated
 
 from deepcomm import RecvLayout
@@ -25,7 +26,6 @@ from deepcomm.testing import LocalGroup
 pytestmark = pytest.mark.emulated_backend
 
 TOKEN, EXPERT, PADDED = RecvLayout
-HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
 TWO_BY_TWO = Case(num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3)
 
 WIRE_CASES = [
@@ -51,7 +51,7 @@ OPTION_CASES = [
         for layout in (TOKEN, EXPERT)
         for capacity in (4, 90)
     ),
-    replace(TWO_BY_TWO, id_dtype=replace(TWO_BY_TWO).id_dtype, strided=True, wire="scaled"),
+    replace(TWO_BY_TWO, strided=True, wire="scaled"),
     # More chunks than are announced at once, of two origins.
     *(replace(TWO_BY_TWO, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
 ]
@@ -90,15 +90,10 @@ def test_exchange_of_nodes_equals_reference_beside_slow_peers(
         play(settings, case, oracle)
 
 
-def exchange_for_ever(group: LocalGroup, case: Case, oracle: Oracle) -> None:
-    """Repeat dispatch and combine; what fails in a combine is raised by the next operation."""
+def run_on(group: LocalGroup, case: Case, oracle: Oracle) -> None:
+    """Until something fails; what fails in a combine is raised by the next operation."""
     with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
-        inputs, rank = session.inputs(0), group.rank
-        for _ in range(1000):
-            received = session.buffer.dispatch(
-                inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], recv_layout=case.layout
-            )
-            session.buffer.combine(received.x, received.handle)
+        exchange_for_ever(session)
 
 
 STOPPED = 3
@@ -114,9 +109,9 @@ def test_stopped_node_ends_the_operation_everywhere(
 
     def run_into_timeout(group: LocalGroup) -> None:
         if group.rank == STOPPED:
-            exchange_for_ever(group, case, oracle)
+            run_on(group, case, oracle)
         with pytest.raises(CommTimeout) as caught:
-            exchange_for_ever(group, case, oracle)
+            run_on(group, case, oracle)
         errors[group.rank] = caught.value.peer
 
     for settings in schedules(faults=Faults(stop_rank=STOPPED, stop_at_ns=stop_at_ns)):

@@ -10,6 +10,7 @@ import pytest
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
+from emulated.operations import HIGH_THROUGHPUT_ONLY
 from emulated.runtime import run_emulated
 
 from deepcomm import RecvLayout
@@ -48,7 +49,6 @@ FAULTS: dict[str, tuple[Callable[[Arguments], None], str]] = {
 }
 
 ON_DEVICE = ("out-of-range", "expert-twice")
-HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
 
 
 def dispatch_arguments(session: Session) -> Arguments:
