@@ -8,10 +8,12 @@
 #include "device/cuda/collective.cuh"
 #include "device/cuda/memory.cuh"
 #include "device/cuda/platform.cuh"
+#include "device/cuda/rail.cuh"
 #else
 #include "device/emu/arithmetic.cuh"
 #include "device/emu/bulk.cuh"
 #include "device/emu/collective.cuh"
 #include "device/emu/memory.cuh"
 #include "device/emu/platform.cuh"
+#include "device/emu/rail.cuh"
 #endif

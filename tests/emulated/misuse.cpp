@@ -237,23 +237,32 @@ const Register kMbarrierData("mbarrier_as_data", 1, misuse(1, [](const Words& w)
 
 // ---- rails
 
-void put_and_signal(const Words& w, int signal_context, bool flush) {
-    const emu::RailPeer data = {0, 0}, signal = {signal_context, 0};
-    if (idx() == 0) {
-        emu::rail_put(data, w.poison, w.zeros, 32);
-        if (flush) emu::rail_flush(0);
-        w.zeros[0] = 9;
-        emu::rail_signal_add(signal, w.wide, 1);
-    } else {
-        while (ld_acquire_sys(w.wide) == 0) pause_on(w.wide, emu::kNever);
+enum class Lacking { kNothing, kFlush, kWait };
+
+/// Warp 0 puts and signals, warp 1 reads.
+void put_and_signal(const Words& w, int32_t signal_context, Lacking lacking) {
+    const Warp warp;
+    if (warp.warp_idx() == 0) {
+        rail_put({0, 0}, w.poison, w.zeros, 32);
+        if (lacking != Lacking::kFlush) rail_flush(0);
+        if (warp.thread_idx() < 8) w.zeros[warp.thread_idx()] = 9;
+        rail_signal_add({signal_context, 0}, w.wide, 1);
+    } else if (warp.is_leader()) {
+        while (lacking != Lacking::kWait && ld_acquire_sys(w.wide) == 0) {
+            pause_on(w.wide, emu::kNever);
+        }
         w.zeros[8] = w.poison[0];
     }
 }
 
-const Register kRailContext("rail_signal_on_another_context", 1,
-                            misuse(2, [](const Words& w) { put_and_signal(w, 1, true); }));
-const Register kRailFlush("rail_source_reused_without_flush", 1,
-                          misuse(2, [](const Words& w) { put_and_signal(w, 0, false); }));
+const Register kRailContext("rail_signal_on_another_context", 1, misuse(64, [](const Words& w) {
+                                put_and_signal(w, 1, Lacking::kNothing);
+                            }));
+const Register kRailFlush("rail_source_reused_without_flush", 1, misuse(64, [](const Words& w) {
+                              put_and_signal(w, 0, Lacking::kFlush);
+                          }));
+const Register kRailWait("rail_put_not_awaited", 1,
+                         misuse(64, [](const Words& w) { put_and_signal(w, 0, Lacking::kWait); }));
 
 }  // namespace
 

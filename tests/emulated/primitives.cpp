@@ -339,14 +339,15 @@ std::string rail_case(Cluster& cluster) {
     auto* signal = cluster.alloc<uint64_t>(1, "signal", 1, Fill::kZero);
     auto* sum = cluster.alloc<uint32_t>(1, "sum", 1);
     const WaitContext context = make_context(cluster, 1);
-    cluster.launch(0, {1, 1, 0, [=] {
-                           const emu::RailPeer peer = {0, 1};
-                           for (uint32_t i = 0; i < 16; ++i) source[i] = i;
-                           emu::rail_put(peer, landing, source, 64);
-                           emu::rail_flush(peer.context);
-                           for (uint32_t i = 0; i < 16; ++i) source[i] = 100 + i;
-                           emu::rail_put(peer, landing + 16, source, 64);
-                           emu::rail_signal_add(peer, signal, 1);
+    cluster.launch(0, {1, 32, 0, [=] {
+                           const RailPeer peer = {0, 1};
+                           const auto lane = static_cast<uint32_t>(Warp{}.thread_idx());
+                           if (lane < 16) source[lane] = lane;
+                           rail_put(peer, landing, source, 64);
+                           rail_flush(peer.context);
+                           if (lane < 16) source[lane] = 100 + lane;
+                           rail_put(peer, landing + 16, source, 64);
+                           rail_signal_add(peer, signal, 1);
                        }});
     cluster.launch(1, {1, 1, 0, [=] {
                            const bool has_arrived =

@@ -59,6 +59,7 @@ MISUSES = {
     "mbarrier_as_data": "is accessed as data",
     "rail_signal_on_another_context": "r0:poison+0x0",
     "rail_source_reused_without_flush": "race: asynchronous read of r0:zeros+0x0",
+    "rail_put_not_awaited": "r0:poison+0x0",
 }
 # Seen only where the copy has not yet run: the others are reported whatever the schedule.
 SCHEDULE_DEPENDENT = {"bulk_exit_before_read"}
