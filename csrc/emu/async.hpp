@@ -99,6 +99,7 @@ class AsyncEngine {
         int num_landed_in_order = 0;
         std::vector<bool> landed;
         std::vector<AgentSpan> puts;
+        std::vector<std::pair<int, uint32_t>> issuers;  ///< thread and its epoch, by put
         int num_unread = 0;
     };
 
@@ -127,6 +128,7 @@ class AsyncEngine {
     void complete(Operation& operation);
     void complete_store(const Operation& operation, bool is_written);
     void release_signals(Lane& lane);
+    static void check_follows(const Thread& me, const Lane& lane);
     Mbarrier& find_mbarrier(Thread& me, size_t offset);
     void flip_if_complete(Mbarrier& mbarrier);
     Lane& lane(const Thread& me, RailPeer peer);

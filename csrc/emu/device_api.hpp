@@ -81,7 +81,8 @@ void bulk_commit();
 /// still read their source).
 void bulk_wait(uint32_t max_pending, bool reads_only);
 
-// ---- rails: a signal follows earlier puts of the same (context, peer); nothing else is ordered
+// ---- rails: a signal follows the puts of the same (context, peer) that happen before it; nothing
+// else is ordered
 
 struct RailPeer {
     int context;

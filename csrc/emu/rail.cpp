@@ -19,14 +19,26 @@ void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, ui
     operation.num_puts_before = to.num_issued++;
     to.landed.push_back(false);
     to.puts.push_back(operation.span);
+    const auto id = static_cast<size_t>(me.id);
+    to.issuers.emplace_back(me.id, operation.know.seen[id]);
     ++to.num_unread;
     submit(std::move(operation));
+}
+
+/// A mapped peer's rail releases what the signalling thread knows of, not what a network has queued.
+void AsyncEngine::check_follows(const Thread& me, const Lane& lane) {
+    for (const auto& [id, epoch] : lane.issuers) {
+        if (id == me.id || me.know.seen[static_cast<size_t>(id)] >= epoch) continue;
+        fail("race: rail signal of %s is unordered with a put of %s that it stands for",
+             machine->actor_name(me.id).c_str(), machine->actor_name(id).c_str());
+    }
 }
 
 void AsyncEngine::rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value) {
     machine->memory.check_bounds("rail signal", word, 8);
     Operation operation = make(me, Kind::kRailSignal, word, word, 8);
     Lane& to = lane(me, peer);
+    check_follows(me, to);
     operation.lane = &to;
     operation.signal_value = value;
     operation.num_puts_before = to.num_issued;

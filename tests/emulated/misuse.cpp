@@ -255,6 +255,19 @@ void put_and_signal(const Words& w, int32_t signal_context, Lacking lacking) {
     }
 }
 
+/// Warp 0 puts, warp 1 signals as soon as it sees a relaxed word.
+void signal_for_another(const Words& w) {
+    const Warp warp;
+    if (warp.warp_idx() == 0) {
+        rail_put({0, 0}, w.poison, w.zeros, 32);
+        if (warp.is_leader()) st_relaxed_gpu(w.wide + 1, 1);
+        return;
+    }
+    while (ld_relaxed_gpu(w.wide + 1) == 0) pause_on(w.wide + 1, emu::kNever);
+    rail_signal_add({0, 0}, w.wide, 1);
+}
+
+const Register kRailOtherWarp("rail_signal_by_another_warp", 1, misuse(64, signal_for_another));
 const Register kRailContext("rail_signal_on_another_context", 1, misuse(64, [](const Words& w) {
                                 put_and_signal(w, 1, Lacking::kNothing);
                             }));

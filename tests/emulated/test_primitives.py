@@ -57,6 +57,7 @@ MISUSES = {
     "bulk_flag_polled": "race: write of r0:zeros+0x3c by a copy of r0.b0.t0",
     "bulk_load_without_proxy_fence": "(no proxy fence between them)",
     "mbarrier_as_data": "is accessed as data",
+    "rail_signal_by_another_warp": "race: rail signal of r0.b0.t32 is unordered with a put of",
     "rail_signal_on_another_context": "r0:poison+0x0",
     "rail_source_reused_without_flush": "race: asynchronous read of r0:zeros+0x0",
     "rail_put_not_awaited": "r0:poison+0x0",

@@ -8,8 +8,8 @@
 
 namespace deepcomm::device {
 
-/// A signal follows the earlier puts of its context to its peer, and nothing else is ordered. A
-/// context belongs to one warp at a time.
+/// A signal follows the puts of its context to its peer that happen before it, and nothing else is
+/// ordered. A context belongs to one warp at a time.
 struct RailPeer {
     int32_t context;
     int32_t rank;
