@@ -23,12 +23,6 @@ void check_signals() {
     }
 }
 
-/// Bytes that live as long as their storage.
-py::capsule bytes_capsule(std::shared_ptr<std::byte> bytes, int64_t num_bytes) {
-    std::byte* const data = bytes.get();
-    return lease_capsule(std::move(bytes), {kDlCpu, 0}, data, num_bytes);
-}
-
 void bind_endpoint(py::module_& module) {
     py::class_<cpu::Counters>(module, "Counters")
         .def_readonly("num_dispatches", &cpu::Counters::num_dispatches)
@@ -65,7 +59,6 @@ void bind_endpoint(py::module_& module) {
         .def_property_readonly("counters", &Endpoint::counters,
                                py::return_value_policy::reference_internal)
         .def("continue_from", &Endpoint::continue_from, py::arg("other"))
-        .def("rows_reserved", &Endpoint::rows_reserved, py::arg("generation"))
         .def("check_usable", &Endpoint::check_usable, py::arg("kind"))
         .def_property_readonly("failed", &Endpoint::failed)
         .def_property_readonly("epoch", &Endpoint::epoch)
@@ -75,16 +68,11 @@ void bind_endpoint(py::module_& module) {
         .def("finish_epoch", &Endpoint::finish_epoch, py::arg("epoch"))
         .def("close", &Endpoint::close)
         .def(
-            "lease",
-            [](const Endpoint& self, int32_t generation, int64_t offset, int64_t num_bytes) {
-                return bytes_capsule(self.lease(generation, offset), num_bytes);
-            },
-            py::arg("generation"), py::arg("offset"), py::arg("num_bytes"),
-            "DLPack capsule of bytes; the generation is leased until its storage is freed.")
-        .def(
             "take_result",
             [](const Endpoint& self, int64_t num_bytes) {
-                return bytes_capsule(self.results().take(num_bytes), num_bytes);
+                auto bytes = self.results().take(num_bytes);
+                std::byte* const data = bytes.get();
+                return lease_capsule(std::move(bytes), {kDlCpu, 0}, data, kDlByte, {num_bytes});
             },
             py::arg("num_bytes"),
             "DLPack capsule of uninitialised bytes, used again once its storage is freed.")

@@ -113,6 +113,8 @@ void bind_args(py::module_& module) {
     def_address(deliver, "topk_weights", &DeliverTarget::topk_weights);
     def_address(deliver, "counts", &DeliverTarget::counts);
     def_address(deliver, "offsets", &DeliverTarget::offsets);
+    def_address(deliver, "num_recv_tokens", &DeliverTarget::num_recv_tokens);
+    def_address(deliver, "overflow", &DeliverTarget::overflow);
     py::class_<cpu::ExpertOutputs> outputs(module, "ExpertOutputs");
     outputs.def_readwrite("row_stride", &cpu::ExpertOutputs::row_stride);
     def_address(outputs, "y", &cpu::ExpertOutputs::y);

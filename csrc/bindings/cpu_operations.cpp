@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 
 #include "bindings/cpu.hpp"
+#include "bindings/dlpack.hpp"
 #include "cpu/low_latency.hpp"
 
 namespace py = pybind11;
@@ -48,6 +50,26 @@ OpSignature signature_in(const py::bytes& bytes) {
     return signature;
 }
 
+DlDataType element_of(DType dtype) {
+    switch (dtype) {
+        case DType::kBf16: return kDlBf16;
+        case DType::kF16: return kDlF16;
+        case DType::kF32: return kDlF32;
+        default: return kDlByte;  // DLPack 0.8 has no FP8
+    }
+}
+
+py::object lease_rows(const DispatchOp& op) {
+    auto rows = op.lease_rows();
+    if (rows == nullptr) {
+        return py::none();
+    }
+    std::byte* const data = rows.get();
+    const cpu::RowFormat& format = op.row_format();
+    return lease_capsule(std::move(rows), {kDlCpu, 0}, data, element_of(format.dtype),
+                         {op.received().out_rows, format.hidden});
+}
+
 void bind_round(py::module_& module) {
     py::class_<Round>(module, "Round")
         .def_static(
@@ -67,8 +89,7 @@ void bind_round(py::module_& module) {
             "relay",
             [](Round& self, int32_t node, const py::bytes& data) { self.relay(node, data); },
             py::arg("node"), py::arg("data"))
-        .def("wait_all", guarded(&Round::wait_all), py::arg("endpoint"))
-        .def("max_tokens", &Round::max_tokens);
+        .def("wait_all", guarded(&Round::wait_all), py::arg("endpoint"));
 }
 
 void bind_dispatch(py::module_& module) {
@@ -78,7 +99,6 @@ void bind_dispatch(py::module_& module) {
         .def("announce", guarded(&DispatchOp::announce), py::arg("endpoint"))
         .def_property_readonly("round", &DispatchOp::round,
                                py::return_value_policy::reference_internal)
-        .def("plan", &DispatchOp::plan)
         .def_property_readonly("record_bytes", &DispatchOp::record_bytes)
         .def("num_rows_to", &DispatchOp::num_rows_to, py::arg("node"))
         .def("num_rows_from", &DispatchOp::num_rows_from, py::arg("source"))
@@ -99,23 +119,19 @@ void bind_dispatch(py::module_& module) {
         .def("publish", &DispatchOp::publish, py::arg("source"))
         .def("push", guarded(&DispatchOp::push), py::arg("endpoint"))
         .def("receive", guarded(&DispatchOp::receive), py::arg("endpoint"))
-        .def_property_readonly("rows_in_place", &DispatchOp::rows_in_place)
-        .def_property_readonly("leasable", &DispatchOp::leasable)
-        .def_property_readonly("generation", &DispatchOp::generation)
-        .def_property_readonly("rows_offset", &DispatchOp::rows_offset)
-        .def_property_readonly("overflow", &DispatchOp::overflow)
         .def_property_readonly("received", &DispatchOp::received,
                                py::return_value_policy::reference_internal)
+        .def("lease_rows", &lease_rows,
+             "DLPack capsule of the rows where they lie (FP8 as bytes); their generation is leased "
+             "until its storage is freed. None: they must be copied.")
         .def(
-            "deliver_to",
-            [](DispatchOp& self, const DeliverTarget& target) {
+            "finish",
+            [](DispatchOp& self, const std::optional<DeliverTarget>& target) {
                 const py::gil_scoped_release release;
-                self.deliver_to(target);
+                return std::const_pointer_cast<DispatchRecord>(
+                    self.finish(target ? &*target : nullptr));
             },
-            py::arg("target"))
-        .def("finish", [](DispatchOp& self) {
-            return std::const_pointer_cast<DispatchRecord>(self.finish());
-        });
+            py::arg("target"));
 }
 
 void bind_combine(py::module_& module) {
@@ -255,7 +271,6 @@ void bind_low_latency(py::module_& module) {
         .def("send", guarded(&Combine::send), py::arg("endpoint"))
         .def_property_readonly("record_bytes", &Combine::record_bytes)
         .def("num_rows_to", &Combine::num_rows_to, py::arg("source"))
-        .def("num_rows_from", &Combine::num_rows_from, py::arg("node"))
         .def(
             "pack",
             [](Combine& self, Endpoint& endpoint, int32_t source, uintptr_t records) {

@@ -121,7 +121,8 @@ void bind_memory(py::module_& module) {
 py::capsule lease(SymmetricHeap& heap, int64_t generation, int64_t offset, int64_t num_bytes) {
     auto lease = heap.lease(generation, offset, num_bytes);
     auto* const data = reinterpret_cast<void*>(lease->address());
-    return lease_capsule(std::move(lease), {kDlCuda, heap.device().index()}, data, num_bytes);
+    return lease_capsule(std::move(lease), {kDlCuda, heap.device().index()}, data, kDlByte,
+                         {num_bytes});
 }
 
 void bind_heap(py::module_& module) {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Leased bytes of symmetric memory as a DLPack capsule: the storage's deleter ends the lease. The
-// structures are DLPack's public C ABI, version 0.8 (dlpack.h), as far as bytes need it.
+// Leased symmetric memory as a DLPack capsule: the storage's deleter ends the lease. The structures
+// are DLPack's public C ABI, version 0.8 (dlpack.h), as far as contiguous tensors need it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 namespace deepcomm {
 
@@ -39,34 +40,38 @@ struct DlManagedTensor {
 
 constexpr int32_t kDlCpu = 1;
 constexpr int32_t kDlCuda = 2;
+constexpr DlDataType kDlByte{1, 8, 1};
+constexpr DlDataType kDlF16{2, 16, 1};
+constexpr DlDataType kDlF32{2, 32, 1};
+constexpr DlDataType kDlBf16{4, 16, 1};
 
 /// One lease and the tensor that stands for it. The lease ends with the last storage.
 template <typename Lease>
-struct LeasedBytes {
+struct LeasedTensor {
     DlManagedTensor managed{};
-    int64_t shape = 0;
+    std::vector<int64_t> shape;
     Lease lease;
 
-    explicit LeasedBytes(Lease held) : lease(std::move(held)) {}
+    explicit LeasedTensor(Lease held) : lease(std::move(held)) {}
 
     static void end(DlManagedTensor* managed) {
-        delete static_cast<LeasedBytes*>(managed->manager_ctx);
+        delete static_cast<LeasedTensor*>(managed->manager_ctx);
     }
 };
 
-/// Returns num_bytes bytes at data as a capsule that keeps lease until its storage is freed.
+/// Returns a contiguous tensor at data as a capsule that keeps lease until its storage is freed.
 template <typename Lease>
-pybind11::capsule lease_capsule(Lease lease, DlDevice device, void* data, int64_t num_bytes) {
-    constexpr uint8_t kUint = 1;
-    auto* const leased = new LeasedBytes<Lease>(std::move(lease));
-    leased->shape = num_bytes;
+pybind11::capsule lease_capsule(Lease lease, DlDevice device, void* data, DlDataType dtype,
+                                std::vector<int64_t> shape) {
+    auto* const leased = new LeasedTensor<Lease>(std::move(lease));
+    leased->shape = std::move(shape);
     leased->managed.tensor.data = data;
     leased->managed.tensor.device = device;
-    leased->managed.tensor.ndim = 1;
-    leased->managed.tensor.dtype = {kUint, 8, 1};
-    leased->managed.tensor.shape = &leased->shape;
+    leased->managed.tensor.ndim = static_cast<int32_t>(leased->shape.size());
+    leased->managed.tensor.dtype = dtype;
+    leased->managed.tensor.shape = leased->shape.data();
     leased->managed.manager_ctx = leased;
-    leased->managed.deleter = &LeasedBytes<Lease>::end;
+    leased->managed.deleter = &LeasedTensor<Lease>::end;
     return pybind11::capsule(&leased->managed, "dltensor", [](PyObject* object) {
         // A consumer renames the capsule and owns the tensor from then on.
         if (PyCapsule_IsValid(object, "dltensor") != 0) {

@@ -160,6 +160,7 @@ void DispatchOp::find_overflow() {
 }
 
 void DispatchOp::push() {
+    plan();
     store_.store(record_->routing, 0, args_.num_tokens, own_rows());
     publish(endpoint_.config().rank);
 }
@@ -303,11 +304,23 @@ void DispatchOp::deliver_to(const DeliverTarget& target) {
         }
         rest.x = nullptr;
     }
-    deliver({args_.format, args_.recv_layout, record_->received, received_views()}, rest,
+    deliver({args_.format, args_.recv_layout, record_->received, received_views(), overflow_}, rest,
             endpoint_.ops(), endpoint_.pool());
 }
 
-std::shared_ptr<const DispatchRecord> DispatchOp::finish() {
+std::shared_ptr<std::byte> DispatchOp::lease_rows() const {
+    const int64_t num_bytes = record_->received.out_rows * args_.format.row_bytes;
+    const bool fits = num_bytes > 0 && num_bytes <= endpoint_.rows_reserved(landing_.generation);
+    if (!fits || !landing_.leasable || !rows_in_place()) {
+        return nullptr;
+    }
+    return endpoint_.lease(landing_.generation, rows_offset());
+}
+
+std::shared_ptr<const DispatchRecord> DispatchOp::finish(const DeliverTarget* target) {
+    if (target != nullptr) {
+        deliver_to(*target);
+    }
     endpoint_.finish_epoch(round_->epoch());
     Counters& counters = endpoint_.counters();
     ++counters.num_dispatches;

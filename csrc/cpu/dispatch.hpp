@@ -51,8 +51,6 @@ class DispatchOp {
 
     void announce();
     Round& round() { return *round_; }
-    /// After round().wait_all(): hands out the slots.
-    void plan();
 
     int64_t record_bytes() const { return record_format_.stride; }
     int64_t num_rows_to(int32_t node) const;
@@ -63,23 +61,25 @@ class DispatchOp {
     void forward(int32_t source, int64_t num, const std::byte* records);
     /// Publishes that all rows of source (this rank, or a rail peer) have been stored on this node.
     void publish(int32_t source);
-    /// Stores this rank's rows on the ranks of this node, and publishes them.
+    /// After round().wait_all(): hands out the slots, stores this rank's rows on the ranks of this
+    /// node, and publishes them.
     void push();
 
     /// Waits for the rows of all sources and records them.
     void receive();
-    bool rows_in_place() const { return direct(endpoint_.config().local()); }
-    bool leasable() const { return landing_.leasable; }
-    int32_t generation() const { return landing_.generation; }
-    int64_t rows_offset() const;
-    bool overflow() const { return overflow_; }
+    const RowFormat& row_format() const { return args_.format; }
     const Received& received() const { return record_->received; }
-    void deliver_to(const DeliverTarget& target);
-    /// Ends the operation and makes its record final.
-    std::shared_ptr<const DispatchRecord> finish();
+    /// The received rows where they lie, leasing their generation; null where they must be copied.
+    std::shared_ptr<std::byte> lease_rows() const;
+    /// Delivers, unless target is null, ends the operation and makes its record final.
+    std::shared_ptr<const DispatchRecord> finish(const DeliverTarget* target);
 
   private:
+    void plan();
     void assign_slots();
+    int64_t rows_offset() const;
+    bool rows_in_place() const { return direct(endpoint_.config().local()); }
+    void deliver_to(const DeliverTarget& target);
     LandingArea area_of(int32_t local) const;
     const LandingArea& own_area() const { return store_.area(endpoint_.config().local()); }
     bool direct(int32_t local) const;

@@ -82,8 +82,7 @@ class LowLatencyCombineOp {
     const OpSignature& signature() const { return signature_; }
     /// Takes the next epoch and sends this rank's weights, where given, to the ranks of this node.
     void open();
-    int64_t num_weights_to(int32_t node) const;      ///< tokens with a destination on node
-    int64_t num_weights_from(int32_t source) const;  ///< tokens of a rail peer with one here
+    int64_t num_weights_to(int32_t node) const;  ///< tokens with a destination on node
     void pack_weights(int32_t node, float* weights) const;
     /// Passes a rail peer's weights on to the ranks of this node; null: it refused.
     void forward_weights(int32_t source, const float* weights);
@@ -94,8 +93,7 @@ class LowLatencyCombineOp {
     void send();
 
     int64_t record_bytes() const { return record_format_.stride; }
-    int64_t num_rows_to(int32_t source) const { return num_weights_from(source); }
-    int64_t num_rows_from(int32_t node) const { return num_weights_to(node); }
+    int64_t num_rows_to(int32_t source) const;  ///< tokens of a rail peer with a destination here
     /// Waits for this node's blocks of a rail peer's tokens and sums them into records.
     void pack(int32_t source, std::byte* records);
     /// Waits for this node's blocks of this rank's tokens and sums; partials[n] from node n.

@@ -75,7 +75,7 @@ int64_t LowLatencyCombineOp::num_weights_to(int32_t node) const {
     return static_cast<int64_t>(lists[static_cast<size_t>(node)].size());
 }
 
-int64_t LowLatencyCombineOp::num_weights_from(int32_t source) const {
+int64_t LowLatencyCombineOp::num_rows_to(int32_t source) const {
     return args_.combine.record->forwarded[static_cast<size_t>(source)].num_tokens;
 }
 

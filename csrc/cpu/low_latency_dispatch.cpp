@@ -216,8 +216,8 @@ void LowLatencyDispatchOp::take_block(int32_t source, int32_t num_rows) {
 }
 
 void LowLatencyDispatchOp::deliver_to(const DeliverTarget& target) {
-    deliver({args_.format, args_.recv_layout, record_->received, views_}, target, endpoint_.ops(),
-            endpoint_.pool());
+    deliver({args_.format, args_.recv_layout, record_->received, views_, false}, target,
+            endpoint_.ops(), endpoint_.pool());
     ring_.close(epoch_);
     Counters& counters = endpoint_.counters();
     ++counters.num_dispatches;

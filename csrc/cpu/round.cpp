@@ -84,7 +84,7 @@ void Round::relay(int32_t node, const std::string& bytes) {
     publish(slot);
 }
 
-void Round::wait_all() {
+int32_t Round::wait_all() {
     const EndpointConfig& config = endpoint_.config();
     for (int32_t rank = 0; rank < config.num_ranks; ++rank) {
         const Announcement& slot = of(rank);
@@ -97,6 +97,7 @@ void Round::wait_all() {
         endpoint_.finish_epoch(epoch_);
         throw;
     }
+    return max_tokens();
 }
 
 void Round::check_all() const {

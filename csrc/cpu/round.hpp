@@ -36,9 +36,9 @@ class Round {
     void relay(int32_t node, const std::string& bytes);
 
     /// Waits for the announcements of all ranks. Throws CommError where one refused, ConfigMismatch
-    /// where they differ; the epoch is then finished and the endpoint usable.
-    void wait_all();
-    /// Largest number of tokens any rank announced.
+    /// where they differ; the epoch is then finished and the endpoint usable. Returns the largest
+    /// number of tokens that any rank announced.
+    int32_t wait_all();
     int32_t max_tokens() const;
     CountTable counts() const;
     const Announcement& of(int32_t rank) const { return endpoint_.announcement(rank, epoch_); }

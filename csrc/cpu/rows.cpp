@@ -187,6 +187,16 @@ void write_token_metadata(const Received& received, const DeliverTarget& target)
     }
 }
 
+void write_counts(const Delivery& delivery, const DeliverTarget& target) {
+    const Received& received = delivery.received;
+    std::copy(received.counts.begin(), received.counts.end(), target.counts);
+    if (target.offsets != nullptr) {
+        std::copy(received.offsets.begin(), received.offsets.end(), target.offsets);
+    }
+    *target.num_recv_tokens = static_cast<int32_t>(received.num_recv);
+    *target.overflow = delivery.overflow;
+}
+
 /// Calls put(row, position, column) for every delivered copy of rows [begin, end).
 template <typename Put>
 void for_each_copy(RecvLayout recv_layout, const Received& received, int64_t begin, int64_t end,
@@ -235,7 +245,7 @@ void zero_padding_rows(const RowFormat& format, RecvLayout recv_layout, const Re
 
 void deliver(const Delivery& delivery, const DeliverTarget& target, const RowOps& ops,
              ThreadPool& pool) {
-    const auto& [format, recv_layout, received, views] = delivery;
+    const auto& [format, recv_layout, received, views, overflow] = delivery;
     if (recv_layout == RecvLayout::kToken) {
         write_token_metadata(received, target);
     }
@@ -266,12 +276,7 @@ void deliver(const Delivery& delivery, const DeliverTarget& target, const RowOps
     if (target.zero_padding && target.x != nullptr) {
         zero_padding_rows(format, recv_layout, received, target.x);
     }
-    if (target.counts != nullptr) {
-        std::copy(received.counts.begin(), received.counts.end(), target.counts);
-    }
-    if (target.offsets != nullptr) {
-        std::copy(received.offsets.begin(), received.offsets.end(), target.offsets);
-    }
+    write_counts(delivery, target);
 }
 
 }  // namespace deepcomm::cpu

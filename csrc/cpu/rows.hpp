@@ -101,6 +101,8 @@ struct DeliverTarget {
     float* topk_weights = nullptr;
     int32_t* counts = nullptr;
     int32_t* offsets = nullptr;
+    int32_t* num_recv_tokens = nullptr;
+    bool* overflow = nullptr;
     bool zero_padding = false;
     bool stream = false;
 };
@@ -111,6 +113,7 @@ struct Delivery {
     RecvLayout recv_layout;
     const Received& received;
     const std::vector<RowView>& views;  ///< in TOKEN order
+    bool overflow;
 };
 
 /// Writes the rows and their metadata into the receive layout.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a backend, its requests, and the choice of one by device."""
+"""The interface of a backend, its requests, and the choice of one by device.
+
+Requests are made in every call, so they are not frozen: that would make them three times as slow.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 OnTimeout = Literal["raise", "mask"]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class DispatchRequest:
     """Arguments of one dispatch of either mode, as the user gave them."""
 
@@ -55,7 +58,7 @@ class DispatchRequest:
     low_latency: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CombineRequest:
     """Arguments of one combine of either mode, as the user gave them."""
 

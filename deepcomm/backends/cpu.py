@@ -8,7 +8,6 @@ waiting.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -42,7 +41,7 @@ from deepcomm.topology import Topology, discover
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.checks import CheckedCombine, CheckedDispatch
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuBackend"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 LOG = logging.getLogger("deepcomm")
@@ -176,45 +176,38 @@ class CpuBackend:
                 self._endpoint.finish_epoch(round_.epoch)
             raise
 
-    @contextlib.contextmanager
-    def _operation(self, kind: cpu.OpKind) -> Iterator[None]:
+    def _run(self, kind: cpu.OpKind, operation: Callable[[S], T], request: S) -> T:
         try:
-            yield
+            return operation(request)
         except BaseException as error:
             self._relay.settle(error, kind.name.lower(), unfinished=self._endpoint.epoch_open)
             raise
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
-        with self._operation(cpu.OpKind.DISPATCH):
-            return self._dispatch(request)
+        return self._run(cpu.OpKind.DISPATCH, self._dispatch, request)
 
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
         if request.previous_event is not None:
             request.previous_event.synchronize()
         checked, op = self._prepare(cpu.OpKind.DISPATCH, lambda: self._announce_dispatch(request))
-        op.round.wait_all(self._endpoint)
-        num_tokens = op.round.max_tokens()
+        num_tokens = op.round.wait_all(self._endpoint)
         if num_tokens > self.config.max_tokens_per_rank:
             self._endpoint.finish_epoch(op.round.epoch)
             self._grow(num_tokens)
             return self._dispatch(request)
-        op.plan()
         op.push(self._endpoint)
-        self._relay_dispatch(op)
+        if self._rail is not None:
+            self._relay_dispatch(op)
         op.receive(self._endpoint)
         try:
             tensors = DispatchTensors.of_dispatch(op, request, checked, self._endpoint)
         except Exception:  # no memory, say; the peers are done with this rank
-            op.finish()
+            op.finish(None)
             raise
-        op.deliver_to(tensors.target())
-        record = op.finish()
+        record = op.finish(tensors.target())
         tensors.check_out()
-        num_rows = op.received.out_rows
-        handle = make_handle(
-            request.handle, checked, num_rows, CpuRecord(record, checked.id_dtype, self._buffer_id)
-        )
+        native = CpuRecord(record, checked.id_dtype, self._buffer_id)
         return DispatchOutput(
             x=tensors.x,
             scales=tensors.scales,
@@ -222,9 +215,9 @@ class CpuBackend:
             topk_weights=tensors.topk_weights,
             num_tokens_per_expert=tensors.counts,
             expert_offsets=tensors.offsets,
-            num_recv_tokens=torch.tensor(op.received.num_recv, dtype=torch.int32),
-            overflow=torch.tensor(op.overflow),
-            handle=handle,
+            num_recv_tokens=tensors.num_recv_tokens,
+            overflow=tensors.overflow,
+            handle=make_handle(request, checked, op.received.out_rows, native),
             event=CompletedEvent() if request.async_op else None,
         )
 
@@ -249,7 +242,7 @@ class CpuBackend:
         take: Callable[[int], Leg],
     ) -> None:
         """Exchange records with the rail peer on each node: ``op.pack`` knows it as packed_for."""
-        nodes = list(self._relay.other_nodes)
+        nodes = self._relay.other_nodes
         packers = [
             Leg(node, op.num_rows_to(packed_for(node)), partial(op.pack, packed_for(node)))
             for node in nodes
@@ -272,8 +265,7 @@ class CpuBackend:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """High-throughput combine."""
-        with self._operation(cpu.OpKind.COMBINE):
-            return self._combine(request)
+        return self._run(cpu.OpKind.COMBINE, self._combine, request)
 
     def _combine(self, request: CombineRequest) -> CombineOutput:
         if request.previous_event is not None:
@@ -282,7 +274,7 @@ class CpuBackend:
             cpu.OpKind.COMBINE, lambda: self._announce_combine(request)
         )
         op.round.wait_all(self._endpoint)
-        partials = self._relay_combine(op)
+        partials = self._relay_combine(op) if self._rail is not None else [None]
         addresses = [0 if data is None else data.data_ptr() for data in partials]
         op.finish(self._endpoint, addresses)
         del checked  # kept its tensors alive for the native code
@@ -319,13 +311,11 @@ class CpuBackend:
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
-        with self._operation(cpu.OpKind.LOW_LATENCY_DISPATCH):
-            return self._low_latency.dispatch(request)
+        return self._run(cpu.OpKind.LOW_LATENCY_DISPATCH, self._low_latency.dispatch, request)
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
-        with self._operation(cpu.OpKind.LOW_LATENCY_COMBINE):
-            return self._low_latency.combine(request)
+        return self._run(cpu.OpKind.LOW_LATENCY_COMBINE, self._low_latency.combine, request)
 
     # ---- the rest --------------------------------------------------------------------------------
 

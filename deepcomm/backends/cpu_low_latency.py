@@ -32,6 +32,7 @@ from deepcomm.types import CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.relay import Relay
@@ -153,13 +154,15 @@ class LowLatency:
             self._relay.settle(error, NAMES[kind])
             raise
 
-    @contextlib.contextmanager
-    def _waits_added_to(self, stats: torch.Tensor | None) -> Iterator[None]:
+    def _waits_added_to(self, stats: torch.Tensor | None) -> AbstractContextManager[None]:
         """Add the microseconds that a phase waits for each rank to ``stats``, if it succeeds."""
+        return contextlib.nullcontext() if stats is None else self._waits_measured(stats)
+
+    @contextlib.contextmanager
+    def _waits_measured(self, stats: torch.Tensor) -> Iterator[None]:
         before = torch.tensor(self._endpoint.counters.wait_us)
         yield
-        if stats is not None:
-            stats.add_(torch.tensor(self._endpoint.counters.wait_us) - before)
+        stats.add_(torch.tensor(self._endpoint.counters.wait_us) - before)
 
     # ---- dispatch --------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ class LowLatency:
 
             def finish() -> None:
                 with self._waits_added_to(request.wait_us_stats):
-                    self._receive_dispatch(request, checked, tensors, op, rail, output)
+                    self._receive_dispatch(request, checked, tensors, op, rail)
 
             if request.return_hook:
                 return replace(output, hook=self._hook(DISPATCH, finish))
@@ -220,9 +223,7 @@ class LowLatency:
         op: cpu.LowLatencyDispatchOp,
     ) -> DispatchOutput:
         num_rows = tensors.x.numel() // self._config.hidden
-        handle = make_handle(
-            None, checked, num_rows, CpuRecord(op.record, checked.id_dtype, self._buffer_id)
-        )
+        record = CpuRecord(op.record, checked.id_dtype, self._buffer_id)
         return DispatchOutput(
             x=tensors.x,
             scales=tensors.scales,
@@ -230,9 +231,9 @@ class LowLatency:
             topk_weights=tensors.topk_weights,
             num_tokens_per_expert=tensors.counts,
             expert_offsets=None,
-            num_recv_tokens=torch.zeros((), dtype=torch.int32),
-            overflow=torch.zeros((), dtype=torch.bool),
-            handle=replace(handle, low_latency=True),
+            num_recv_tokens=tensors.num_recv_tokens,
+            overflow=tensors.overflow,
+            handle=make_handle(request, checked, num_rows, record),
             event=CompletedEvent() if request.async_op else None,
         )
 
@@ -243,7 +244,6 @@ class LowLatency:
         tensors: DispatchTensors,
         op: cpu.LowLatencyDispatchOp,
         rail: RailOperation,
-        output: DispatchOutput,
     ) -> None:
         problem: Error | None = None
         passed_on = set()
@@ -270,7 +270,6 @@ class LowLatency:
         except CommError as error:
             raise problem or error from None
         op.deliver_to(self._endpoint, tensors.target())
-        output.num_recv_tokens.fill_(op.received.num_recv)
         if request.expert_token_stats is not None:
             request.expert_token_stats.add_(tensors.counts)
         del checked  # kept its tensors alive for the native code

@@ -30,7 +30,7 @@ POOLED_BYTES = 128 << 10
 SCALE_ALIGN = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OutputShape:
     """Sizes of a dispatch's outputs.
 

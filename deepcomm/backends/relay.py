@@ -109,18 +109,14 @@ class Relay:
         self._rail = rail
         self._topology = topology
         self._endpoint = endpoint
+        # Each rank begins with its next node: no peer is everyone's first.
+        others = range(1, topology.num_nodes)
+        self.other_nodes = [(topology.node + step) % topology.num_nodes for step in others]
 
     @property
     def rank(self) -> int:
         """This rank."""
         return self._topology.rank
-
-    @property
-    def other_nodes(self) -> Iterator[int]:
-        """Nodes but this one, each rank beginning with its next: no peer is everyone's first."""
-        topology = self._topology
-        for step in range(1, topology.num_nodes):
-            yield (topology.node + step) % topology.num_nodes
 
     def peer(self, node: int) -> int:
         """Return the rank of the rail peer on ``node``."""

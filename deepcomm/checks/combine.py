@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm.checks.common import (
-    ROW_DTYPES,
     check_on_timeout,
     check_statistic,
     check_tensor,
     check_weights,
     contiguous_rows,
     describe,
+    row_dtypes,
 )
 from deepcomm.errors import InvalidArgument
 from deepcomm.types import Handle, RecvLayout
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepcomm.config import BufferConfig
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CheckedCombine:
     """Arguments of a combine in the one form that backends take.
 
@@ -84,14 +84,13 @@ def check_outputs(
     request: CombineRequest, config: BufferConfig, num_local_experts: int, device: torch.device
 ) -> torch.Tensor:
     """Check ``y`` and return it as [num_rows, H]."""
-    dtypes = ROW_DTYPES if device.type == "cpu" else ROW_DTYPES[:1]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    dtypes, names = row_dtypes(device.type)
     shape = outputs_shape(request.handle, config.hidden, num_local_experts)
     expected = f"{names} {list(shape)}"
     y = check_tensor("y", request.y, expected, device)
     if y.dtype not in dtypes or tuple(y.shape) != shape:
         raise InvalidArgument(f"y: expected {expected}, got {describe(y)}")
-    rows = y.detach()
+    rows = y.detach() if y.requires_grad else y
     if rows.ndim == 3:
         rows = rows.contiguous().view(-1, config.hidden)
     return contiguous_rows(rows)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from deepcomm.errors import InvalidArgument
@@ -22,11 +24,19 @@ def check_tensor(name: str, value: object, expected: str, device: torch.device) 
     """Return ``value`` if it is a tensor on the buffer's device."""
     if not isinstance(value, torch.Tensor):
         raise InvalidArgument(f"{name}: expected {expected}, got {describe(value)}")
-    if value.device.type != device.type or (device.index is not None and value.device != device):
+    differs = value.device != device
+    if differs and (value.device.type != device.type or device.index is not None):
         raise InvalidArgument(f"{name}: expected a tensor on {device}, got one on {value.device}")
     if value.layout != torch.strided:
         raise InvalidArgument(f"{name}: expected a strided tensor, got {value.layout}")
     return value
+
+
+@functools.cache
+def row_dtypes(device_type: str) -> tuple[tuple[torch.dtype, ...], str]:
+    """Return the dtypes of unquantised rows on a kind of device, and their names."""
+    dtypes = ROW_DTYPES if device_type == "cpu" else ROW_DTYPES[:1]
+    return dtypes, ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def contiguous_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -46,7 +56,7 @@ def check_weights(
     weights = check_tensor("topk_weights", weights, expected, device)
     if weights.dtype != torch.float32 or tuple(weights.shape) != shape:
         raise InvalidArgument(f"topk_weights: expected {expected}, got {describe(weights)}")
-    return weights.detach().contiguous()
+    return (weights.detach() if weights.requires_grad else weights).contiguous()
 
 
 def check_on_timeout(on_timeout: object) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from deepcomm.checks.common import (
     ID_DTYPES,
-    ROW_DTYPES,
     check_on_timeout,
     check_statistic,
     check_tensor,
     check_weights,
     contiguous_rows,
     describe,
+    row_dtypes,
 )
 from deepcomm.errors import InvalidArgument
 from deepcomm.types import SCALE_TILE, Handle, RecvLayout, ScaledTensor
@@ -29,7 +29,7 @@ FP8_ALIGN = 16
 INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class CheckedDispatch:
     """Arguments of a dispatch in the one form that backends take.
 
@@ -128,8 +128,7 @@ def check_rows(
         )
     if isinstance(request.x, ScaledTensor):
         return check_scaled_rows(request, config, device)
-    dtypes = ROW_DTYPES if device.type == "cpu" else ROW_DTYPES[:1]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    dtypes, names = row_dtypes(device.type)
     expected = f"{names} [T, {config.hidden}] or a ScaledTensor"
     x = check_tensor("x", request.x, expected, device)
     if x.dtype not in dtypes or x.ndim != 2 or x.shape[1] != config.hidden:
