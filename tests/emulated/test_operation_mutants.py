@@ -33,13 +33,11 @@ SURVIVORS = {
     "kernels/dispatch/count_exchange.cuh: the sums before their publication: delete": (
         "publish_counts and await_headers begin with barriers of their own"
     ),
-    "kernels/dispatch/count_exchange.cuh: the zero before the header, which who sets the flag has "
-    "seen: delete": (
-        "who sets the flag has also seen counts that the leader stored after the zero, and the "
-        "emulator lets no store pass another of its thread"
+    "kernels/dispatch/count_exchange.cuh: all of it before the header; who sets a flag has seen "
+    "that: delete": (
+        "who sets a flag has also seen counts that the leader stored after the zeros, and the "
+        "emulator lets no store pass another of its thread; nothing refuses for an earlier one"
     ),
-    "kernels/dispatch/count_exchange.cuh: the sums are read before gather_counts replaces them: "
-    "delete": "a thread replaces the sums that it has read itself, after the meeting's barriers",
     "kernels/dispatch/expand.cuh: the scales before other lanes read them: delete": (
         "copy_words gives each lane the words that it has loaded itself"
     ),

@@ -52,7 +52,7 @@ class RunningAhead:
     def look(self) -> Error | None:
         """Return what the operations so far have found to be wrong, as their event raises it."""
         self.catch_up()
-        return error_of(self._backend._check_complete)
+        return error_of(self._buffer._backend._check_complete)
 
 
 def error_of(call: Callable[[], Any]) -> Error | None:
@@ -87,7 +87,7 @@ def check_told(rank: int, errors: list[Error | None]) -> None:
 def test_call_that_raises_has_taken_its_turn(
     schedules: Schedules, knowing: int, fault: str
 ) -> None:
-    case, oracle = layout_case(RecvLayout.EXPERT_PADDED), Oracle()
+    case, oracle = layout_case(RecvLayout.EXPERT_PADDED, "one-node"), Oracle()
 
     def learn(group: LocalGroup) -> None:
         with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
@@ -113,7 +113,7 @@ def test_call_that_waits_raises_on_all_ranks(
     schedules: Schedules, knowing: int, layout: RecvLayout
 ) -> None:
     """Who has raised it already, or made it, hears that the others have not."""
-    case, oracle = layout_case(layout), Oracle()
+    case, oracle = layout_case(layout, "one-node"), Oracle()
 
     def learn(group: LocalGroup) -> None:
         rank = group.rank
@@ -153,7 +153,7 @@ def combine_badly(session: Session, received: DispatchOutput) -> Error | None:
 @pytest.mark.parametrize("layout", [RecvLayout.TOKEN, RecvLayout.EXPERT])
 def test_buffer_does_not_grow_on_some_ranks_alone(schedules: Schedules, layout: RecvLayout) -> None:
     """An error that some ranks have yet to raise comes before growing, which takes all of them."""
-    case = layout_case(layout)
+    case = layout_case(layout, "one-node")
 
     def grow(group: LocalGroup) -> int:
         options = {**HIGH_THROUGHPUT_ONLY, "max_tokens_per_rank": 2, "growable": True}

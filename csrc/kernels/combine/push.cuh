@@ -82,9 +82,9 @@ template <typename Spec>
 DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, const PushedChunk& pushed) {
     my.warp.sync();  // ORDER: the stores of all lanes before the leader's release
     if (!my.warp.is_leader()) return;
-    // ORDER: pairs with the wait of the peer's reduce
     const int32_t peer = pushed.block % Spec::kNumRanks;
     const int32_t block = pushed.block - peer + my.rank();
+    // ORDER: pairs with the wait of the peer's reduce
     device::st_release_sys(my.pushed_word(peer, block, pushed.chunk), my.epoch);
 }
 
