@@ -8,11 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from emulated.attack import Attack, Attackers
-from emulated.mutants import HIGH_THROUGHPUT, Mutant, mutate
+from emulated.build import CSRC
+from emulated.mutants import HIGH_THROUGHPUT, MARKER, Mutant, mutate
 from emulated.operations import SCENARIOS
 
 pytestmark = pytest.mark.emulated_backend
 
+MARKED = [
+    str(path.relative_to(CSRC))
+    for folder in HIGH_THROUGHPUT
+    for path in sorted((CSRC / folder).glob("*.cuh"))
+    if MARKER.search(path.read_text())
+]
 NUM_ATTACKERS = 2
 MAX_ROUNDS = 12
 """Of all scenarios, before a mutant counts as a survivor."""
@@ -58,11 +65,6 @@ SURVIVORS = {
 
 
 @pytest.fixture(scope="module")
-def mutants() -> list[Mutant]:
-    return [one for one in mutate([])[1] if one.path.startswith(HIGH_THROUGHPUT)]
-
-
-@pytest.fixture(scope="module")
 def attackers() -> Iterator[Attackers]:
     attackers = Attackers(mutate([])[0], NUM_ATTACKERS)
     yield attackers
@@ -83,15 +85,14 @@ def is_caught(attackers: Attackers, mutant: Mutant, rounds: int) -> bool:
     )
 
 
-def test_scenario_without_a_mutant_is_right(attackers: Attackers) -> None:
-    with ThreadPoolExecutor(NUM_ATTACKERS) as pool:
-        answers = pool.map(lambda name: attack(attackers, name, 0, 0, CLEAN_ROUNDS), SCENARIOS)
-    assert {name: answer for name, answer in zip(SCENARIOS, answers, strict=True) if answer} == {}
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario_without_a_mutant_is_right(attackers: Attackers, name: str) -> None:
+    assert attack(attackers, name, 0, 0, CLEAN_ROUNDS) == ""
 
 
-def test_every_order_line_matters(
-    attackers: Attackers, mutants: list[Mutant], survivor_rounds: int
-) -> None:
+@pytest.mark.parametrize("path", MARKED)
+def test_every_order_line_matters(attackers: Attackers, path: str, survivor_rounds: int) -> None:
+    mutants = [one for one in mutate([])[1] if one.path == path]
     with ThreadPoolExecutor(NUM_ATTACKERS) as pool:
         caught = pool.map(
             lambda one: is_caught(
@@ -104,5 +105,9 @@ def test_every_order_line_matters(
             for one, is_seen in zip(mutants, caught, strict=True)
             if not is_seen
         }
-    assert set(survivors) == set(SURVIVORS), survivors
-    assert len(mutants) >= 70, "the markers were not found"
+    assert set(survivors) == {name for name in SURVIVORS if name.startswith(path)}, survivors
+    assert mutants, "the markers were not found"
+
+
+def test_survivors_are_of_marked_files() -> None:
+    assert {name.partition(":")[0] for name in SURVIVORS} <= set(MARKED)
