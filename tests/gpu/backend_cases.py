@@ -88,6 +88,12 @@ def short_matrix(num_ranks: int) -> list[Case]:
     return [*wire_cases(base), *(replace(base, layout=lay, capacity=60) for lay in (TOKEN, EXPERT))]
 
 
+def nodes_matrix(num_ranks: int, ranks_per_node: int) -> list[Case]:
+    """Return the short matrix over several nodes, and all routings."""
+    cases = [*short_matrix(num_ranks), *routing_cases(base_case(num_ranks))]
+    return [replace(case, ranks_per_node=ranks_per_node) for case in cases]
+
+
 GRAPH_CASES = [
     replace(base_case(2), capacity=150),
     replace(base_case(2), capacity=20, wire="fp8"),

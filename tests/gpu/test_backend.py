@@ -60,6 +60,13 @@ def test_other_numbers_of_ranks_equal_reference(num_ranks: int) -> None:
         by_threads(num_ranks, ranks.exchange_all, [case], Oracle())
 
 
+@pytest.mark.parametrize(("num_nodes", "ranks_per_node"), [(2, 4), (4, 2)])
+def test_nodes_equal_reference(num_nodes: int, ranks_per_node: int) -> None:
+    num_ranks = num_nodes * ranks_per_node
+    for case in cases.nodes_matrix(num_ranks, ranks_per_node):
+        by_threads(num_ranks, ranks.exchange_all, [case], Oracle())
+
+
 @pytest.mark.parametrize("case", cases.SMS_CASES, ids=ids(cases.SMS_CASES))
 def test_results_do_not_depend_on_sms(case: Case) -> None:
     by_threads(2, ranks.exchange_with_sms, case, NUMS_SMS)
@@ -131,6 +138,11 @@ def test_memory_does_not_grow(layout: RecvLayout) -> None:
 @pytest.mark.parametrize("layout", list(RecvLayout))
 def test_processes_equal_reference(layout: RecvLayout) -> None:
     by_processes(ranks.exchange_all, [case for case in cases.matrix(2) if case.layout is layout])
+
+
+@two_gpus
+def test_processes_that_are_nodes_equal_reference() -> None:
+    by_processes(ranks.exchange_all, cases.nodes_matrix(2, 1))
 
 
 @two_gpus
