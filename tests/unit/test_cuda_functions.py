@@ -11,9 +11,12 @@ import pytest
 
 from deepcomm import jit
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.functions import Functions, LowLatencyFunctions, load_functions
+from deepcomm.backends.cuda.domain import Position
+from deepcomm.backends.cuda.functions import Functions, LowLatencyFunctions
 from deepcomm.config import BufferConfig
 from deepcomm.topology import Topology
+
+ALONE = Position()
 
 
 @dataclass
@@ -29,12 +32,14 @@ class RecordingRuntime:
         return self.asked[-1]
 
 
-def load(rank: int = 0, **options: Any) -> tuple[list[str], Functions, LowLatencyFunctions]:
+def load(
+    rank: int = 0, position: Position = ALONE, **options: Any
+) -> tuple[list[str], Functions, LowLatencyFunctions]:
     sizes = {"num_experts": 64, "num_topk": 4, "hidden": 7168, "max_tokens_per_rank": 128}
-    runtime = RecordingRuntime()
-    config = BufferConfig(**{**sizes, **options})
-    functions = load_functions(runtime, config, Topology(rank, 8, 8))  # type: ignore[arg-type]
-    return (runtime.asked, *functions)
+    runtime: Any = RecordingRuntime()
+    config, topology = BufferConfig(**{**sizes, **options}), Topology(rank, 8, 8)
+    high_throughput = Functions.load(runtime, config, topology, position)
+    return (runtime.asked, high_throughput, LowLatencyFunctions.load(runtime, config, topology))
 
 
 def names(asked: list[str]) -> dict[str, int]:
@@ -88,3 +93,16 @@ def test_ranks_begin_at_different_kernels() -> None:
     orders = [load(rank)[0] for rank in range(8)]
     assert len({order[0] for order in orders}) == 8
     assert {frozenset(order) for order in orders} == {frozenset(orders[0])}
+
+
+def test_domains_of_nodes_load_what_their_stage_needs() -> None:
+    none = {"num_low_latency_slots": 0}
+    rail, _, _ = load(position=Position(0, 4, is_rail=True), **none)
+    assert names(rail)["dispatch_send"] == 3
+    assert [kernel for kernel in rail if "combine" in kernel] == [
+        "combine {'num_ranks': 8, 'hidden': 7168, 'by_expert': False, 'origins': 0}"
+    ]
+    node, _, _ = load(position=Position(0, 1, num_origins=4), **none)
+    assert names(node) == {**HIGH_THROUGHPUT, "low_latency_mask": 1}
+    assert "dispatch_count {'num_ranks': 8, 'num_experts': 64, 'num_origins': 4}" in node
+    assert all("'origins': 4" in kernel for kernel in node if "combine" in kernel)
