@@ -66,7 +66,7 @@ class EmulatedBackend:
             self.topology,
             b"buffer",
             Failure(self.runtime),
-            functions.load_functions(self.runtime, config, self.topology)[1],
+            functions.LowLatencyFunctions.load(self.runtime, config, self.topology),
             self.runtime.num_sms,
         )
         self.low_latency = LowLatency(place, config, None)
