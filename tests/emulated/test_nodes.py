@@ -53,7 +53,7 @@ OPTION_CASES = [
     ),
     replace(TWO_BY_TWO, strided=True, wire="scaled"),
     # More chunks than are announced at once, of two origins.
-    *(replace(TWO_BY_TWO, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
+    *(replace(TWO_BY_TWO, num_tokens=34, even=True, layout=layout) for layout in RecvLayout),
 ]
 CASES = WIRE_CASES + SHAPE_CASES + OPTION_CASES
 
@@ -69,7 +69,8 @@ def play(settings: Settings, case: Case, oracle: Oracle) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_exchange_of_nodes_equals_reference(schedules: Schedules, case: Case) -> None:
     oracle = Oracle()
-    for settings in schedules():
+    # Blocks among each other are what one node already shows.
+    for settings in schedules(num_sms=1 if case.num_ranks > 4 else 2):
         play(settings, case, oracle)
 
 
