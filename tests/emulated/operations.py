@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from collective.case import TIMEOUT_S, Case
+from collective.scenario import exchange
 from collective.session import Oracle, Session
+from emulated.cluster import Settings
+from emulated.runtime import run_emulated
 
 from deepcomm import RecvLayout
 from deepcomm.errors import CommError, CommTimeout, InvalidArgument
+from deepcomm.testing import LocalGroup
 
 HIGH_THROUGHPUT_ONLY = {"num_low_latency_slots": 0}
 TOKEN, EXPERT, PADDED = RecvLayout
@@ -57,6 +61,21 @@ def exchange_for_ever(session: Session) -> None:
             inputs.xs[rank], inputs.ids[rank], inputs.weights[rank], recv_layout=layout
         )
         session.buffer.combine(received.x, received.handle)
+
+
+def exchange_emulated(settings: Settings, case: Case, oracle: Oracle) -> None:
+    """Every kind of dispatch and combine once, on all ranks of a cluster."""
+    run_emulated(
+        lambda group: exchange(group, case, oracle, **HIGH_THROUGHPUT_ONLY),
+        case.num_ranks,
+        settings,
+    )
+
+
+def exchange_until_failure(group: LocalGroup, case: Case, oracle: Oracle) -> None:
+    """On one rank; what fails in a combine is raised by the next operation."""
+    with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+        exchange_for_ever(session)
 
 
 def run_out_of_time(session: Session) -> None:

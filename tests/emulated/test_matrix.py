@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
-from collective.scenario import exchange, low_latency_exchange
+from collective.scenario import low_latency_exchange
 from collective.session import Oracle, Session
-from emulated.cluster import RankStopped, Settings
+from emulated.cluster import RankStopped
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
-from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
+from emulated.operations import exchange_emulated, exchange_until_failure
 from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
 from deepcomm import RecvLayout
@@ -63,19 +63,11 @@ CASES = list(dict.fromkeys(WIRE_CASES + CLUSTER_CASES + ROUTING_CASES + OPTION_C
 LOW_LATENCY_CASES = [case for case in WIRE_CASES if case.layout is not EXPERT]
 
 
-def play(settings: Settings, case: Case, oracle: Oracle) -> None:
-    run_emulated(
-        lambda group: exchange(group, case, oracle, **HIGH_THROUGHPUT_ONLY),
-        case.num_ranks,
-        settings,
-    )
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_exchange_equals_reference(schedules: Schedules, case: Case) -> None:
     oracle, num_sms = Oracle(), 1 if case.num_ranks == MANY_RANKS else 2
     for settings in schedules(num_sms=num_sms):
-        play(settings, case, oracle)
+        exchange_emulated(settings, case, oracle)
 
 
 @pytest.mark.parametrize("case", LOW_LATENCY_CASES, ids=lambda case: case.id)
@@ -94,7 +86,7 @@ def test_exchange_equals_reference_for_any_number_of_blocks(
 ) -> None:
     case, oracle = replace(SMALL, num_tokens=20, layout=layout), Oracle()
     for settings in schedules(num_sms=num_sms):
-        play(settings, case, oracle)
+        exchange_emulated(settings, case, oracle)
 
 
 SLOW = {
@@ -110,13 +102,7 @@ def test_exchange_equals_reference_beside_slow_peers(
 ) -> None:
     case, oracle = replace(SMALL, layout=layout), Oracle()
     for settings in schedules(faults=SLOW[fault]):
-        play(settings, case, oracle)
-
-
-def run_on(group: LocalGroup, case: Case, oracle: Oracle) -> None:
-    """Until something fails; what fails in a combine is raised by the next operation."""
-    with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
-        exchange_for_ever(session)
+        exchange_emulated(settings, case, oracle)
 
 
 @pytest.mark.parametrize("stop_at_ns", [0, 30_000, 100_000, 200_000, 400_000])
@@ -129,9 +115,9 @@ def test_stopped_rank_is_named_by_its_peers(
 
     def run_into_timeout(group: LocalGroup) -> None:
         if group.rank == 1:
-            run_on(group, case, oracle)
+            exchange_until_failure(group, case, oracle)
         with pytest.raises(CommTimeout) as caught:
-            run_on(group, case, oracle)
+            exchange_until_failure(group, case, oracle)
         errors[group.rank] = caught.value.peer
 
     for settings in schedules(faults=Faults(stop_rank=1, stop_at_ns=stop_at_ns)):
@@ -156,7 +142,7 @@ def test_every_kernel_of_the_backend_is_run(
 
     monkeypatch.setattr(EmulatedRuntime, "launch", remember)
     for layout, wire in itertools.product(RecvLayout, ("bf16", "fp8")):
-        play(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
+        exchange_emulated(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
     run_emulated(use_low_latency, SMALL.num_ranks, schedules()[0])
     assert launched == {
         kernel.name for kernel in KERNELS if not kernel.source.startswith("kernels/probe/")

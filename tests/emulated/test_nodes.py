@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import pytest
 from collective.case import Case
-from collective.scenario import exchange
 from collective.session import Oracle, Session
-from emulated.cluster import RankStopped, Settings
+from emulated.cluster import RankStopped
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
-from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
+from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_emulated, exchange_until_failure
 from emulated.runtime import run_emulated
 
 from deepcomm import RecvLayout
@@ -58,20 +57,12 @@ OPTION_CASES = [
 CASES = WIRE_CASES + SHAPE_CASES + OPTION_CASES
 
 
-def play(settings: Settings, case: Case, oracle: Oracle) -> None:
-    run_emulated(
-        lambda group: exchange(group, case, oracle, **HIGH_THROUGHPUT_ONLY),
-        case.num_ranks,
-        settings,
-    )
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_exchange_of_nodes_equals_reference(schedules: Schedules, case: Case) -> None:
     oracle = Oracle()
     # Blocks among each other are what one node already shows.
     for settings in schedules(num_sms=1 if case.num_ranks > 4 else 2):
-        play(settings, case, oracle)
+        exchange_emulated(settings, case, oracle)
 
 
 SLOW = {
@@ -88,13 +79,7 @@ def test_exchange_of_nodes_equals_reference_beside_slow_peers(
 ) -> None:
     case, oracle = replace(TWO_BY_TWO, layout=layout), Oracle()
     for settings in schedules(faults=SLOW[fault]):
-        play(settings, case, oracle)
-
-
-def run_on(group: LocalGroup, case: Case, oracle: Oracle) -> None:
-    """Until something fails; what fails in a combine is raised by the next operation."""
-    with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
-        exchange_for_ever(session)
+        exchange_emulated(settings, case, oracle)
 
 
 STOPPED = 3
@@ -110,9 +95,9 @@ def test_stopped_node_ends_the_operation_everywhere(
 
     def run_into_timeout(group: LocalGroup) -> None:
         if group.rank == STOPPED:
-            run_on(group, case, oracle)
+            exchange_until_failure(group, case, oracle)
         with pytest.raises(CommTimeout) as caught:
-            run_on(group, case, oracle)
+            exchange_until_failure(group, case, oracle)
         errors[group.rank] = caught.value.peer
 
     for settings in schedules(faults=Faults(stop_rank=STOPPED, stop_at_ns=stop_at_ns)):
