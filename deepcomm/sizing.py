@@ -91,8 +91,8 @@ def buffer_bytes(
 
 
 def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferBytes:
-    from deepcomm._C import kernels
     from deepcomm.backends.cuda.exchange import exchange_layout, node_config, rail_config
+    from deepcomm.backends.cuda.low_latency_slots import low_latency_layout
 
     if device != "cuda":
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}")
@@ -105,16 +105,9 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
             exchange_layout(rail_config(config), num_nodes, 1),
             exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes),
         ]
-    low_latency = kernels.LowLatencyShape()
-    low_latency.num_ranks = num_ranks
-    low_latency.num_experts = config.num_experts
-    low_latency.num_topk = config.num_topk
-    low_latency.hidden = config.hidden
-    low_latency.max_tokens = config.max_tokens_per_rank
-    low_latency.num_slots = config.num_low_latency_slots
     return BufferBytes(
         high_throughput=sum(exchange.total_bytes for exchange in exchanges),
-        low_latency=kernels.LowLatencyLayout.make(low_latency).total_bytes
+        low_latency=low_latency_layout(config, num_ranks).total_bytes
         if config.num_low_latency_slots and num_nodes == 1
         else 0,
     )

@@ -29,8 +29,8 @@ struct Walk {
     int32_t num_topk;
     int32_t num_experts;
     int32_t num_local_experts;
-    bool
-        splits_ranks;  ///< whether the tokens for a rank are counted origin by origin, as pairs are
+    /// Whether the tokens for a rank are counted origin by origin, as pairs are.
+    bool splits_ranks;
     int32_t num_origins;
     const int32_t* tokens_from;  ///< [origins + 1]
     int32_t begin;               ///< tokens

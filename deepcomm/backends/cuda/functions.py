@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, find_excess
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import BF16, KINDS, wire_of
+from deepcomm.checks.dispatch import FP8_ALIGN
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.domain import Position
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Functions", "LowLatencyFunctions"]
 
-FP8_ALIGN: Final = 16
 NUM_THREADS: Final = 256
 """Of a block of the low-latency kernels."""
 PHASES: Final = (SEND, RECEIVE, BOTH)
