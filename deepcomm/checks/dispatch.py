@@ -63,6 +63,11 @@ class CheckedDispatch:
         """T."""
         return int(self.rows.shape[0])
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether shapes depend on how many rows arrive."""
+        return self.capacity is None and self.recv_layout is not RecvLayout.EXPERT_PADDED
+
 
 def check_dispatch(
     request: DispatchRequest, config: BufferConfig, device: torch.device

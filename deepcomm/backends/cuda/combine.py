@@ -40,21 +40,9 @@ class Combine:
     """One combine of one rank in one domain."""
 
     def __init__(
-        self,
-        domain: Domain,
-        buffer_id: bytes,
-        request: CombineRequest,
-        stage: Stage = ALONE,
-        own_sums: OwnSums | None = None,
+        self, domain: Domain, buffer_id: bytes, request: CombineRequest, stage: Stage = ALONE
     ) -> None:
         """Check the arguments.
-
-        Args:
-            domain: Whose ranks it is among.
-            buffer_id: Of the buffer.
-            request: What was asked for, of this stage.
-            stage: Where it stands among several.
-            own_sums: With several nodes, what does not leave this rank's.
 
         Raises:
             InvalidArgument: The first argument that is wrong.
@@ -62,7 +50,7 @@ class Combine:
         self._domain = domain
         self._request = request
         self._stage = stage
-        self._own_sums = own_sums
+        self._own_sums: OwnSums | None = None
         self._checked: CheckedCombine = check_combine(
             request, domain.config, domain.num_local_experts, domain.device
         )
@@ -71,8 +59,13 @@ class Combine:
         bias = self._checked.bias
         self._bias = None if bias is None else aligned_rows(bias)
 
-    def run(self) -> CombineOutput:
-        """Launch."""
+    def run(self, own_sums: OwnSums | None = None) -> CombineOutput:
+        """Launch.
+
+        Args:
+            own_sums: With several nodes, what does not leave this rank's.
+        """
+        self._own_sums = own_sums
         domain, request, handle = self._domain, self._request, self._request.handle
         hidden, num_topk = domain.config.hidden, int(handle.topk_idx.shape[1])
         out = request.out

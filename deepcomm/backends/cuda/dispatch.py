@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
     from deepcomm.backends.cuda.domain import Domain
     from deepcomm.checks import CheckedDispatch
+    from deepcomm.config import BufferConfig
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "host_waits"]
 
 LANDING_IDS_ARE_64 = 1 << 31
 TOKENS_PER_COUNT_BLOCK = 64
@@ -66,6 +67,11 @@ class Counted:
 
     num_rows: int
     num_tokens: int
+
+
+def host_waits(request: DispatchRequest, checked: CheckedDispatch, config: BufferConfig) -> bool:
+    """Return whether the host waits: for counts, or because it might have to grow."""
+    return request.handle is None and (checked.is_exact or config.growable)
 
 
 class Dispatch:
@@ -97,8 +103,7 @@ class Dispatch:
         self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
         self._has_views = False
         self._scale_rows: torch.Tensor | None = None
-        weights = self._checked.topk_weights
-        self._kept_weights = None if weights is None else torch.empty_like(weights)
+        self._kept_weights: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -108,7 +113,7 @@ class Dispatch:
     @property
     def is_exact(self) -> bool:
         """Whether the host has to know how many rows arrive."""
-        return self._cached is None and self._checked.capacity is None and not self.is_padded
+        return self._cached is None and self._checked.is_exact
 
     @property
     def is_padded(self) -> bool:
@@ -117,10 +122,10 @@ class Dispatch:
 
     @property
     def waits(self) -> bool:
-        """Whether the host waits for the verdict: for counts, or because it might have to grow."""
+        """Whether the host waits for the verdict on the whole operation."""
         if self._stage.host_waits is not None:
             return self._stage.host_waits
-        return self.is_exact or (self._domain.config.growable and self._cached is None)
+        return host_waits(self._request, self._checked, self._domain.config)
 
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
@@ -285,6 +290,8 @@ class Dispatch:
         domain, checked, fmt = self._domain, self._checked, self._format
         params = kernels.SendParams()
         serial = record.serial if self._cached is not None else 0
+        if checked.topk_weights is not None:
+            self._kept_weights = torch.empty_like(checked.topk_weights)
         params.meet = self._meet(landing, serial)
         params.table = routing_table(record)
         params.table.topk_weights = address_of(self._kept_weights)

@@ -18,7 +18,7 @@ import torch
 
 from deepcomm.backends.base import CombineRequest
 from deepcomm.backends.cuda.combine import Combine, OwnSums
-from deepcomm.backends.cuda.dispatch import Dispatch
+from deepcomm.backends.cuda.dispatch import Dispatch, host_waits
 from deepcomm.backends.cuda.domain import Domain, Machine, Position
 from deepcomm.backends.cuda.engine import Traffic
 from deepcomm.backends.cuda.exchange import node_config, rail_config
@@ -150,9 +150,7 @@ class NodesDispatch:
             zero_padding=False,
             out=None,
         )
-        is_exact = checked.capacity is None and checked.recv_layout is not RecvLayout.EXPERT_PADDED
-        waits = self._record is None and (is_exact or engine.config.growable)
-        stage = Stage(is_last=False, host_waits=waits)
+        stage = Stage(is_last=False, host_waits=host_waits(request, checked, engine.config))
         self._on_rail = Dispatch(engine.rail, routing, towards_nodes, stage)
         self._in_node: Dispatch | None = None
 
@@ -214,25 +212,23 @@ class NodesCombine:
             InvalidArgument: The first argument that is wrong.
         """
         record = record_of(request.handle)
-        config, device = engine.config, engine.rail.device
-        check_combine(request, config, engine.node.num_local_experts, device)
+        check_combine(request, engine.config, engine.node.num_local_experts, engine.rail.device)
         self._engine = engine
         self._buffer_id = buffer_id
         self._request = request
         self._rail_handle = record.rail
-        sums = torch.empty(
-            record.rail.num_tokens, config.hidden, dtype=torch.float32, device=device
-        )
-        self._own_sums = OwnSums(sums, engine.topology.node)
         inside_node = replace(request, handle=record.node, bias=None, out=None)
-        stage = Stage(is_last=False)
-        self._in_node = Combine(engine.node, buffer_id, inside_node, stage, self._own_sums)
+        self._in_node = Combine(engine.node, buffer_id, inside_node, Stage(is_last=False))
         self._on_rail: Combine | None = None
 
     def run(self) -> CombineOutput:
         """Launch."""
         engine, request = self._engine, self._request
-        sums = self._in_node.run()
+        shape = (self._rail_handle.num_tokens, engine.config.hidden)
+        own_sums = OwnSums(
+            torch.empty(shape, dtype=torch.float32, device=engine.rail.device), engine.topology.node
+        )
+        sums = self._in_node.run(own_sums)
         between_nodes = CombineRequest(
             y=sums.x,
             handle=self._rail_handle,
@@ -241,8 +237,8 @@ class NodesCombine:
             out=request.out,
         )
         stage = Stage(after=engine.node)
-        self._on_rail = Combine(engine.rail, self._buffer_id, between_nodes, stage, self._own_sums)
-        return self._on_rail.run()
+        self._on_rail = Combine(engine.rail, self._buffer_id, between_nodes, stage)
+        return self._on_rail.run(own_sums)
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
