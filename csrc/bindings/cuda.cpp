@@ -15,6 +15,7 @@
 #include "host/function.hpp"
 #include "host/memory.hpp"
 #include "host/physical_memory.hpp"
+#include "host/put_off.hpp"
 #include "host/symmetric_heap.hpp"
 #include "host/wait_word.hpp"
 
@@ -186,6 +187,8 @@ void bind_function(py::module_& module) {
 
 void bind_cuda(py::module_& parent) {
     py::module_ module = parent.def_submodule("cuda", "Memory and kernels of GPUs.");
+    module.def("free_put_off", &host::free_put_off, NoGil(),
+               "Free what its owners could not, since that waits for kernels.");
     module.attr("VIRTUAL_MEMORY_SUPPORTED") = static_cast<int>(host::cu::kVirtualMemorySupported);
     module.attr("POSIX_FD_SUPPORTED") = static_cast<int>(host::cu::kPosixFdSupported);
     module.attr("FABRIC_SUPPORTED") = static_cast<int>(host::cu::kFabricSupported);

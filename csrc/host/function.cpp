@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host/function.hpp"
 
+#include "host/put_off.hpp"
+
 namespace deepcomm::host {
 
 Function::Function(std::shared_ptr<Device> device, const KernelImage& image)
@@ -41,8 +43,10 @@ void Function::load(const KernelImage& image) {
 }
 
 Function::~Function() {
-    const Device::Current current(*device_, std::nothrow);
-    DEEPCOMM_CUDA_LOG(device_->driver(), cuModuleUnload(module_));
+    put_off([device = device_, module = module_] {
+        const Device::Current current(*device, std::nothrow);
+        DEEPCOMM_CUDA_LOG(device->driver(), cuModuleUnload(module));
+    });
 }
 
 void Function::launch(int grid, const void* params, int64_t num_bytes, cu::Stream stream) const {

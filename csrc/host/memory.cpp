@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "host/put_off.hpp"
+
 namespace deepcomm::host {
 
 DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes)
@@ -49,17 +51,19 @@ HostMemory::HostMemory(std::shared_ptr<Device> device, int64_t num_bytes)
         DEEPCOMM_CUDA_CHECK(device_->driver(),
                             cuMemHostGetDevicePointer(&device_address_, address_, 0));
     } catch (const Error&) {
-        free();
+        free(*device_, address_);
         throw;
     }
     std::memset(address_, 0, static_cast<size_t>(num_bytes));
 }
 
 HostMemory::~HostMemory() {
-    const Device::Current current(*device_, std::nothrow);
-    free();
+    put_off([device = device_, address = address_] { free(*device, address); });
 }
 
-void HostMemory::free() noexcept { DEEPCOMM_CUDA_LOG(device_->driver(), cuMemFreeHost(address_)); }
+void HostMemory::free(const Device& device, void* address) noexcept {
+    const Device::Current current(device, std::nothrow);
+    DEEPCOMM_CUDA_LOG(device.driver(), cuMemFreeHost(address));
+}
 
 }  // namespace deepcomm::host

@@ -29,6 +29,7 @@ class DeviceMemory {
     cu::DevicePtr address_ = 0;
 };
 
+/// Freed when a device is opened next: host/put_off.hpp.
 class HostMemory {
   public:
     HostMemory(std::shared_ptr<Device> device, int64_t num_bytes);
@@ -41,7 +42,7 @@ class HostMemory {
     int64_t num_bytes() const { return num_bytes_; }
 
   private:
-    void free() noexcept;
+    static void free(const Device& device, void* address) noexcept;
 
     std::shared_ptr<Device> device_;
     int64_t num_bytes_;

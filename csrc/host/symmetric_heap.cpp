@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host/symmetric_heap.hpp"
 
+#include <atomic>
+
+#include "host/put_off.hpp"
+
 namespace deepcomm::host {
 
 struct SymmetricHeap::Mappings {
@@ -8,6 +12,7 @@ struct SymmetricHeap::Mappings {
     std::shared_ptr<Mapping> own;
     std::vector<std::shared_ptr<Mapping>> peers;
     std::vector<cu::Stream> streams;  ///< whose work may use leased memory after the heap is closed
+    std::atomic<bool> is_closed{false};
 
     ~Mappings() {
         // cuMemUnmap waits for nothing by itself.
@@ -23,6 +28,7 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<Device> device, int64_t num_bytes)
       num_bytes_(memory_->num_bytes()),
       mappings_(std::make_shared<Mappings>()),
       counts_(std::make_shared<LeaseCounts>()) {
+    free_put_off();
     mappings_->device = device_;
     mappings_->own = std::make_shared<Mapping>(device_, memory_);
     device_->zero(mappings_->own->address(), num_bytes_);
@@ -71,6 +77,7 @@ int64_t SymmetricHeap::num_leases(int64_t generation) const {
 void SymmetricHeap::close(std::vector<cu::Stream> streams) {
     if (mappings_ != nullptr) {
         mappings_->streams = std::move(streams);
+        mappings_->is_closed = true;
         mappings_.reset();
         memory_.reset();
     }
@@ -87,6 +94,10 @@ SymmetricHeap::Lease::Lease(std::shared_ptr<Mappings> mappings, std::shared_ptr<
 }
 
 SymmetricHeap::Lease::~Lease() {
+    // The end of the mappings waits for streams.
+    if (mappings_->is_closed) {
+        put_off([mappings = mappings_] {});
+    }
     const std::lock_guard<std::mutex> lock(counts_->mutex);
     if (--counts_->by_generation[generation_] == 0) {
         counts_->by_generation.erase(generation_);

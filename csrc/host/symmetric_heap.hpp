@@ -15,7 +15,7 @@ namespace deepcomm::host {
 
 class SymmetricHeap {
   public:
-    /// Allocates and zeroes the own block, of num_bytes rounded up, and maps it.
+    /// Frees what was put off; allocates and zeroes the own block, of num_bytes rounded up, maps it.
     SymmetricHeap(std::shared_ptr<Device> device, int64_t num_bytes);
 
     /// The own block, for ranks of other processes and of this one; null once closed.
@@ -57,7 +57,8 @@ class SymmetricHeap {
     std::shared_ptr<LeaseCounts> counts_;
 };
 
-/// Bytes of the own block that somebody still reads. Ends with the object, in any thread.
+/// Bytes of the own block that somebody still reads. Ends with the object, in any thread; after the
+/// heap, the memory itself is freed when symmetric memory is reserved next (host/put_off.hpp).
 class SymmetricHeap::Lease {
   public:
     ~Lease();

@@ -80,9 +80,14 @@ class FakeCuda:
         self._library.fake_last_launch(values)
         return tuple(values)
 
-    def live(self) -> dict[str, int]:
-        """Return how many of each kind live that did not at first, without those of none."""
+    def live(self, *, put_off: bool = False) -> dict[str, int]:
+        """Return how many of each kind live that did not at first, without those of none.
+
+        Those whose end is put off count if ``put_off``; else they end here.
+        """
         gc.collect()
+        if not put_off:
+            cuda.free_put_off()
         counts = {
             kind: int(self._library.fake_live(kind.encode())) - self._before.get(kind, 0)
             for kind in KINDS

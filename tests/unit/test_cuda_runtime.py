@@ -14,6 +14,7 @@ import torch
 from fake_cuda.library import FakeCuda
 
 from deepcomm import jit
+from deepcomm._C import cuda
 from deepcomm.backends import base
 from deepcomm.backends.cuda import device as devices
 from deepcomm.backends.cuda import driver as drivers
@@ -70,6 +71,21 @@ def test_runtime_makes_memory(fake: FakeCuda) -> None:
     assert runtime.wait_word(host.address, 0, host.address, 1.0)
     del memory, uploaded, host, runtime
     assert fake.live() == {}
+
+
+def test_what_waits_for_kernels_is_freed_when_memory_is_reserved(fake: FakeCuda) -> None:
+    runtime = make(fake)
+    host, function = runtime.host_memory(64), runtime.load(jit.KERNELS[0].name, {})
+    del host, function
+    live = fake.live(put_off=True)
+    assert (live["host memory"], live["module"]) == (1, 1)
+    heap = cuda.SymmetricHeap(cuda.Device(fake.driver(), 0), 100)
+    assert not {"host memory", "module"} & set(fake.live(put_off=True))
+    lease = heap.lease(0, 0, 10)
+    heap.close([])
+    del lease
+    assert fake.live(put_off=True)["mapping"] == 1
+    assert "mapping" not in fake.live()
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ class CudaSymmetricMemory:
     def close(self) -> None:
         """Unmap and free, once no lease is left; idempotent.
 
-        Waits for this rank's work first, as does the end of the last lease.
+        Waits for this rank's work first. After the end of the last lease, whoever reserves memory
+        next does so.
         """
         self._heap.close(self._streams() if self._heap.base else [])
 

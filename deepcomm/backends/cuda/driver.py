@@ -42,7 +42,8 @@ class StreamPool:
     def __init__(self, make: Callable[[int, int], int]) -> None:
         """Keep what ``make(device, priority)`` returns."""
         self._make = make
-        self._lock = threading.Lock()
+        # Not a plain lock: streams come back when the collector finds that nobody uses them.
+        self._lock = threading.RLock()
         self._free: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
 
     def take(self, device: int, priority: int) -> int:
