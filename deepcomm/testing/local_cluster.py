@@ -84,7 +84,9 @@ class LocalGroup:
 class LocalCluster:
     """R ranks as threads of one process: for notebooks, debuggers and tests.
 
-    On GPUs each thread has its device and a stream of its own as torch's current ones.
+    On GPUs each thread has its device and a stream of its own as torch's current ones. Ranks share
+    the driver's locks: before a copy between the device and pageable memory (``tensor.cpu()``)
+    synchronize the stream, or the copy keeps a lock while it waits for ranks that need it.
 
     Example:
         >>> LocalCluster(4).run(lambda group: group.rank)

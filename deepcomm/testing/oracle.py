@@ -239,7 +239,7 @@ def _assert_equal(
         return
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         raise AssertionError(f"{where}: expected {_kind(expected)}, got {_kind(actual)}")
-    actual = actual.detach().cpu()
+    actual = _to_host(actual.detach())
     differs = (_bits(actual) != _bits(expected)) & ~(_is_nan(actual) & _is_nan(expected))
     if rows is not None:
         differs &= rows[..., None]
@@ -251,6 +251,17 @@ def _assert_equal(
         f"{where}: {int(differs.sum())} of {differs.numel()} elements differ, first at "
         f"{list(index)}: expected {want}, got {got}"
     )
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a result to the host, without the driver's lock while it is not there yet.
+
+    A copy to pageable memory holds it for as long as the stream waits: for other ranks of this
+    process, it may be, and these for the lock.
+    """
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return tensor.cpu()
 
 
 def _assert_strides_equal(
