@@ -96,7 +96,9 @@ void bind_meet(py::module_& module) {
     def_address(meet, "verdict_before", &MeetParams::verdict_before);
     def_address(meet, "trouble", &MeetParams::trouble);
     def_address(meet, "has_trouble", &MeetParams::has_trouble);
+    def_address(meet, "taken", &MeetParams::taken);
     def_address(meet, "counters", &MeetParams::counters);
+    def_address(meet, "taken", &MeetParams::taken);
     py::class_<RoutingTable> table(module, "RoutingTable");
     table.def(py::init([] { return RoutingTable{}; }));
     def_address(table, "topk_idx", &RoutingTable::topk_idx);

@@ -268,6 +268,7 @@ class MeetParams:
     layout: ExchangeLayout
     max_tokens: int
     reports: int
+    taken: int
     trouble: int
     verdict: int
     verdict_before: int

@@ -7,18 +7,41 @@
 
 namespace deepcomm::kernels {
 
-/// The chunks of one worker: all blocks of peers in turn, beginning with the rank after this one.
+/// The chunks of one warp, in its order: all blocks of peers in turn, beginning with the rank after
+/// this one.
 template <typename Spec>
 struct PushCursor {
+    static constexpr int32_t kNumPeers = Spec::kNumRanks - 1;
+    static constexpr int32_t kNumBlocks = Spec::kRowOrigins * kNumPeers;
+    using Queue = WorkQueue<1>;
+
     const CombineBlock<Spec>& my;
-    int32_t next_chunk;  ///< over all blocks: chunk * blocks + step
-    int32_t block = 0;   ///< of a peer: layout/plan.hpp
+    Queue& queue;       ///< pieces over all blocks: chunk * blocks + step
+    int32_t end_chunk;  ///< of the longest block
+    int32_t taken = 0;  ///< pieces
+    int32_t block = 0;  ///< of a peer: layout/plan.hpp
     int32_t chunk = 0;
     int32_t row = 0;  ///< in the block
     int32_t end = 0;  ///< of the chunk at hand
 
-    DEEPCOMM_DEVICE explicit PushCursor(const CombineBlock<Spec>& mine)
-        : my(mine), next_chunk(mine.block.block_idx() * Spec::kPushWarps + mine.warp.warp_idx()) {}
+    DEEPCOMM_DEVICE PushCursor(const CombineBlock<Spec>& mine, Queue& pieces)
+        : my(mine), queue(pieces) {
+        int32_t most_rows = 0;
+        for (int32_t step = 0; step < kNumBlocks; ++step) {
+            const int32_t num_rows = my.num_rows_of(block_of(step));
+            if (num_rows > most_rows) most_rows = num_rows;
+        }
+        end_chunk = (most_rows + layout::kPushChunk - 1) / layout::kPushChunk;
+    }
+
+    DEEPCOMM_DEVICE static Queue queue_of(const CombineBlock<Spec>& my) {
+        return {my.params.meet.taken, my.block.block_idx() * Spec::kPushWarps + my.warp.warp_idx(),
+                my.block.num_blocks() * Spec::kPushWarps};
+    }
+    DEEPCOMM_DEVICE int32_t block_of(int32_t step) const {
+        return step / kNumPeers * Spec::kNumRanks +
+               (my.rank() + 1 + step % kNumPeers) % Spec::kNumRanks;
+    }
 
     DEEPCOMM_DEVICE bool is_alive() const { return true; }
     DEEPCOMM_DEVICE int32_t peer() const {
@@ -27,15 +50,10 @@ struct PushCursor {
 
     /// Moves to the next chunk that has rows; false when there is none.
     DEEPCOMM_DEVICE bool open_chunk() {
-        constexpr int32_t kNumPeers = Spec::kNumRanks - 1;
-        constexpr int32_t kNumBlocks = Spec::kRowOrigins * kNumPeers;
-        const int32_t end_chunk = my.params.meet.layout.shape.max_push_chunks();
-        while (kNumPeers > 0 && next_chunk / kNumBlocks < end_chunk) {
-            const int32_t step = next_chunk % kNumBlocks;
-            block = step / kNumPeers * Spec::kNumRanks +
-                    (my.rank() + 1 + step % kNumPeers) % Spec::kNumRanks;
-            chunk = next_chunk / kNumBlocks;
-            next_chunk += my.block.num_blocks() * Spec::kPushWarps;
+        while (kNumPeers > 0 && queue.at(taken) / kNumBlocks < end_chunk) {
+            block = block_of(queue.at(taken) % kNumBlocks);
+            chunk = queue.at(taken) / kNumBlocks;
+            ++taken;
             const int32_t num_rows = my.num_rows_of(block);
             const int32_t begin = chunk * layout::kPushChunk;
             if (begin >= num_rows) continue;
@@ -91,8 +109,9 @@ DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, const PushedC
 /// TOKEN: bulk copies; a chunk is announced when the stores of the next one have been issued.
 template <typename Spec>
 DEEPCOMM_DEVICE bool push_rows(const CombineBlock<Spec>& my, typename Spec::Pipe& pipe) {
-    PushCursor<Spec> loads(my);
-    PushCursor<Spec> rows(my);
+    auto queue = PushCursor<Spec>::queue_of(my);
+    PushCursor<Spec> loads(my, queue);
+    PushCursor<Spec> rows(my, queue);
     PushedChunk last = kNothingPushed;
     const bool is_complete = move_rows(pipe, loads, [&]() {
         if (rows.row == rows.end && !rows.open_chunk()) return false;
@@ -149,7 +168,8 @@ DEEPCOMM_DEVICE void push_sum(const CombineBlock<Spec>& my, const PushCursor<Spe
 
 template <typename Spec>
 DEEPCOMM_DEVICE void push_sums(const CombineBlock<Spec>& my) {
-    PushCursor<Spec> rows(my);
+    auto queue = PushCursor<Spec>::queue_of(my);
+    PushCursor<Spec> rows(my, queue);
     while (rows.open_chunk()) {
         for (; rows.row < rows.end; ++rows.row) push_sum(my, rows);
         announce_pushed(my, {rows.block, rows.chunk});

@@ -141,14 +141,15 @@ DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
     return true;
 }
 
-/// Tokens worker, worker + workers, ... False when a rank did not come.
+/// This warp's tokens. False when a rank did not come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
-    const int32_t num_workers = my.block.num_blocks() * Spec::kReduceWarps;
-    const int32_t worker =
+    const int32_t reducer =
         my.block.block_idx() * Spec::kReduceWarps + (my.warp.warp_idx() - Spec::kPushWarps);
-    for (int32_t token = worker; token < my.num_tokens(); token += num_workers) {
-        if (!reduce_token(my, token)) return false;
+    WorkQueue<1> queue(my.params.meet.taken + 1, reducer,
+                       my.block.num_blocks() * Spec::kReduceWarps);
+    for (int32_t n = 0; queue.at(n) < my.num_tokens(); ++n) {
+        if (!reduce_token(my, queue.at(n))) return false;
     }
     return true;
 }

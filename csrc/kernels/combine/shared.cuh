@@ -6,6 +6,7 @@
 #include "kernels/meet/meet.cuh"
 #include "kernels/rows/pipe.cuh"
 #include "kernels/rows/sum.cuh"
+#include "kernels/rows/work.cuh"
 #include "layout/plan.hpp"
 
 namespace deepcomm::kernels {
@@ -30,7 +31,7 @@ struct CombineSpec {
     static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
     // TOKEN rows are pushed by bulk copies, which take few warps; sums by experts take many.
-    static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageBetweenNodes ? 16 : 20;
+    static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageAlone ? 20 : 16;
     static constexpr int32_t kStageBytes = static_cast<int32_t>(round_up(kRowBytes, 128));
     static constexpr int32_t kPushWarps =
         kByExpert ? 6 : clamp(kStageBudgetBytes / (2 * kStageBytes), 1, 4);

@@ -11,8 +11,11 @@ namespace deepcomm::kernels {
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
-    uint32_t* counters = my.smem.counters[warp.warp_idx()];
-    for (int32_t i = warp.thread_idx(); i < my.kNumCounters; i += warp.size()) counters[i] = 0;
+    if (my.walks()) {
+        for (int32_t i = warp.thread_idx(); i < my.kNumCounters; i += warp.size()) {
+            my.counters()[i] = 0;
+        }
+    }
     if (my.block.is_leader()) my.smem.refusal = 0;
     if (kNumOrigins > 1) {
         for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
@@ -20,17 +23,15 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOr
         }
     }
     my.block.sync();  // ORDER: the zeros and origins before anybody counts
-    const Walk walk = my.walk(warp.warp_idx());
     uint32_t refusal = 0;
-    const int32_t step = walk.tokens_per_step();
-    int64_t next_id = walk.load(walk.begin);
-    for (int32_t token = walk.begin; token < walk.end; token += step) {
-        const int64_t id = next_id;
-        next_id = walk.load(token + step);
-        const Pair pair = walk.at(token, id);
-        add_to_counters(pair, counters);
-        refusal |= pair.refusal;
-        if (pair.index >= 0) my.params.table.topk_idx[pair.index] = pair.expert;
+    if (my.walks()) {
+        const Walk walk = my.walk(warp.warp_idx());
+        for (int32_t first = walk.begin; first < walk.end; first += warp.size()) {
+            const WalkedToken walked = walk.mark(first, my.masks(), my.kNumCounters);
+            refusal |= walked.refusal;
+            my.smem.firsts[warp.warp_idx()][warp.thread_idx()] = walked.firsts;
+            add_marks(my.masks(), my.counters(), my.kNumCounters);
+        }
     }
     if (refusal != 0) device::atom_or_relaxed_block(&my.smem.refusal, refusal);
     my.block.sync();  // ORDER: the counts of all warps before they are added up
@@ -74,7 +75,7 @@ DEEPCOMM_DEVICE void start_slots(const CountBlock<kNumRanks, kNumExperts, kNumOr
         uint32_t next = my.smem.before[i];
         const int32_t expert = i % my.kNumTotals - kNumRanks;
         if (expert >= 0) next += static_cast<uint32_t>(my.smem.offsets[expert]);
-        for (int32_t w = 0; w < kCountWarps; ++w) {
+        for (int32_t w = 0; w < kWalkWarps; ++w) {
             const uint32_t count = my.smem.counters[w][i];
             my.smem.counters[w][i] = next;
             next += count;
@@ -87,40 +88,46 @@ DEEPCOMM_DEVICE int32_t limit_of(const Header& header) {
     return header.capacity == kNoCapacity ? kNoLimit : header.capacity;
 }
 
+/// The slots of a lane's token.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void assign_token(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                  const Walk& walk, const WalkedToken& walked) {
+    const RoutingTable& table = my.params.table;
+    const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
+    uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
+    walk.for_each_pair(walked.token, [&](int32_t k, int64_t, const Pair& pair) {
+        const int64_t index = static_cast<int64_t>(walked.token) * my.params.num_topk + k;
+        int32_t token_slot = -1, pair_slot = -1;
+        if (pair.expert >= 0) {
+            const int32_t row = my.next_slot(pair.token_counter);
+            if ((walked.firsts >> k & 1) != 0) token_slot = row;
+            pair_slot = by_expert ? my.next_slot(pair.pair_counter) : row;
+            if (pair_slot >= limit_of(my.smem.meet.headers[pair.dst])) {
+                device::atom_or_relaxed_gpu(lost + pair.pair_counter / my.kNumTotals, 1u);
+            }
+        }
+        table.topk_idx[index] = pair.expert;
+        table.token_slot[index] = token_slot;
+        if (by_expert) table.pair_slot[index] = pair_slot;
+    });
+}
+
 /// Walks again and writes every pair's slot.
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
-    uint32_t* counters = my.smem.counters[warp.warp_idx()];
-    const RoutingTable& table = my.params.table;
-    const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
+    if (!my.walks()) return;
     const Walk walk = my.walk(warp.warp_idx());
-    uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
-    const int32_t step = walk.tokens_per_step();
-    int64_t next_id = walk.load(walk.begin);
-    for (int32_t token = walk.begin; token < walk.end; token += step) {
-        const int64_t id = next_id;
-        next_id = walk.load(token + step);
-        const Pair pair = walk.at(token, id);
-        int32_t token_slot = -1, pair_slot = -1;
-        if (pair.is_first) {
-            token_slot =
-                static_cast<int32_t>(counters[pair.token_counter]) + num_before(pair.firsts);
-        }
-        if (pair.expert >= 0) {
-            pair_slot =
-                static_cast<int32_t>(counters[pair.pair_counter]) + num_before(pair.same_expert);
-            const int32_t slot = by_expert ? pair_slot : token_slot;
-            if (slot >= limit_of(my.smem.meet.headers[pair.dst])) {
-                device::atom_or_relaxed_gpu(lost + pair.pair_counter / my.kNumTotals, 1u);
-            }
-        }
-        if (pair.index >= 0) {
-            table.token_slot[pair.index] = token_slot;
-            if (by_expert) table.pair_slot[pair.index] = pair_slot;
-        }
+    // The masks of a walk's only batch are still there.
+    const bool is_marked = walk.end - walk.begin <= warp.size();
+    for (int32_t first = walk.begin; first < walk.end; first += warp.size()) {
+        const WalkedToken walked =
+            is_marked ? WalkedToken{walk.token_of(first),
+                                    my.smem.firsts[warp.warp_idx()][warp.thread_idx()], 0}
+                      : walk.mark(first, my.masks(), my.kNumCounters);
+        if (walked.token >= 0) assign_token(my, walk, walked);
         warp.sync();  // ORDER: the counters are read before they move on
-        add_to_counters(pair, counters);
+        add_marks(my.masks(), my.counters(), my.kNumCounters);
     }
 }
 
@@ -128,7 +135,7 @@ DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts, kNumO
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE uint32_t known_tokens(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
                                       int32_t origin, int32_t src, int32_t dst) {
-    return known_count(my, src, my.counter(origin, dst));
+    return my.smem.tokens[(origin * kNumRanks + src) * kNumRanks + dst];
 }
 
 /// Rows of src that come back from dst, of origins before one.

@@ -76,7 +76,7 @@ DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts, 
     for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
         const bool is_refusal = i == my.kNumCounters;
         uint32_t own = is_refusal ? device::ld_relaxed_block(&my.smem.refusal) : 0;
-        for (int32_t w = 0; w < kCountWarps && !is_refusal; ++w) own += my.smem.counters[w][i];
+        for (int32_t w = 0; w < kWalkWarps && !is_refusal; ++w) own += my.smem.counters[w][i];
         device::st_relaxed_gpu(my.partial(my.block.block_idx(), i), my.tagged(own));
         uint32_t before = 0;
         is_complete = add_blocks_before(my, i, &before) && is_complete;
@@ -124,13 +124,6 @@ DEEPCOMM_DEVICE const uint64_t* count_words(
                                              my.params.meet.layout.counts_of(my.epoch, src));
 }
 
-/// A count that gather_counts has waited for.
-template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
-DEEPCOMM_DEVICE uint32_t known_count(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
-                                     int32_t src, int32_t counter) {
-    return static_cast<uint32_t>(device::ld_relaxed_sys(count_words(my, src) + counter));
-}
-
 /// Adds up the counts of all ranks and origins: totals, and what comes before this block's own. Rows
 /// are in the order of their origins, then of the ranks that send them on.
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
@@ -159,6 +152,7 @@ DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts, kNum
                         my.smem.before[my.counter((first + n) / kNumRanks, i)] += total;
                     }
                     total += value;
+                    if (i < kNumRanks) my.smem.tokens[(first + n) * kNumRanks + i] = value;
                 });
         }
         my.smem.totals[i] = total;

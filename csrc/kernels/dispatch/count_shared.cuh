@@ -9,6 +9,7 @@
 namespace deepcomm::kernels {
 
 constexpr int32_t kCountWarps = 16;
+constexpr int32_t kWalkWarps = 8;        ///< of them: more would each have their own counters
 constexpr int32_t kMaxCountBlocks = 16;  ///< more would only wait for each other
 constexpr int32_t kWordsAtOnce = 8;
 constexpr int32_t kNoLimit = 0x7FFFFFFF;
@@ -22,7 +23,11 @@ struct CountShared {
     int32_t tokens_from[kNumOrigins + 1];  ///< first token of each origin, and the end
     /// Of each origin [R] tokens for each rank, then [E] pairs for each expert: of each warp; later
     /// the next slot.
-    uint32_t counters[kCountWarps][kNumCounters];
+    uint32_t counters[kWalkWarps][kNumCounters];
+    uint32_t masks[kWalkWarps][kNumCounters];        ///< tokens of each warp's batch: walk.cuh
+    uint32_t firsts[kWalkWarps][device::kWarpSize];  ///< WalkedToken::firsts
+    uint32_t
+        tokens[kNumOrigins * kNumRanks * kNumRanks];  ///< of each block (origin, source), by rank
     uint32_t before[kNumCounters];  ///< of blocks, then also of sources, that come first
     uint32_t own[kNumCounters];     ///< of this rank
     uint32_t totals[kNumTotals];    ///< of all ranks and origins
@@ -48,10 +53,18 @@ struct CountBlock {
         return kNumOrigins == 1 ? params.num_tokens : smem.tokens_from[kNumOrigins];
     }
 
+    DEEPCOMM_DEVICE bool walks() const { return device::Warp{}.warp_idx() < kWalkWarps; }
+    DEEPCOMM_DEVICE uint32_t* counters() const { return smem.counters[device::Warp{}.warp_idx()]; }
+    DEEPCOMM_DEVICE uint32_t* masks() const { return smem.masks[device::Warp{}.warp_idx()]; }
+    /// Of this lane's token, where its batch is marked.
+    DEEPCOMM_DEVICE int32_t next_slot(int32_t counter) const {
+        return static_cast<int32_t>(counters()[counter]) + num_before(masks()[counter]);
+    }
+
     DEEPCOMM_DEVICE Walk walk(int32_t warp_idx) const {
         const auto num_tokens = static_cast<int64_t>(this->num_tokens());
-        const int32_t num_parts = block.num_blocks() * kCountWarps;
-        const int32_t part = block.block_idx() * kCountWarps + warp_idx;
+        const int32_t num_parts = block.num_blocks() * kWalkWarps;
+        const int32_t part = block.block_idx() * kWalkWarps + warp_idx;
         return {params.topk_idx,
                 params.ids_are_64,
                 params.num_topk,

@@ -7,24 +7,26 @@
 
 namespace deepcomm::kernels {
 
-/// The landed rows of one worker: chunks worker, worker + workers, ... of each source in turn,
-/// beginning with the rank after this one.
+/// The landed rows of one warp, in its order: chunks of each source in turn, beginning with the rank
+/// after this one.
 template <typename Spec>
 struct LandedCursor {
+    using Queue = WorkQueue<1>;
+
     const SendBlock<Spec>& my;
-    int32_t step = 0;  ///< sources passed
-    int32_t chunk;
+    Queue& queue;
+    int32_t num_chunks = 0;  ///< taken
     int32_t row = 0;
     int32_t end = 0;  ///< rows of the chunk at hand are [row, end)
     bool has_failed = false;
 
-    DEEPCOMM_DEVICE explicit LandedCursor(const SendBlock<Spec>& block)
-        : my(block), chunk(block.worker()) {}
+    DEEPCOMM_DEVICE LandedCursor(const SendBlock<Spec>& block, Queue& chunks)
+        : my(block), queue(chunks) {}
 
     DEEPCOMM_DEVICE bool is_alive() const { return !has_failed; }
 
     /// Waits for the announcement of a chunk.
-    DEEPCOMM_DEVICE bool open_chunk(int32_t src) {
+    DEEPCOMM_DEVICE bool open_chunk(int32_t src, int32_t chunk) {
         const CommParams& comm = my.params.meet.comm;
         const device::WaitSite site = {device::Operation::kDispatch, device::Role::kForward, src,
                                        chunk};
@@ -44,16 +46,17 @@ struct LandedCursor {
     /// Moves to the next row; false when there is none, or when a source did not come.
     DEEPCOMM_DEVICE bool find_row() {
         while (row == end) {
-            if (step == Spec::kNumRanks - 1) return false;
-            const int32_t src = (my.rank() + 1 + step) % Spec::kNumRanks;
-            const int32_t num_tokens = my.smem.meet.headers[src].num_tokens;
-            if (chunk * layout::kSendChunk >= num_tokens) {
-                ++step;
-                chunk = my.worker();
-                continue;
+            int32_t chunk = queue.at(num_chunks);
+            int32_t step = 0, src = 0;
+            for (; step < Spec::kNumRanks - 1; ++step) {
+                src = (my.rank() + 1 + step) % Spec::kNumRanks;
+                const int32_t num_tokens = my.smem.meet.headers[src].num_tokens;
+                const int32_t num_here = (num_tokens + layout::kSendChunk - 1) / layout::kSendChunk;
+                if (chunk < num_here) break;
+                chunk -= num_here;
             }
-            if (!open_chunk(src)) return false;
-            chunk += my.num_workers();
+            if (step == Spec::kNumRanks - 1 || !open_chunk(src, chunk)) return false;
+            ++num_chunks;
         }
         return true;
     }
@@ -113,8 +116,10 @@ DEEPCOMM_DEVICE bool expand_row(const SendBlock<Spec>& my, typename Spec::Landed
 /// All rows of this warp. False when a wait has run out.
 template <typename Spec>
 DEEPCOMM_DEVICE bool expand_rows(const SendBlock<Spec>& my, typename Spec::LandedPipe& pipe) {
-    LandedCursor<Spec> loads(my);
-    LandedCursor<Spec> rows(my);
+    typename LandedCursor<Spec>::Queue queue(my.params.meet.taken + 1, my.worker(),
+                                             my.num_workers());
+    LandedCursor<Spec> loads(my, queue);
+    LandedCursor<Spec> rows(my, queue);
     const bool is_complete = move_rows(pipe, loads, [&]() {
         if (!rows.find_row()) return false;
         return expand_row(my, pipe, rows.row++);

@@ -26,7 +26,11 @@ DEEPCOMM_DEVICE void find_destinations(const SendBlock<Spec>& my) {
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
     if (my.ready_epoch != my.epoch) return false;
-    if (my.params.opens && my.block.block_idx() == 0) {
+    if (!my.params.opens) {
+        recall_headers(my.params.meet, my.block, my.epoch, &my.smem.meet);
+        return true;
+    }
+    if (my.block.block_idx() == 0) {
         publish_header(my.params.meet, my.block, my.epoch, {0, my.num_tokens});
     }
     return await_headers(my.params.meet, my.block, device::Operation::kDispatch, my.epoch,
@@ -64,7 +68,8 @@ DEEPCOMM_DEVICE bool move(const SendBlock<Spec>& my) {
     typename Spec::Pipe pipe = {my.smem.bank.bytes[w], my.smem.bank.full[w]};
     if (my.warp.is_leader()) pipe.init();
     my.warp.sync();  // ORDER: the mbarriers before the lanes that wait at them
-    TokenCursor<Spec> loads(my);
+    typename TokenCursor<Spec>::Queue queue(my.params.meet.taken, my.worker(), my.num_workers());
+    TokenCursor<Spec> loads(my, queue);
     (void)load_ahead(pipe, loads);
     const bool is_met = meet_or_recall(my);
     if (!have_met(my, is_met)) {
@@ -113,7 +118,9 @@ DEEPCOMM_DEVICE void finish(const SendBlock<Spec>& my) {
     auto* round = static_cast<device::EpochState*>(my.params.round);
     const bool is_last =
         has_exchanged ? device::finish_epoch(round, num_blocks) : my.block.block_idx() == 0;
-    if (is_last) meet.verdict->done_epoch = my.epoch;
+    if (!is_last) return;
+    end_work(meet.taken);
+    meet.verdict->done_epoch = my.epoch;
 }
 
 /// The operation that this kernel belongs to: the next one, or the one that was just counted.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Role send: each token's row is read once and stored wherever it is needed. A warp owns tokens
-// worker, worker + workers, ... (TOKEN) or such chunks of tokens (expert layouts, whose receivers
-// are told chunk by chunk). PROTOCOLS.md: dispatch_send.
+// Role send: each token's row is read once and stored wherever it is needed. A warp takes tokens
+// (TOKEN) or chunks of tokens (expert layouts, whose receivers are told chunk by chunk) one after the
+// other. PROTOCOLS.md: dispatch_send.
 #pragma once
 
 #include "kernels/dispatch/deliver.cuh"
@@ -9,18 +9,20 @@
 
 namespace deepcomm::kernels {
 
-/// The tokens of one worker, in its order.
+/// The tokens of one warp, in its order.
 template <typename Spec>
 struct TokenCursor {
     static constexpr int32_t kChunk = Spec::kByExpert ? layout::kSendChunk : 1;
+    // As many as are loaded before the ranks have met.
+    using Queue = WorkQueue<1 + Spec::Pipe::kLoadsAhead / kChunk>;
 
     const SendBlock<Spec>& my;
+    Queue& queue;
     int32_t index = 0;  ///< of the next one
 
-    DEEPCOMM_DEVICE explicit TokenCursor(const SendBlock<Spec>& block) : my(block) {}
-    DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const {
-        return my.worker() + at / kChunk * my.num_workers();
-    }
+    DEEPCOMM_DEVICE TokenCursor(const SendBlock<Spec>& block, Queue& chunks)
+        : my(block), queue(chunks) {}
+    DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const { return queue.at(at / kChunk); }
     DEEPCOMM_DEVICE int32_t token_of(int32_t at) const {
         return chunk_of(at) * kChunk + at % kChunk;
     }
@@ -148,8 +150,8 @@ struct ChunkAnnouncer {
     TokenCursor<Spec> tokens;
     int32_t num_sent = 0;  ///< tokens
 
-    DEEPCOMM_DEVICE explicit ChunkAnnouncer(const SendBlock<Spec>& block)
-        : my(block), tokens(block) {}
+    DEEPCOMM_DEVICE explicit ChunkAnnouncer(const TokenCursor<Spec>& sent)
+        : my(sent.my), tokens(sent) {}
 
     DEEPCOMM_DEVICE int32_t* first(int32_t chunk) const {
         return my.smem.chunk_first[my.warp.warp_idx()][chunk % 2];
@@ -226,10 +228,15 @@ DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& 
 /// TOKEN, role pair: ids, weights and scales that were given, by warps that move no rows.
 template <typename Spec>
 DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
-    const int32_t stride = my.block.num_blocks() * Spec::kPairers;
-    int32_t token = my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
-    for (; token < my.num_tokens; token += stride) {
-        PairSlots pair = load_pairs<true>(my, token);
+    const int32_t pairer =
+        my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
+    WorkQueue<2> queue(my.params.meet.taken + 1, pairer, my.block.num_blocks() * Spec::kPairers);
+    PairSlots next;
+    if (queue.at(0) < my.num_tokens) next = load_pairs<true>(my, queue.at(0));
+    for (int32_t index = 0; queue.at(index) < my.num_tokens; ++index) {
+        const int32_t token = queue.at(index), after = queue.at(index + 1);
+        PairSlots pair = next;
+        if (after < my.num_tokens) next = load_pairs<true>(my, after);
         name_ranks(my, &pair);
         keep_weights(my, token, pair);
         for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
@@ -260,8 +267,8 @@ DEEPCOMM_DEVICE void count_rows(const SendBlock<Spec>& my, uint32_t num_local, u
 template <typename Spec>
 DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe& pipe,
                                  TokenCursor<Spec>& loads) {
-    TokenCursor<Spec> tokens(my);
-    ChunkAnnouncer<Spec> announcer(my);
+    TokenCursor<Spec> tokens(my, loads.queue);
+    ChunkAnnouncer<Spec> announcer(tokens);
     const int32_t num_tokens = my.num_tokens;
     PairSlots next;
     if (tokens.token_of(0) < num_tokens) next = load_pairs<Spec::kByExpert>(my, tokens.token_of(0));

@@ -4,6 +4,7 @@
 
 #include "kernels/dispatch/count.cuh"
 #include "kernels/rows/pipe.cuh"
+#include "kernels/rows/work.cuh"
 
 namespace deepcomm::kernels {
 

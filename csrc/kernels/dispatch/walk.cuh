@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A warp's walk over the routing of consecutive tokens, a lane a (token, k) pair. Counting and slot
-// assignment take the same walk, so that both see the same order: tokens ascending.
+// A warp's walk over the routing of consecutive tokens, a lane a token. Counting and slot assignment
+// take the same walk, so that both see the same order: tokens ascending.
+//
+// Each lane sets its bit in a mask of every counter that its token adds to. What comes before a
+// token's row in a counter is then what was counted before, and the lower bits of the mask.
 #pragma once
 
 #include "device/device.cuh"
@@ -8,22 +11,24 @@
 
 namespace deepcomm::kernels {
 
-/// One lane's pair and the lanes that share something with it.
+constexpr int32_t kIdsAtOnce = 8;
+
+/// One (token, k) pair.
 struct Pair {
-    int32_t index;          ///< in [T, K], or -1: none
     int32_t expert;         ///< or -1
     int32_t dst;            ///< rank of the expert, or -1
-    int32_t token_counter;  ///< which one counts the token for that rank, or -1
-    int32_t pair_counter;   ///< which one counts the pair, or -1
-    uint32_t same_expert;   ///< lanes with the same pair_counter
-    uint32_t firsts;        ///< lanes with the same token_counter that are first of their tokens
-    bool is_first;
-    uint32_t refusal;
+    int32_t token_counter;  ///< which one counts the token for that rank
+    int32_t pair_counter;   ///< which one counts the pair
+};
+
+/// A lane's token.
+struct WalkedToken {
+    int32_t token;     ///< or -1: none
+    uint32_t firsts;   ///< bit k: pair k is the token's first for its rank
+    uint32_t refusal;  ///< of its pairs
 };
 
 struct Walk {
-    static constexpr int64_t kInactive = -0x7FFFFFFFFFFFFFFF - 1;  ///< the id of lanes without pair
-
     const void* topk_idx;
     int32_t ids_are_64;
     int32_t num_topk;
@@ -36,82 +41,98 @@ struct Walk {
     int32_t begin;               ///< tokens
     int32_t end;
 
-    DEEPCOMM_DEVICE int32_t tokens_per_step() const { return device::kWarpSize / num_topk; }
+    /// Of this lane in the batch of 32 that begins with a token, or -1.
+    DEEPCOMM_DEVICE int32_t token_of(int32_t first_token) const {
+        const int32_t token = first_token + device::Warp{}.thread_idx();
+        return token < end ? token : -1;
+    }
 
-    DEEPCOMM_DEVICE int64_t id_at(int32_t index) const {
+    DEEPCOMM_DEVICE int64_t id_at(int32_t token, int32_t k) const {
+        const int64_t index = static_cast<int64_t>(token) * num_topk + k;
         return ids_are_64 ? static_cast<const int64_t*>(topk_idx)[index]
                           : static_cast<const int32_t*>(topk_idx)[index];
     }
 
-    /// The id of this lane's pair in a step that begins with a token; loaded a step ahead, so that
-    /// nobody waits for memory.
-    DEEPCOMM_DEVICE int64_t load(int32_t first_token) const {
-        const int32_t lane = device::Warp{}.thread_idx();
-        const int32_t token_in_step = lane / num_topk;
-        const bool is_active =
-            token_in_step < tokens_per_step() && first_token + token_in_step < end;
-        return is_active ? id_at(first_token * num_topk + lane) : kInactive;
-    }
+    DEEPCOMM_DEVICE bool is_expert(int64_t id) const { return id >= 0 && id < num_experts; }
 
-    /// Counters of an origin are [R] tokens for each rank, then [E] pairs for each expert.
-    DEEPCOMM_DEVICE void name_counters(int32_t token, Pair* pair) const {
+    /// First counter of a token's origin.
+    DEEPCOMM_DEVICE int32_t counters_of(int32_t token) const {
         const int32_t num_ranks = num_experts / num_local_experts;
         int32_t first = 0;
         for (int32_t origin = 1; origin < num_origins; ++origin) {
             if (token >= tokens_from[origin]) first = origin * (num_ranks + num_experts);
         }
-        pair->token_counter = (splits_ranks ? first : 0) + pair->dst;
-        pair->pair_counter = first + num_ranks + pair->expert;
+        return first;
     }
 
-    /// All lanes of the warp; id is what load has returned for the same token.
-    DEEPCOMM_DEVICE Pair at(int32_t first_token, int64_t id) const {
-        const int32_t lane = device::Warp{}.thread_idx();
-        const int32_t token_in_step = lane / num_topk;
-        const bool is_active = id != kInactive;
-        Pair pair = {
-            is_active ? first_token * num_topk + lane : -1, -1, -1, -1, -1, 0, 0, false, 0};
-        if (is_active) {
-            const bool is_expert = id >= 0 && id < num_experts;
-            if (!is_expert && id != -1) pair.refusal = kExpertOutOfRange;
-            pair.expert = is_expert ? static_cast<int32_t>(id) : -1;
-            pair.dst = is_expert ? pair.expert / num_local_experts : -1;
-            if (is_expert) name_counters(first_token + token_in_step, &pair);
+    /// Counters of an origin are [R] tokens for each rank, then [E] pairs for each expert.
+    DEEPCOMM_DEVICE Pair name(int32_t first_counter, int64_t id) const {
+        if (!is_expert(id)) return {-1, -1, 0, 0};
+        const auto expert = static_cast<int32_t>(id);
+        const int32_t num_ranks = num_experts / num_local_experts;
+        const int32_t dst = expert / num_local_experts;
+        return {expert, dst, (splits_ranks ? first_counter : 0) + dst,
+                first_counter + num_ranks + expert};
+    }
+
+    /// Calls visit(k, pair) for the pairs of a lane's token; ids are loaded several at a time.
+    template <typename Visit>
+    DEEPCOMM_DEVICE void for_each_pair(int32_t token, Visit&& visit) const {
+        const int32_t first_counter = counters_of(token);
+        for (int32_t begin_k = 0; begin_k < num_topk; begin_k += kIdsAtOnce) {
+            int64_t ids[kIdsAtOnce];
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+                if (begin_k + i < num_topk) ids[i] = id_at(token, begin_k + i);
+            }
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+                if (begin_k + i < num_topk) {
+                    visit(begin_k + i, ids[i], name(first_counter, ids[i]));
+                }
+            }
         }
-        const uint32_t own_token = (~0u >> (device::kWarpSize - num_topk))
-                                   << (token_in_step * num_topk % device::kWarpSize);
-        const auto nobody = static_cast<uint32_t>(-1 - lane);  // alike in no two lanes
-        const bool has_expert = pair.expert >= 0;
-        pair.same_expert =
-            device::warp_match(has_expert ? static_cast<uint32_t>(pair.pair_counter) : nobody);
-        const uint32_t same_dst =
-            device::warp_match(has_expert ? static_cast<uint32_t>(pair.token_counter) : nobody);
-        pair.is_first = has_expert && device::lowest_bit(same_dst & own_token) == lane;
-        pair.firsts = device::warp_ballot(pair.is_first) & same_dst;
-        if (has_expert && device::popcount(pair.same_expert & own_token) > 1) {
-            pair.refusal = kExpertTwice;
+    }
+
+    /// All lanes of the warp: sets the bits of a batch in the masks, which this zeroes.
+    DEEPCOMM_DEVICE WalkedToken mark(int32_t first_token, uint32_t* masks,
+                                     int32_t num_counters) const {
+        const device::Warp warp;
+        for (int32_t i = warp.thread_idx(); i < num_counters; i += warp.size()) masks[i] = 0;
+        warp.sync();  // ORDER: the zeros before the bits
+        WalkedToken walked = {token_of(first_token), 0, 0};
+        const uint32_t bit = 1u << warp.thread_idx();
+        if (walked.token >= 0) {
+            for_each_pair(walked.token, [&](int32_t k, int64_t id, const Pair& pair) {
+                if (pair.expert < 0) {
+                    if (id != -1) walked.refusal |= kExpertOutOfRange;
+                    return;
+                }
+                const uint32_t pairs =
+                    device::atom_or_relaxed_block(&masks[pair.pair_counter], bit);
+                if ((pairs & bit) != 0) walked.refusal |= kExpertTwice;
+                const uint32_t tokens =
+                    device::atom_or_relaxed_block(&masks[pair.token_counter], bit);
+                if ((tokens & bit) == 0) walked.firsts |= 1u << k;
+            });
         }
-        return pair;
+        warp.sync();  // ORDER: the bits before they are counted
+        return walked;
     }
 };
 
-/// Lanes of the mask before this one.
+/// Set bits of lanes before this one.
 DEEPCOMM_DEVICE int32_t num_before(uint32_t mask) {
-    const int32_t lane = device::Warp{}.thread_idx();
-    return device::popcount(mask & ((1u << lane) - 1));
+    return device::popcount(mask & ((1u << device::Warp{}.thread_idx()) - 1));
 }
 
-/// Adds a step's pairs to the warp's counters.
-DEEPCOMM_DEVICE void add_to_counters(const Pair& pair, uint32_t* counters) {
+/// All lanes of the warp: adds a batch to the warp's counters.
+DEEPCOMM_DEVICE void add_marks(const uint32_t* masks, uint32_t* counters, int32_t num_counters) {
     const device::Warp warp;
-    const int32_t lane = warp.thread_idx();
-    if (pair.is_first && device::lowest_bit(pair.firsts) == lane) {
-        counters[pair.token_counter] += static_cast<uint32_t>(device::popcount(pair.firsts));
+    for (int32_t i = warp.thread_idx(); i < num_counters; i += warp.size()) {
+        counters[i] += static_cast<uint32_t>(device::popcount(masks[i]));
     }
-    if (pair.expert >= 0 && device::lowest_bit(pair.same_expert) == lane) {
-        counters[pair.pair_counter] += static_cast<uint32_t>(device::popcount(pair.same_expert));
-    }
-    warp.sync();  // ORDER: the counters before the lanes that read them in the next step
+    warp.sync();  // ORDER: the counters before the lanes that read them in the next batch
 }
 
 }  // namespace deepcomm::kernels

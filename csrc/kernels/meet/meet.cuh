@@ -93,6 +93,15 @@ DEEPCOMM_DEVICE bool await_packet(const device::WaitContext& context, const devi
     });
 }
 
+DEEPCOMM_DEVICE Header header_of(const device::Vec128& first, const device::Vec128& second) {
+    return {first.words[0],
+            static_cast<int32_t>(first.words[1]),
+            static_cast<int32_t>(first.words[2]),
+            second.words[0],
+            static_cast<int32_t>(second.words[1]),
+            second.words[2]};
+}
+
 DEEPCOMM_DEVICE bool await_header(const MeetParams& params, const device::WaitSite& site,
                                   uint32_t epoch, Header* header) {
     const device::Vec128* packets = header_at(params, epoch, params.comm.rank, site.peer);
@@ -100,12 +109,7 @@ DEEPCOMM_DEVICE bool await_header(const MeetParams& params, const device::WaitSi
     device::Vec128 first{}, second{};
     if (!await_packet(context, site, packets, epoch, &first)) return false;
     if (!await_packet(context, site, packets + 1, epoch, &second)) return false;
-    *header = {first.words[0],
-               static_cast<int32_t>(first.words[1]),
-               static_cast<int32_t>(first.words[2]),
-               second.words[0],
-               static_cast<int32_t>(second.words[1]),
-               second.words[2]};
+    *header = header_of(first, second);
     return true;
 }
 
@@ -157,6 +161,21 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     if (block.is_leader()) judge(params, table);
     block.sync();  // ORDER: the verdict before anybody reads it
     return true;
+}
+
+/// All threads of a block: fills the table again, in a kernel after the one that has met.
+template <int32_t kNumRanks>
+DEEPCOMM_DEVICE void recall_headers(const MeetParams& params, const device::Block& block,
+                                    uint32_t epoch, MeetTable<kNumRanks>* table) {
+    for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
+        const device::Vec128* packets = header_at(params, epoch, params.comm.rank, peer);
+        const device::Vec128 first = device::ld_relaxed_sys(packets);
+        const device::Vec128 second = device::ld_relaxed_sys(packets + 1);
+        table->headers[peer] = header_of(first, second);
+    }
+    block.sync();  // ORDER: the table before its judge
+    if (block.is_leader()) judge(params, table);
+    block.sync();  // ORDER: the verdict before anybody reads it
 }
 
 /// The verdict as the kernels after this one take it. By one thread of one block.

@@ -31,6 +31,7 @@ __all__ = [
 MAX_COUNT_BLOCKS = 16
 NUM_COUNTERS = 4
 EPOCH_STATE_BYTES = 8
+NUM_QUEUES = 2
 
 
 class CountReport(ctypes.Structure):
@@ -54,6 +55,7 @@ class Workspace:
         """Reserve and zero them."""
         self.epoch = runtime.memory(EPOCH_STATE_BYTES)
         self.verdict = runtime.memory(kernels.VERDICT_BYTES)
+        self.taken = runtime.memory(4 * NUM_QUEUES)  # pieces of work that warps have taken
         self.lost = runtime.memory(4 * num_origins)  # whether tokens of each origin were
         self.no_tokens = runtime.memory(4 * (num_origins + 1))  # of any origin
         num_partials = num_origins * (num_ranks + config.num_experts) + 1
@@ -133,6 +135,7 @@ class Exchange:
         meet.verdict = workspace.verdict.address
         meet.trouble = failure.trouble_device_address
         meet.counters = workspace.counters.data_ptr()
+        meet.taken = workspace.taken.address
         return meet
 
     def close(self) -> None:

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work that warps take as they come to it. How fast the stores of an SM to a peer go differs by a
+// factor of two between SMs, so that equal shares leave most of them waiting for the slowest.
+#pragma once
+
+#include "device/device.cuh"
+
+namespace deepcomm::kernels {
+
+constexpr int32_t kNumQueues = 2;  ///< words of MeetParams::taken: one a role
+
+/// One warp's view of a role's pieces 0, 1, 2, ...: those that it takes, in ascending order. The first
+/// kStatic follow from the worker's number; they may be asked for before the ranks have met. The
+/// others come from a word that counts how many were taken, and is 0 again after the operation. The
+/// end is the user's: a piece beyond it is the warp's last.
+template <int32_t kStatic>
+struct WorkQueue {
+    uint32_t* word;
+    int32_t worker;
+    int32_t num_workers;
+    int32_t num_taken = 0;
+    int32_t recent = 0;  ///< lane i: of the taken pieces, the latest whose number is i modulo 32
+    uint32_t requested =
+        0;  ///< leader: what it has asked for ahead, so that nobody waits for memory
+
+    DEEPCOMM_DEVICE WorkQueue(uint32_t* taken, int32_t mine, int32_t of)
+        : word(taken), worker(mine), num_workers(of) {}
+
+    /// The warp's piece number n, none of which is 32 behind the latest. All lanes.
+    DEEPCOMM_DEVICE int32_t at(int32_t n) {
+        if (n < kStatic) return worker + n * num_workers;
+        while (num_taken <= n - kStatic) take();
+        return device::warp_shuffle(recent, n % device::kWarpSize);
+    }
+
+  private:
+    DEEPCOMM_DEVICE void take() {
+        const device::Warp warp;
+        const uint32_t ticket = num_taken == 0 ? request() : requested;
+        const int32_t piece =
+            kStatic * num_workers + static_cast<int32_t>(device::warp_shuffle(ticket, 0));
+        requested = request();
+        if (warp.thread_idx() == (num_taken + kStatic) % warp.size()) recent = piece;
+        ++num_taken;
+    }
+    DEEPCOMM_DEVICE uint32_t request() const {
+        return device::Warp{}.is_leader() ? device::atom_add_relaxed_gpu(word, 1u) : 0u;
+    }
+};
+
+/// By the last block of an operation, once all others have taken their last piece.
+DEEPCOMM_DEVICE void end_work(uint32_t* taken) {
+    for (int32_t queue = 0; queue < kNumQueues; ++queue) {
+        device::st_relaxed_gpu(taken + queue, 0);
+    }
+}
+
+}  // namespace deepcomm::kernels
