@@ -61,6 +61,19 @@ DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
                          &my.smem.tables.meet);
 }
 
+/// What this warp does once the ranks have met.
+template <typename Spec>
+DEEPCOMM_DEVICE bool push_and_reduce(const CombineBlock<Spec>& my) {
+    bool is_complete = true;
+    if (my.is_pusher()) is_complete = PushRole<Spec>::run(my);
+    if (!my.are_roles_apart()) {
+        if (my.is_pusher()) return is_complete;
+    } else if (my.pushes()) {
+        is_complete = my.block.sync_and(is_complete);  // no warp reduces while others still push
+    }
+    return is_complete && reduce_tokens(my);
+}
+
 /// Ends the operation for this block; the last one lets later stages begin.
 template <typename Spec>
 DEEPCOMM_DEVICE void finish(const CombineBlock<Spec>& my) {
@@ -93,8 +106,7 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOr
     bool is_complete = true;
     if (my.smem.tables.meet.status == MeetStatus::kGood) {
         if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
-        is_complete =
-            my.warp.warp_idx() < Spec::kPushWarps ? PushRole<Spec>::run(my) : reduce_tokens(my);
+        is_complete = push_and_reduce(my);
     }
     if (!my.block.sync_and(is_complete)) return;  // ORDER: every thread has read the epoch
     if (my.block.is_leader()) finish(my);

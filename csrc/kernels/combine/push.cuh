@@ -35,8 +35,9 @@ struct PushCursor {
     }
 
     DEEPCOMM_DEVICE static Queue queue_of(const CombineBlock<Spec>& my) {
+        const int32_t num_blocks = my.are_roles_apart() ? my.num_pushing() : my.block.num_blocks();
         return {my.params.meet.taken, my.block.block_idx() * Spec::kPushWarps + my.warp.warp_idx(),
-                my.block.num_blocks() * Spec::kPushWarps};
+                num_blocks * Spec::kPushWarps};
     }
     DEEPCOMM_DEVICE int32_t block_of(int32_t step) const {
         return step / kNumPeers * Spec::kNumRanks +

@@ -141,13 +141,24 @@ DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
     return true;
 }
 
+/// The tokens in the order in which they are reduced.
+template <typename Spec>
+DEEPCOMM_DEVICE WorkQueue<1> tokens_to_reduce(const CombineBlock<Spec>& my) {
+    uint32_t* word = my.params.meet.taken + 1;
+    const int32_t num_blocks = my.block.num_blocks(), w = my.warp.warp_idx();
+    if (!my.are_roles_apart()) {
+        const int32_t first = my.block.block_idx() * Spec::kReduceWarps;
+        return {word, first + w - Spec::kPushWarps, num_blocks * Spec::kReduceWarps};
+    }
+    const int32_t num_reducing = num_blocks - my.num_pushing();
+    const int32_t reducer = (my.block.block_idx() - my.num_pushing()) * Spec::kWarps + w;
+    return {word, my.pushes() ? -1 : reducer, num_reducing * Spec::kWarps};
+}
+
 /// This warp's tokens. False when a rank did not come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
-    const int32_t reducer =
-        my.block.block_idx() * Spec::kReduceWarps + (my.warp.warp_idx() - Spec::kPushWarps);
-    WorkQueue<1> queue(my.params.meet.taken + 1, reducer,
-                       my.block.num_blocks() * Spec::kReduceWarps);
+    WorkQueue<1> queue = tokens_to_reduce(my);
     for (int32_t n = 0; queue.at(n) < my.num_tokens(); ++n) {
         if (!reduce_token(my, queue.at(n))) return false;
     }

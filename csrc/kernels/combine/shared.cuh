@@ -15,6 +15,8 @@ namespace deepcomm::kernels {
 /// added between nodes as they are.
 enum CombineStage { kStageAlone, kStageInNode, kStageBetweenNodes };
 
+constexpr int32_t kMaxPushing = 12;  ///< blocks: eight SMs nearly fill the link
+
 /// Nodes whose tokens a rank sends on; 1 where there is one node, 0 between nodes.
 template <int32_t kNumRanks_, int32_t kHidden_, bool kByExpert_, int32_t kOrigins_>
 struct CombineSpec {
@@ -77,6 +79,19 @@ struct CombineBlock {
     uint32_t epoch;
 
     DEEPCOMM_DEVICE int32_t rank() const { return params.meet.comm.rank; }
+    /// Blocks that push TOKEN rows first and reduce later, where there are enough for two kinds: the
+    /// loads of a reducer would queue behind its SM's stores to the peers, which wait for the link.
+    DEEPCOMM_DEVICE int32_t num_pushing() const {
+        const int32_t share = block.num_blocks() / 3;
+        return share < kMaxPushing ? share : kMaxPushing;
+    }
+    DEEPCOMM_DEVICE bool are_roles_apart() const { return !Spec::kByExpert && num_pushing() > 0; }
+    DEEPCOMM_DEVICE bool pushes() const {
+        return !are_roles_apart() || block.block_idx() < num_pushing();
+    }
+    DEEPCOMM_DEVICE bool is_pusher() const {
+        return pushes() && warp.warp_idx() < Spec::kPushWarps;
+    }
     // Blocks are those of layout/plan.hpp.
     DEEPCOMM_DEVICE int32_t rows_from(int32_t block) const {
         return smem.tables.plan[Spec::kWords.rows_from() + block];

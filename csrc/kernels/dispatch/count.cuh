@@ -88,6 +88,27 @@ DEEPCOMM_DEVICE int32_t limit_of(const Header& header) {
     return header.capacity == kNoCapacity ? kNoLimit : header.capacity;
 }
 
+/// A token's row of a table, written four at a time where rows are whole vectors: a lane's rows are
+/// far apart, so that each store takes long.
+struct IdRow {
+    int32_t* row;
+    bool has_vectors;
+    device::Vec128 vector{};
+
+    DEEPCOMM_DEVICE IdRow(int32_t* to, int32_t num_topk)
+        : row(to), has_vectors(num_topk % 4 == 0) {}
+
+    /// In ascending order of k, known to the compiler modulo 4.
+    DEEPCOMM_DEVICE void put(int32_t k, int32_t value) {
+        if (!has_vectors) {
+            row[k] = value;
+            return;
+        }
+        vector.words[k % 4] = static_cast<uint32_t>(value);
+        if (k % 4 == 3) *reinterpret_cast<device::Vec128*>(row + k - 3) = vector;
+    }
+};
+
 /// The slots of a lane's token.
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE void assign_token(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
@@ -95,8 +116,11 @@ DEEPCOMM_DEVICE void assign_token(const CountBlock<kNumRanks, kNumExperts, kNumO
     const RoutingTable& table = my.params.table;
     const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
     uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
+    const int64_t first = static_cast<int64_t>(walked.token) * my.params.num_topk;
+    IdRow experts(table.topk_idx + first, walk.num_topk);
+    IdRow token_slots(table.token_slot + first, walk.num_topk);
+    IdRow pair_slots(table.pair_slot + first, walk.num_topk);
     walk.for_each_pair(walked.token, [&](int32_t k, int64_t, const Pair& pair) {
-        const int64_t index = static_cast<int64_t>(walked.token) * my.params.num_topk + k;
         int32_t token_slot = -1, pair_slot = -1;
         if (pair.expert >= 0) {
             const int32_t row = my.next_slot(pair.token_counter);
@@ -106,9 +130,9 @@ DEEPCOMM_DEVICE void assign_token(const CountBlock<kNumRanks, kNumExperts, kNumO
                 device::atom_or_relaxed_gpu(lost + pair.pair_counter / my.kNumTotals, 1u);
             }
         }
-        table.topk_idx[index] = pair.expert;
-        table.token_slot[index] = token_slot;
-        if (by_expert) table.pair_slot[index] = pair_slot;
+        experts.put(k, pair.expert);
+        token_slots.put(k, token_slot);
+        if (by_expert) pair_slots.put(k, pair_slot);
     });
 }
 
@@ -264,12 +288,13 @@ DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts, kNum
     if (is_first_block) {
         write_outputs(my);
         write_plan(my);
-        if (my.block.is_leader()) {
-            record_verdict(my.params.meet, my.smem.meet, my.epoch);
-            send_report(my.params, status);
-        }
     }
     start_slots(my);
+    // By a warp that does not walk: to release what the host reads takes as long as the walk.
+    if (is_first_block && my.block.thread_idx() == my.block.size() - 1) {
+        record_verdict(my.params.meet, my.smem.meet, my.epoch);
+        send_report(my.params, status);
+    }
     assign_slots(my);
     return true;
 }

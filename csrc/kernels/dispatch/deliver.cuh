@@ -47,16 +47,20 @@ DEEPCOMM_DEVICE const uint32_t* staged_scales(const unsigned char* stage) {
     return reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
 }
 
-/// TOKEN: the ids and weights of the token's experts at dst.
+/// A row of a rank.
+struct LandedRow {
+    int32_t dst;
+    int32_t slot;
+};
+
+/// TOKEN: id and weight of a token's pair k as a rank sees them.
 template <typename Spec>
-DEEPCOMM_DEVICE void store_token_pairs(const SendBlock<Spec>& my, const PairSlots& pair,
-                                       int32_t dst, int32_t slot) {
-    const int32_t k = my.warp.thread_idx();
-    if (k >= my.params.num_topk) return;
-    const Destination& to = my.smem.destinations[dst];
-    const bool is_theirs = pair.dst == dst;
-    const int32_t id = is_theirs ? pair.expert - dst * my.num_local() : -1;
-    const int64_t index = static_cast<int64_t>(slot) * my.params.num_topk + k;
+DEEPCOMM_DEVICE void store_token_pair(const SendBlock<Spec>& my, const PairSlots& pair, int32_t k,
+                                      const LandedRow& row) {
+    const Destination& to = my.smem.destinations[row.dst];
+    const bool is_theirs = pair.dst == row.dst;
+    const int32_t id = is_theirs ? pair.expert - row.dst * my.num_local() : -1;
+    const int64_t index = static_cast<int64_t>(row.slot) * my.params.num_topk + k;
     if (to.ids_are_64) {
         at<int64_t>(to.landing, my.landing().topk_idx)[index] = id;
     } else {
@@ -93,6 +97,12 @@ DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, int32_t copy, float
         if (target.topk_weights != nullptr) target.topk_weights[copy] = weight;
     }
     if (Spec::kWire == kWireBf16) return;
+    if (my.has_bulk_scales()) {
+        if (copy < 0) return;
+        device::bulk_store(target.scales + static_cast<int64_t>(copy) * my.params.scale_words,
+                           staged_scales<Spec>(stage), my.scale_bytes());
+        return;
+    }
     uint32_t copies = device::warp_ballot(copy >= 0);
     while (copies != 0) {
         const int32_t slot = device::warp_shuffle(copy, device::lowest_bit(copies));

@@ -33,7 +33,7 @@ struct TokenCursor {
         ++index;
         const RowSource& source = my.params.source;
         piece->row = source.rows + token * source.row_stride;
-        if (Spec::kByExpert && Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
+        if (Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
             piece->scales = source.scales + token * source.scale_stride;
             piece->scale_bytes = my.scale_bytes();
         }
@@ -41,12 +41,11 @@ struct TokenCursor {
     }
 };
 
-/// The lanes' pairs of a token, but for what follows from them: see name_ranks.
+/// A lane's pair of a token, but for what follows from it: see name_rank.
 template <bool kHasWeights, typename Spec>
-DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
+DEEPCOMM_DEVICE PairSlots load_pair(const SendBlock<Spec>& my, int32_t token, int32_t k) {
     PairSlots pair;
-    const int32_t k = my.warp.thread_idx();
-    if (k >= my.params.num_topk) return pair;
+    if (token >= my.num_tokens || k >= my.params.num_topk) return pair;
     const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + k;
     pair.expert = my.params.table.topk_idx[index];
     pair.token_slot = my.params.table.token_slot[index];
@@ -57,17 +56,18 @@ DEEPCOMM_DEVICE PairSlots load_pairs(const SendBlock<Spec>& my, int32_t token) {
     return pair;
 }
 
-/// Who the pairs go to.
+/// Who the pair goes to.
 template <typename Spec>
-DEEPCOMM_DEVICE void name_ranks(const SendBlock<Spec>& my, PairSlots* pair) {
+DEEPCOMM_DEVICE void name_rank(const SendBlock<Spec>& my, PairSlots* pair) {
     if (pair->expert >= 0) pair->dst = pair->expert / my.num_local();
 }
 
-/// What was given as a token's weights goes to the handle.
+/// What was given as a pair's weight goes to the handle.
 template <typename Spec>
-DEEPCOMM_DEVICE void keep_weights(const SendBlock<Spec>& my, int32_t token, const PairSlots& pair) {
-    const int32_t k = my.warp.thread_idx();
-    if (k >= my.params.num_topk || my.params.topk_weights == nullptr) return;
+DEEPCOMM_DEVICE void keep_weight(const SendBlock<Spec>& my, int32_t token, int32_t k,
+                                 const PairSlots& pair) {
+    if (token >= my.num_tokens || k >= my.params.num_topk) return;
+    if (my.params.topk_weights == nullptr) return;
     my.params.table.topk_weights[static_cast<int64_t>(token) * my.params.num_topk + k] =
         pair.weight;
 }
@@ -113,27 +113,32 @@ DEEPCOMM_DEVICE void for_each_rank(const SendBlock<Spec>& my, const PairSlots& p
     }
 }
 
-/// The row of the token at hand to its ranks, a lane a rank.
+/// The row of the token at hand to its ranks, and the scales with it; a lane a rank.
 template <typename Spec>
 DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
                               const unsigned char* stage) {
     if (!sends_row(my, pair)) return;
+    if (Spec::kWire != kWireBf16 && my.has_bulk_scales()) {
+        device::bulk_store(landed_scales(my, pair.dst, pair.token_slot), staged_scales<Spec>(stage),
+                           my.scale_bytes());
+    }
     device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
                            static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes,
                        stage, Spec::kRowBytes);
 }
 
-/// What a mover stores beside the row: scales that it has made, and all that an announcement of the
-/// row promises.
+/// What a mover stores beside the row: scales in its stage that bulk copies cannot move, and all that
+/// an announcement of the row promises.
 template <typename Spec>
 DEEPCOMM_DEVICE void send_beside(const SendBlock<Spec>& my, const PairSlots& pair,
                                  const unsigned char* stage) {
-    constexpr bool kHasScales =
+    constexpr bool kAreStaged =
         Spec::kWire == kWireCast || (Spec::kWire == kWireFp8 && Spec::kByExpert);
-    if (!kHasScales && !Spec::kByExpert) return;
+    const bool has_scales = kAreStaged && !my.has_bulk_scales();
+    if (!has_scales && !Spec::kByExpert) return;
     for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
         if (Spec::kByExpert) store_expert_pairs(my, pair, dst, slot);
-        if (kHasScales) {
+        if (has_scales) {
             copy_words(landed_scales(my, dst, slot), staged_scales<Spec>(stage),
                        my.params.scale_words);
         }
@@ -225,27 +230,59 @@ DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& 
     return true;
 }
 
-/// TOKEN, role pair: ids, weights and scales that were given, by warps that move no rows.
+/// TOKEN: the scales of the lanes' tokens, where bulk copies cannot move them.
+template <typename Spec>
+DEEPCOMM_DEVICE void copy_scales(const SendBlock<Spec>& my, int32_t token, const PairSlots& pair) {
+    if (Spec::kWire != kWireFp8 || my.has_bulk_scales()) return;
+    uint32_t senders = device::warp_ballot(sends_row(my, pair));
+    for (; senders != 0; senders &= senders - 1) {
+        const int32_t lane = device::lowest_bit(senders);
+        const int32_t dst = device::warp_shuffle(pair.dst, lane);
+        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
+        copy_words(landed_scales(my, dst, slot),
+                   source_scales(my, device::warp_shuffle(token, lane)), my.params.scale_words);
+    }
+}
+
+/// TOKEN: ids and weights of the lanes' pairs, of several tokens; rank after rank.
+template <typename Spec>
+DEEPCOMM_DEVICE void store_pairs(const SendBlock<Spec>& my, const PairSlots& pair, int32_t k,
+                                 uint32_t own_token) {
+    uint32_t left = device::warp_ballot(sends_row(my, pair));
+    while (left != 0) {
+        const int32_t dst = device::warp_shuffle(pair.dst, device::lowest_bit(left));
+        const uint32_t alike = device::warp_ballot(sends_row(my, pair) && pair.dst == dst);
+        left &= ~alike;
+        const uint32_t sender = alike & own_token;
+        const int32_t lane = sender != 0 ? device::lowest_bit(sender) : my.warp.thread_idx();
+        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
+        if (sender != 0) store_token_pair(my, pair, k, {dst, slot});
+    }
+}
+
+/// TOKEN, role pair: ids and weights, by warps that move no rows. A lane a pair of one of several
+/// tokens.
 template <typename Spec>
 DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
     const int32_t pairer =
         my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
     WorkQueue<2> queue(my.params.meet.taken + 1, pairer, my.block.num_blocks() * Spec::kPairers);
-    PairSlots next;
-    if (queue.at(0) < my.num_tokens) next = load_pairs<true>(my, queue.at(0));
-    for (int32_t index = 0; queue.at(index) < my.num_tokens; ++index) {
-        const int32_t token = queue.at(index), after = queue.at(index + 1);
+    const int32_t num_topk = my.params.num_topk, lane = my.warp.thread_idx();
+    const int32_t num_at_once = device::kWarpSize / num_topk;
+    const bool is_active = lane < num_at_once * num_topk;
+    const int32_t own = is_active ? lane / num_topk : 0;
+    const int32_t k = is_active ? lane % num_topk : num_topk;
+    const uint32_t own_token =
+        is_active ? (~0u >> (device::kWarpSize - num_topk)) << (own * num_topk) : 0;
+    PairSlots next = load_pair<true>(my, queue.at(0) * num_at_once + own, k);
+    for (int32_t n = 0; queue.at(n) * num_at_once < my.num_tokens; ++n) {
+        const int32_t token = queue.at(n) * num_at_once + own;
         PairSlots pair = next;
-        if (after < my.num_tokens) next = load_pairs<true>(my, after);
-        name_ranks(my, &pair);
-        keep_weights(my, token, pair);
-        for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
-            store_token_pairs(my, pair, dst, slot);
-            if (Spec::kWire == kWireFp8) {
-                copy_words(landed_scales(my, dst, slot), source_scales(my, token),
-                           my.params.scale_words);
-            }
-        });
+        next = load_pair<true>(my, queue.at(n + 1) * num_at_once + own, k);
+        name_rank(my, &pair);
+        keep_weight(my, token, k, pair);
+        store_pairs(my, pair, k, own_token);
+        copy_scales(my, token, pair);
     }
 }
 
@@ -269,17 +306,15 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
                                  TokenCursor<Spec>& loads) {
     TokenCursor<Spec> tokens(my, loads.queue);
     ChunkAnnouncer<Spec> announcer(tokens);
-    const int32_t num_tokens = my.num_tokens;
-    PairSlots next;
-    if (tokens.token_of(0) < num_tokens) next = load_pairs<Spec::kByExpert>(my, tokens.token_of(0));
+    const int32_t k = my.warp.thread_idx();
+    PairSlots next = load_pair<Spec::kByExpert>(my, tokens.token_of(0), k);
     uint32_t num_local = 0, num_peer = 0;  // rows that this lane has stored
     const bool is_complete = move_rows(pipe, loads, [&]() {
         PairSlots pair = next;
         const int32_t token = tokens.token_of(tokens.index++);
-        const int32_t after = tokens.token_of(tokens.index);
-        if (after < num_tokens) next = load_pairs<Spec::kByExpert>(my, after);
-        name_ranks(my, &pair);
-        if (Spec::kByExpert) keep_weights(my, token, pair);
+        next = load_pair<Spec::kByExpert>(my, tokens.token_of(tokens.index), k);
+        name_rank(my, &pair);
+        if (Spec::kByExpert) keep_weight(my, token, k, pair);
         if (!send_token(my, pipe, token, pair)) return false;
         if (Spec::kByExpert) announcer.add(pair);
         const bool is_here = pair.dst == my.rank();

@@ -53,6 +53,30 @@ struct Walk {
                           : static_cast<const int32_t*>(topk_idx)[index];
     }
 
+    /// Ids begin_k, begin_k + 1, ... of a token: as vectors where all rows are whole ones, since lanes'
+    /// rows are far apart and each load takes long.
+    DEEPCOMM_DEVICE void load_ids(int32_t token, int32_t begin_k,
+                                  int64_t (&ids)[kIdsAtOnce]) const {
+        const bool is_aligned = reinterpret_cast<uint64_t>(topk_idx) % sizeof(device::Vec128) == 0;
+        if (!ids_are_64 || num_topk % 2 != 0 || !is_aligned) {
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+                if (begin_k + i < num_topk) ids[i] = id_at(token, begin_k + i);
+            }
+            return;
+        }
+        const auto* row = static_cast<const int64_t*>(topk_idx) +
+                          static_cast<int64_t>(token) * num_topk + begin_k;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kIdsAtOnce; i += 2) {
+            if (begin_k + i >= num_topk) continue;
+            const auto two = *reinterpret_cast<const device::Vec128*>(row + i);
+            ids[i] = static_cast<int64_t>(static_cast<uint64_t>(two.words[1]) << 32 | two.words[0]);
+            ids[i + 1] =
+                static_cast<int64_t>(static_cast<uint64_t>(two.words[3]) << 32 | two.words[2]);
+        }
+    }
+
     DEEPCOMM_DEVICE bool is_expert(int64_t id) const { return id >= 0 && id < num_experts; }
 
     /// First counter of a token's origin.
@@ -81,10 +105,7 @@ struct Walk {
         const int32_t first_counter = counters_of(token);
         for (int32_t begin_k = 0; begin_k < num_topk; begin_k += kIdsAtOnce) {
             int64_t ids[kIdsAtOnce];
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kIdsAtOnce; ++i) {
-                if (begin_k + i < num_topk) ids[i] = id_at(token, begin_k + i);
-            }
+            load_ids(token, begin_k, ids);
             DEEPCOMM_UNROLL
             for (int32_t i = 0; i < kIdsAtOnce; ++i) {
                 if (begin_k + i < num_topk) {

@@ -10,14 +10,14 @@ namespace deepcomm::kernels {
 constexpr int32_t kNumQueues = 2;  ///< words of MeetParams::taken: one a role
 
 /// One warp's view of a role's pieces 0, 1, 2, ...: those that it takes, in ascending order. The first
-/// kStatic follow from the worker's number; they may be asked for before the ranks have met. The
+/// kStatic of a worker follow from its number; they may be asked for before the ranks have met. The
 /// others come from a word that counts how many were taken, and is 0 again after the operation. The
 /// end is the user's: a piece beyond it is the warp's last.
 template <int32_t kStatic>
 struct WorkQueue {
     uint32_t* word;
-    int32_t worker;
-    int32_t num_workers;
+    int32_t worker;       ///< or -1: who comes later, and has no piece of its own
+    int32_t num_workers;  ///< with pieces of their own
     int32_t num_taken = 0;
     int32_t recent = 0;  ///< lane i: of the taken pieces, the latest whose number is i modulo 32
     uint32_t requested =
@@ -28,8 +28,9 @@ struct WorkQueue {
 
     /// The warp's piece number n, none of which is 32 behind the latest. All lanes.
     DEEPCOMM_DEVICE int32_t at(int32_t n) {
-        if (n < kStatic) return worker + n * num_workers;
-        while (num_taken <= n - kStatic) take();
+        const int32_t num_own = worker < 0 ? 0 : kStatic;
+        if (n < num_own) return worker + n * num_workers;
+        while (num_taken <= n - num_own) take();
         return device::warp_shuffle(recent, n % device::kWarpSize);
     }
 
@@ -40,7 +41,8 @@ struct WorkQueue {
         const int32_t piece =
             kStatic * num_workers + static_cast<int32_t>(device::warp_shuffle(ticket, 0));
         requested = request();
-        if (warp.thread_idx() == (num_taken + kStatic) % warp.size()) recent = piece;
+        const int32_t n = num_taken + (worker < 0 ? 0 : kStatic);
+        if (warp.thread_idx() == n % warp.size()) recent = piece;
         ++num_taken;
     }
     DEEPCOMM_DEVICE uint32_t request() const {
