@@ -82,7 +82,7 @@ struct CombineBlock {
     /// Blocks that push TOKEN rows first and reduce later, where there are enough for two kinds: the
     /// loads of a reducer would queue behind its SM's stores to the peers, which wait for the link.
     DEEPCOMM_DEVICE int32_t num_pushing() const {
-        const int32_t share = block.num_blocks() / 3;
+        const int32_t share = block.num_blocks() * 5 / 12;
         return share < kMaxPushing ? share : kMaxPushing;
     }
     DEEPCOMM_DEVICE bool are_roles_apart() const { return !Spec::kByExpert && num_pushing() > 0; }
