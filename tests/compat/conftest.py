@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices of the compatibility tests, and clean class attributes."""
+"""Places of the compatibility tests, and clean class attributes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
-from compat.play import DEVICES
+from compat.places import PLACES, PLACES_KEY
 
 from deepcomm.compat import Buffer
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", metafunc.config.stash.get(PLACES_KEY, PLACES))
 
 
 @pytest.fixture(autouse=True)

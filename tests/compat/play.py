@@ -14,19 +14,18 @@ from collective.case import Case, Inputs, make_inputs, make_outputs
 
 from deepcomm import RecvLayout, ScaledTensor, reference
 from deepcomm.compat import ElasticBuffer
-from deepcomm.testing import LocalCluster
+from deepcomm.group import as_group
 from deepcomm.testing.oracle import assert_dispatch_equal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from compat.places import Place
+
     from deepcomm.compat import Buffer, EPHandle
     from deepcomm.types import CombineOutput, DispatchOutput
 
 TOKEN, EXPERT, PADDED = RecvLayout
-
-DEVICES = ("cpu",)
-"""Devices whose backends run the compatibility tests."""
 
 
 @dataclass(eq=False)
@@ -34,6 +33,8 @@ class Rank:
     """One rank of a case.
 
     Attributes:
+        group: As clients pass it on.
+        control: The same, with one interface for all kinds of groups.
         inputs: Of all ranks.
         expected: What the reference's dispatch delivers, on all ranks.
     """
@@ -44,9 +45,16 @@ class Rank:
     expected: list[Any]
     low_latency: bool
 
+    def __post_init__(self) -> None:
+        self.control = as_group(self.group)
+
     @property
     def rank(self) -> int:
-        return self.group.rank
+        return self.control.rank
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.case.num_ranks - 1
 
     def own(self, tensors: list[Any]) -> Any:
         """Return this rank's entry, on the case's device; FP8 rows as a tuple."""
@@ -90,6 +98,7 @@ class Rank:
 
 
 def play(
+    place: Place,
     case: Case,
     function: Callable[[Rank], Any],
     *,
@@ -102,9 +111,7 @@ def play(
     layout = {} if low_latency else {"recv_layout": case.layout}
     shared = {"config": case.config, **layout, **case.quantize, **options}
     expected = dispatch(inputs.xs, inputs.ids, inputs.weights, **shared)
-    return LocalCluster(case.num_ranks).run(
-        lambda group: function(Rank(case, group, inputs, expected, low_latency))
-    )
+    return place.run(lambda group: function(Rank(case, group, inputs, expected, low_latency)))
 
 
 # ---- Calls as clients make them -----------------------------------------------------------------

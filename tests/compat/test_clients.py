@@ -20,7 +20,14 @@ BF16 = {"dtype": torch.bfloat16}
 ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("device", "num_ranks"),
+    [
+        pytest.param("cpu", 2),
+        pytest.param("cpu", 4),
+        pytest.param("cuda", 2, marks=pytest.mark.gpu(2)),
+    ],
+)
 @pytest.mark.parametrize(
     ("client", "options"),
     [
@@ -43,7 +50,7 @@ ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
     ],
 )
 def test_client_equals_dense_layer(
-    client: Callable[..., None], options: dict[str, Any], num_ranks: int, device: str
+    client: Callable[..., None], options: dict[str, Any], device: str, num_ranks: int
 ) -> None:
     problem = Problem(num_ranks, device=device, **options)
     environment = [ENVIRONMENT] * num_ranks

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
+from compat.places import Place
 from compat.play import PADDED, Rank, play, v1_dispatch
 
 from deepcomm import InvalidArgument, ScaledTensor, reference
 from deepcomm.compat import Buffer
 from deepcomm.fp8 import dequantize_fp8
-from deepcomm.testing import LocalCluster
+from deepcomm.group import as_group
 
 
-def cases(device: str, **fields: Any) -> Case:
-    shape = {"num_ranks": 4, "hidden": 256, "num_topk": 3, "layout": PADDED}
-    return Case(device=device, **{**shape, **fields})
+def cases(place: Place, **fields: Any) -> Case:
+    shape = {"num_ranks": place.num_ranks, "hidden": 256, "num_topk": 3, "layout": PADDED}
+    return Case(device=place.device, **{**shape, **fields})
 
 
 def low_latency_dispatch(buffer: Buffer, rank: Rank, **options: Any) -> tuple[Any, ...]:
@@ -37,7 +38,9 @@ def low_latency_dispatch(buffer: Buffer, rank: Rank, **options: Any) -> tuple[An
     ],
 )
 @pytest.mark.parametrize("hook", [False, True], ids=["whole", "hook"])
-def test_dispatch_five_results(device: str, wire: Any, options: dict[str, Any], hook: bool) -> None:
+def test_dispatch_five_results(
+    place: Place, wire: Any, options: dict[str, Any], hook: bool
+) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(group=rank.group, low_latency_mode=True)
         rows, counts, handle, event, receive = low_latency_dispatch(
@@ -52,10 +55,10 @@ def test_dispatch_five_results(device: str, wire: Any, options: dict[str, Any], 
         assert event.event is None
         assert handle[2:] == (rank.case.num_tokens, rank.case.hidden, rank.case.num_experts)
 
-    play(cases(device, wire=wire), run, low_latency=True)
+    play(place, cases(place, wire=wire), run, low_latency=True)
 
 
-def test_dispatch_with_scales_of_powers_of_two_in_fp32(device: str) -> None:
+def test_dispatch_with_scales_of_powers_of_two_in_fp32(place: Place) -> None:
     def run(rank: Rank) -> None:
         (data, scales), counts, *_ = low_latency_dispatch(
             Buffer(rank.group), rank, round_scale=True
@@ -68,14 +71,14 @@ def test_dispatch_with_scales_of_powers_of_two_in_fp32(device: str) -> None:
         for expert, count in enumerate(counts.tolist()):
             assert torch.equal(actual[expert, :count], wanted[expert, :count])
 
-    play(cases(device, wire="fp8_ue8m0"), run, low_latency=True)
+    play(place, cases(place, wire="fp8_ue8m0"), run, low_latency=True)
 
 
-def test_dispatch_statistics_are_added(device: str) -> None:
+def test_dispatch_statistics_are_added(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
-        received = torch.full((2,), 5, dtype=torch.int32, device=device)
-        waited = torch.zeros(4, dtype=torch.int64, device=device)
+        received = torch.full((2,), 5, dtype=torch.int32, device=place.device)
+        waited = torch.zeros(place.num_ranks, dtype=torch.int64, device=place.device)
         for _ in range(2):
             low_latency_dispatch(
                 buffer,
@@ -87,18 +90,18 @@ def test_dispatch_statistics_are_added(device: str) -> None:
         assert torch.equal(received.cpu(), expected)
         assert (waited >= 0).all()
 
-    play(cases(device, wire="fp8"), run, low_latency=True)
+    play(place, cases(place, wire="fp8"), run, low_latency=True)
 
 
 @pytest.mark.parametrize("hook", [False, True], ids=["whole", "hook"])
 @pytest.mark.parametrize("in_out", [False, True], ids=["fresh", "out"])
-def test_combine_three_results(device: str, hook: bool, in_out: bool) -> None:
+def test_combine_three_results(place: Place, hook: bool, in_out: bool) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
         _, _, handle, *_ = low_latency_dispatch(buffer, rank, use_fp8=False)
         ys = rank.outputs()
         out = torch.empty_like(rank.x) if in_out else None
-        waited = torch.zeros(4, dtype=torch.int64, device=device)
+        waited = torch.zeros(place.num_ranks, dtype=torch.int64, device=place.device)
         total, event, receive = buffer.low_latency_combine(
             rank.own(ys),
             rank.ids,
@@ -116,10 +119,10 @@ def test_combine_three_results(device: str, hook: bool, in_out: bool) -> None:
         expected = rank.combined(ys, source_weights=rank.inputs.weights)
         assert torch.equal(total.cpu(), expected.x)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_operations_async(device: str) -> None:
+def test_operations_async(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
         rows, _, handle, event, hook = low_latency_dispatch(
@@ -143,10 +146,10 @@ def test_operations_async(device: str) -> None:
         with pytest.raises(InvalidArgument, match="async_finish: expected False beside"):
             low_latency_dispatch(buffer, rank, async_finish=True, return_recv_hook=True)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_combine_zero_copy(device: str) -> None:
+def test_combine_zero_copy(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
         rows, _, handle, *_ = low_latency_dispatch(buffer, rank, use_fp8=False)
@@ -165,10 +168,10 @@ def test_combine_zero_copy(device: str) -> None:
         expected = rank.combined(ys, source_weights=rank.inputs.weights)
         assert torch.equal(total.cpu(), expected.x)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_combine_with_ids_of_its_own(device: str) -> None:
+def test_combine_with_ids_of_its_own(place: Place) -> None:
     """An id that is -1 now counts as none; any other than was sent spoils its token alone."""
 
     def run(rank: Rank) -> None:
@@ -201,10 +204,10 @@ def test_combine_with_ids_of_its_own(device: str) -> None:
         changed.copy_(other)  # the same tensor, but not the same ids
         assert torch.equal(total_of(changed).isnan(), spoilt.isnan())
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_combine_in_inference_mode(device: str) -> None:
+def test_combine_in_inference_mode(place: Place) -> None:
     def run(rank: Rank) -> None:
         with torch.inference_mode():
             buffer = Buffer(rank.group)
@@ -219,10 +222,10 @@ def test_combine_in_inference_mode(device: str) -> None:
                 total, *_ = buffer.low_latency_combine(rank.own(ys), given, rank.weights, handle)
                 assert torch.equal(total.cpu(), expected.x)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_operations_in_flight(device: str) -> None:
+def test_operations_in_flight(place: Place) -> None:
     """Two batches overlap: the hooks of one run after the sends of the other."""
 
     def run(rank: Rank) -> None:
@@ -246,10 +249,10 @@ def test_operations_in_flight(device: str) -> None:
             hook()
             assert torch.equal(total.cpu(), expected.x)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_regimes_alternate_in_one_buffer(device: str) -> None:
+def test_regimes_alternate_in_one_buffer(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group, low_latency_mode=True)
         case = rank.case
@@ -260,7 +263,7 @@ def test_regimes_alternate_in_one_buffer(device: str) -> None:
             received = low_latency_dispatch(buffer, rank, use_fp8=False)
             rank.assert_received(received[0])
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
 @pytest.mark.parametrize(
@@ -271,13 +274,13 @@ def test_regimes_alternate_in_one_buffer(device: str) -> None:
     ],
 )
 def test_dispatch_names_what_is_not_supported(
-    device: str, options: dict[str, Any], message: str
+    place: Place, options: dict[str, Any], message: str
 ) -> None:
     def run(rank: Rank) -> None:
         with pytest.raises(NotImplementedError, match=message):
             low_latency_dispatch(Buffer(rank.group), rank, **options)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,7 @@ def test_dispatch_names_what_is_not_supported(
     ],
 )
 def test_combine_names_what_is_not_supported(
-    device: str, options: dict[str, Any], message: str
+    place: Place, options: dict[str, Any], message: str
 ) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
@@ -299,52 +302,56 @@ def test_combine_names_what_is_not_supported(
         with pytest.raises(InvalidArgument, match="topk_idx: expected"):
             buffer.low_latency_combine(rows, rank.ids[:, :1], rank.weights, handle)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_scale_options_are_checked(device: str) -> None:
+def test_scale_options_are_checked(place: Place) -> None:
     def run(rank: Rank) -> None:
         with pytest.raises(InvalidArgument, match="round_scale: expected True with use_ue8m0"):
             low_latency_dispatch(Buffer(rank.group), rank, use_ue8m0=True)
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
 
 
-def test_masks_are_kept_queried_and_cleaned(device: str) -> None:
+def test_masks_are_kept_queried_and_cleaned(place: Place) -> None:
+    last = place.num_ranks - 1
+
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group, low_latency_mode=True, enable_shrink=True)
-        status = torch.full((4,), 9, dtype=torch.int32, device=device)
+        alive = [0] * last
+        status = torch.full((last + 1,), 9, dtype=torch.int32, device=place.device)
         buffer.low_latency_query_mask_buffer(status)
-        assert status.tolist() == [0, 0, 0, 0]
-        for wrong in (rank.rank, 4, -1):
+        assert status.tolist() == [*alive, 0]
+        for wrong in (rank.rank, last + 1, -1):
             with pytest.raises(InvalidArgument, match="rank_to_mask: expected a peer"):
                 buffer.low_latency_update_mask_buffer(wrong, True)
-        if rank.rank == 3:
+        if rank.is_last:
             return
-        buffer.low_latency_update_mask_buffer(3, True)
+        buffer.low_latency_update_mask_buffer(last, True)
         buffer.low_latency_query_mask_buffer(mask_status=status)
-        assert status.tolist() == [0, 0, 0, 1]
+        assert status.tolist() == [*alive, 1]
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_masked_peer_is_left_out(device: str) -> None:
-    """Rank 3 takes part in the first exchange only; the others go on without it."""
+def test_masked_peer_is_left_out(place: Place) -> None:
+    """The last rank takes part in the first exchange only; the others go on without it."""
+    last = place.num_ranks - 1
 
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group, low_latency_mode=True, enable_shrink=True)
         low_latency_dispatch(buffer, rank, use_fp8=False)
-        rank.group.all_gather(None)
-        if rank.rank == 3:
+        rank.control.all_gather(None)
+        if rank.is_last:
             return
-        buffer.low_latency_update_mask_buffer(rank_to_mask=3, mask=True)
+        buffer.low_latency_update_mask_buffer(rank_to_mask=last, mask=True)
         rows, _, handle, *_ = low_latency_dispatch(buffer, rank, use_fp8=False)
         inputs = rank.inputs
         expected = reference.low_latency_dispatch(
-            inputs.xs, inputs.ids, inputs.weights, config=rank.case.config, masked={3}
+            inputs.xs, inputs.ids, inputs.weights, config=rank.case.config, masked={last}
         )
         rank.expected = expected
         rank.assert_received(rows)
@@ -352,29 +359,29 @@ def test_masked_peer_is_left_out(device: str) -> None:
         ys = [entry if entry is None else entry.x for entry in expected]
         handles = [entry if entry is None else entry.handle for entry in expected]
         wanted = reference.low_latency_combine(
-            ys, handles, source_weights=inputs.weights, masked={3}
+            ys, handles, source_weights=inputs.weights, masked={last}
         )[rank.rank]
         assert torch.equal(total.cpu(), wanted.x)
-        status = torch.zeros(4, dtype=torch.int32, device=device)
+        status = torch.zeros(last + 1, dtype=torch.int32, device=place.device)
         buffer.low_latency_clean_mask_buffer()
         buffer.low_latency_query_mask_buffer(status)
         assert not status.any()
 
-    play(cases(device), run, low_latency=True)
+    play(place, cases(place), run, low_latency=True)
 
 
-def test_late_peer_is_masked_with_enable_shrink(device: str) -> None:
+def test_late_peer_is_masked_with_enable_shrink(place: Place) -> None:
     def run(group: Any) -> list[int] | None:
         buffer = Buffer(group, low_latency_mode=True, enable_shrink=True)
         buffer._native._timeout_s = 1.0
-        ids = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        x = torch.ones(2, 128, dtype=torch.bfloat16, device=device)
+        ids = torch.zeros(2, 1, dtype=torch.int64, device=place.device)
+        x = torch.ones(2, 128, dtype=torch.bfloat16, device=place.device)
         buffer.low_latency_dispatch(x, ids, 2, 2)
-        if group.rank == 1:
+        if as_group(group).rank == 1:
             return None
         buffer.low_latency_dispatch(x, ids, 2, 2)
-        status = torch.zeros(2, dtype=torch.int32, device=device)
+        status = torch.zeros(2, dtype=torch.int32, device=place.device)
         buffer.low_latency_query_mask_buffer(status)
         return status.tolist()
 
-    assert LocalCluster(2).run(run) == [[0, 1], None]
+    assert place.run(run, 2) == [[0, 1], None]

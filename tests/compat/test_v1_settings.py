@@ -18,6 +18,8 @@ from deepcomm.testing import LocalCluster
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from compat.places import Place
+
 
 class OtherCommunicator:
     """An mpi4py communicator of one rank, as far as it is used."""
@@ -33,7 +35,7 @@ class OtherCommunicator:
 
 
 def alone(function: Callable[[Any], Any]) -> Any:
-    return LocalCluster(1).run(function)[0]
+    return LocalCluster(1, device="cpu").run(function)[0]
 
 
 def test_constructor_positional_and_attributes() -> None:
@@ -96,6 +98,7 @@ def test_constructor_can_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_num_sms_is_set_on_the_class_from_anywhere() -> None:
+    before = torch.cuda.is_initialized()
     Buffer.set_num_sms(24)
     assert Buffer.num_sms == 24
     alone(lambda group: Buffer(group).set_num_sms(12))
@@ -104,21 +107,21 @@ def test_num_sms_is_set_on_the_class_from_anywhere() -> None:
     for wrong in (7, 0):
         with pytest.raises(InvalidArgument, match="num_sms: expected a positive even number"):
             Buffer.set_num_sms(wrong)
-    assert not torch.cuda.is_initialized()
+    assert torch.cuda.is_initialized() == before
 
 
-def test_num_sms_reaches_the_buffer(device: str) -> None:
+def test_num_sms_reaches_the_buffer(place: Place) -> None:
     Buffer.set_num_sms(4)
 
     def run(group: Any) -> int | None:
         buffer = Buffer(group)
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=place.device)
         counts = buffer.get_dispatch_layout(ids, 1)[2]
-        x = torch.ones(1, 16, dtype=torch.bfloat16, device=device)
+        x = torch.ones(1, 16, dtype=torch.bfloat16, device=place.device)
         *_, handle, _ = buffer.dispatch(x, topk_idx=ids, num_tokens_per_expert=counts)
         return handle.routing.buffer.config.num_sms
 
-    assert alone(run) == 4
+    assert place.run(run, 1) == [4]
 
 
 def test_capture_and_events() -> None:

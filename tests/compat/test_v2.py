@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
+from compat.places import Place
 from compat.play import (
     EXPERT,
     TOKEN,
@@ -20,11 +21,13 @@ from compat.play import (
 )
 
 from deepcomm.compat import ElasticBuffer, EventHandle, EventOverlap, topk_idx_t
+from deepcomm.group import as_group
 from deepcomm.testing import LocalCluster
 
 
-def cases(device: str, **fields: Any) -> Case:
-    return Case(device=device, **{"num_ranks": 4, "hidden": 256, "num_topk": 3, **fields})
+def cases(place: Place, **fields: Any) -> Case:
+    shape = {"num_ranks": place.num_ranks, "hidden": 256, "num_topk": 3}
+    return Case(device=place.device, **{**shape, **fields})
 
 
 # ---- Construction --------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def test_constructor_of_torchtitan() -> None:
         assert buffer.get_theoretical_num_sms(8, 4) > 0
         assert buffer.get_theoretical_num_sms(num_experts=8, num_topk=4) > 0
 
-    LocalCluster(2).run(run)
+    LocalCluster(2, device="cpu").run(run)
 
 
 def test_constructor_keywords_of_the_others() -> None:
@@ -83,19 +86,19 @@ def test_constructor_keywords_of_the_others() -> None:
         with pytest.raises(NotImplementedError, match=r"num_cpu_bytes.*tensors of your own"):
             ElasticBuffer(group, num_cpu_bytes=1, **shape)
 
-    LocalCluster(2).run(run)
+    LocalCluster(2, device="cpu").run(run)
 
 
-def test_timeouts_reach_the_buffer(device: str) -> None:
+def test_timeouts_reach_the_buffer(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank, num_gpu_timeout_secs=1200)
         handle = v2_dispatch(buffer, rank)[3]
         assert handle._routing.buffer.config.timeout_s == 1200
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_small_calls(device: str) -> None:
+def test_small_calls(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank)
         assert isinstance(ElasticBuffer.capture(), EventHandle)
@@ -106,21 +109,24 @@ def test_small_calls(device: str) -> None:
         buffer.destroy()
         buffer.destroy()
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
 # ---- Compact -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alignment", [None, 128])
-def test_dispatch_compact(device: str, alignment: int | None) -> None:
+def test_dispatch_compact(place: Place, alignment: int | None) -> None:
     def run(rank: Rank) -> None:
         buffer, expected = open_elastic(rank), rank.expected[rank.rank]
         rows, ids, weights, handle, event = v2_dispatch(
             buffer, rank, num_sms=24, expert_alignment=alignment
         )
         rank.assert_received(rows, topk_idx=ids, topk_weights=weights)
-        assert (handle.do_expand, handle.num_sms, handle.num_experts) == (False, 24, 8)
+        assert (handle.do_expand, handle.num_sms, handle.num_experts) == (
+            *(False, 24),
+            rank.case.num_experts,
+        )
         assert handle.num_recv_tokens_per_expert_list == row_counts(expected, alignment or 1)
         assert handle.num_recv_tokens == int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
         assert handle.num_recv_tokens == len(rows)
@@ -137,13 +143,13 @@ def test_dispatch_compact(device: str, alignment: int | None) -> None:
         assert torch.equal(carried, rank.weights.where(rank.ids >= 0, 0))
         assert event.event is None
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_dispatch_compact_without_cpu_sync(device: str) -> None:
+def test_dispatch_compact_without_cpu_sync(place: Place) -> None:
     """VLLM decodes so: rows for the worst case, of which the last count says how many are there."""
     bucket = 20
-    capacity = 4 * bucket
+    capacity = place.num_ranks * bucket
 
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank, num_max_tokens_per_rank=32)
@@ -162,25 +168,25 @@ def test_dispatch_compact_without_cpu_sync(device: str) -> None:
         short = buffer.combine(y[:count].contiguous(), handle, topk_weights=weights[:count])
         assert torch.equal(short[0].cpu(), expected)
 
-    play(cases(device), run, capacities=[capacity] * 4)
+    play(place, cases(place), run, capacities=[capacity] * place.num_ranks)
 
 
-def test_combine_shows_rows_left_out(device: str) -> None:
+def test_combine_shows_rows_left_out(place: Place) -> None:
     def run(group: Any) -> list[bool]:
         buffer = ElasticBuffer(group, num_max_tokens_per_rank=4)
-        ids = torch.full((3, 1), 1 - group.rank, dtype=torch.int64, device=device)
-        x = torch.ones(3, 64, dtype=torch.bfloat16, device=device)
+        ids = torch.full((3, 1), 1 - as_group(group).rank, dtype=torch.int64, device=place.device)
+        x = torch.ones(3, 64, dtype=torch.bfloat16, device=place.device)
         rows, *_, handle, _ = buffer.dispatch(x, ids, num_experts=2, do_cpu_sync=False)
         return buffer.combine(rows[:2], handle)[0].isnan().all(1).tolist()
 
-    assert LocalCluster(2).run(run) == [[False, False, True]] * 2
+    assert place.run(run, 2) == [[False, False, True]] * 2
 
 
 # ---- Expanded ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alignment", [1, 128])
-def test_dispatch_expanded(device: str, alignment: int) -> None:
+def test_dispatch_expanded(place: Place, alignment: int) -> None:
     def run(rank: Rank) -> None:
         buffer, expected = open_elastic(rank), rank.expected[rank.rank]
         rows, ids, weights, handle, _ = buffer.dispatch(
@@ -208,10 +214,10 @@ def test_dispatch_expanded(device: str, alignment: int) -> None:
         with pytest.raises(NotImplementedError, match="read num_expanded_tokens"):
             handle.psum_num_recv_tokens_per_scaleup_rank  # noqa: B018
 
-    play(cases(device, layout=EXPERT, alignment=alignment), run, expert_alignment=alignment)
+    play(place, cases(place, layout=EXPERT, alignment=alignment), run, expert_alignment=alignment)
 
 
-def test_dispatch_expanded_pads_with_zeros(device: str) -> None:
+def test_dispatch_expanded_pads_with_zeros(place: Place) -> None:
     def run(rank: Rank) -> None:
         rows, _, weights, handle, _ = v2_dispatch(
             open_elastic(rank), rank, do_expand=True, expert_alignment=16
@@ -226,13 +232,14 @@ def test_dispatch_expanded_pads_with_zeros(device: str) -> None:
             assert not rows[end:start].any()
             assert not weights[end:start].any()
 
-    play(cases(device, layout=EXPERT, alignment=16), run, expert_alignment=16)
+    play(place, cases(place, layout=EXPERT, alignment=16), run, expert_alignment=16)
 
 
 @pytest.mark.parametrize("alignment", [1, 128])
-def test_dispatch_expanded_without_cpu_sync(device: str, alignment: int) -> None:
+def test_dispatch_expanded_without_cpu_sync(place: Place, alignment: int) -> None:
     """SGLang decodes so: expanded, rows for the worst case, counts on the device."""
-    capacity = -(-(4 * 16 * 2 + 2 * (alignment - 1)) // alignment) * alignment
+    rows = place.num_ranks * 16 * 2 + 2 * (alignment - 1)
+    capacity = -(-rows // alignment) * alignment
 
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank)
@@ -255,17 +262,18 @@ def test_dispatch_expanded_without_cpu_sync(device: str, alignment: int) -> None
         assert torch.equal(buffer.combine(rank.own(ys), handle)[0].cpu(), rank.combined(ys).x)
 
     play(
-        cases(device, layout=EXPERT, alignment=alignment),
+        place,
+        cases(place, layout=EXPERT, alignment=alignment),
         run,
         expert_alignment=alignment,
-        capacities=[capacity] * 4,
+        capacities=[capacity] * place.num_ranks,
     )
 
 
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT], ids=["compact", "expanded"])
 @pytest.mark.parametrize("wire", ["scaled", "scaled_ue8m0"])
 @pytest.mark.parametrize("columns", [False, True], ids=["row-major", "column-major"])
-def test_dispatch_fp8_scales(device: str, layout: Any, wire: Any, columns: bool) -> None:
+def test_dispatch_fp8_scales(place: Place, layout: Any, wire: Any, columns: bool) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank, use_fp8_dispatch=True)
         (data, scales), *_ = v2_dispatch(
@@ -279,4 +287,4 @@ def test_dispatch_fp8_scales(device: str, layout: Any, wire: Any, columns: bool)
         else:
             assert scales.is_contiguous()
 
-    play(cases(device, layout=layout, wire=wire), run)
+    play(place, cases(place, layout=layout, wire=wire), run)

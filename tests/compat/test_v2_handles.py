@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
+from compat.places import Place
 from compat.play import (
     EXPERT,
     TOKEN,
@@ -21,18 +22,18 @@ from compat.play import (
 
 from deepcomm import InvalidArgument
 from deepcomm.compat import ElasticBuffer, EPHandle, EventHandle, EventOverlap
-from deepcomm.testing import LocalCluster
 
 
-def cases(device: str, **fields: Any) -> Case:
-    return Case(device=device, **{"num_ranks": 4, "hidden": 256, "num_topk": 3, **fields})
+def cases(place: Place, **fields: Any) -> Case:
+    shape = {"num_ranks": place.num_ranks, "hidden": 256, "num_topk": 3}
+    return Case(device=place.device, **{**shape, **fields})
 
 
 # ---- Cached --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT], ids=["compact", "expanded"])
-def test_dispatch_cached_infers_what_is_not_given(device: str, layout: Any) -> None:
+def test_dispatch_cached_infers_what_is_not_given(place: Place, layout: Any) -> None:
     """Torchtitan repeats a compact handle, DeepSpeed an expanded one, here without arguments."""
     alignment = 8 if layout is EXPERT else 1
 
@@ -58,10 +59,10 @@ def test_dispatch_cached_infers_what_is_not_given(device: str, layout: Any) -> N
         rank.assert_received(given[0], topk_weights=given[2])
         assert torch.equal(given[2], weights)
 
-    play(cases(device, layout=layout, alignment=alignment), run, expert_alignment=alignment)
+    play(place, cases(place, layout=layout, alignment=alignment), run, expert_alignment=alignment)
 
 
-def test_dispatch_cached_refuses_another_layout(device: str) -> None:
+def test_dispatch_cached_refuses_another_layout(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank)
         handle = v2_dispatch(buffer, rank, do_expand=True)[3]
@@ -72,7 +73,7 @@ def test_dispatch_cached_refuses_another_layout(device: str) -> None:
         with pytest.raises(InvalidArgument, match="topk_idx: expected None beside handle"):
             buffer.dispatch(rank.x, rank.ids, handle=handle)
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
 # ---- Handles -------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ FIELDS = (
 )
 
 
-def test_handle_fields_can_be_read_assigned_and_reassembled(device: str) -> None:
+def test_handle_fields_can_be_read_assigned_and_reassembled(place: Place) -> None:
     """A checkpoint takes a handle apart and puts its tensors, or clones, back."""
 
     def run(rank: Rank) -> None:
@@ -116,14 +117,14 @@ def test_handle_fields_can_be_read_assigned_and_reassembled(device: str) -> None
         assert torch.equal(buffer.dispatch(rank.x, handle=other)[0], rows)
         assert torch.equal(buffer.combine(rows, other)[0], buffer.combine(rows, handle)[0])
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
 # ---- The rest ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("expand", [False, True], ids=["compact", "expanded"])
-def test_operations_async(device: str, expand: bool) -> None:
+def test_operations_async(place: Place, expand: bool) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank)
         rows, *_, handle, event = v2_dispatch(
@@ -146,13 +147,13 @@ def test_operations_async(device: str, expand: bool) -> None:
         event.current_stream_wait()
         assert torch.isfinite(total).all()
 
-    play(cases(device, layout=EXPERT if expand else TOKEN), run)
+    play(place, cases(place, layout=EXPERT if expand else TOKEN), run)
 
 
-def test_statistics_and_biases(device: str) -> None:
+def test_statistics_and_biases(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = open_elastic(rank)
-        stats = torch.ones(2, dtype=torch.int32, device=device)
+        stats = torch.ones(2, dtype=torch.int32, device=place.device)
         for is_async in (False, True):
             _, _, _, handle, event = v2_dispatch(
                 buffer,
@@ -169,16 +170,16 @@ def test_statistics_and_biases(device: str) -> None:
         total = buffer.combine(rank.own(ys), handle, bias=bias)[0]
         assert torch.equal(total.cpu(), rank.combined(ys, biases=biases).x)
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_buffer_without_limits_grows(device: str) -> None:
+def test_buffer_without_limits_grows(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = ElasticBuffer(rank.group)
         assert buffer.num_bytes == 0
         for tokens in (2, 50):
-            ids = torch.arange(tokens, device=device).remainder(8)[:, None]
-            x = torch.ones(tokens, 64, dtype=torch.bfloat16, device=device)
+            ids = torch.arange(tokens, device=place.device).remainder(8)[:, None]
+            x = torch.ones(tokens, 64, dtype=torch.bfloat16, device=place.device)
             rows, *_, handle, _ = buffer.dispatch(x, ids, num_experts=8)
             assert torch.equal(buffer.combine(rows, handle)[0], x)
         with pytest.raises(InvalidArgument, match="num_max_tokens_per_rank: expected it"):
@@ -188,23 +189,23 @@ def test_buffer_without_limits_grows(device: str) -> None:
         with pytest.raises(InvalidArgument, match="topk_idx: expected it"):
             buffer.dispatch(x, num_experts=8)
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_more_tokens_than_the_limit_are_refused(device: str) -> None:
+def test_more_tokens_than_the_limit_are_refused(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = ElasticBuffer(rank.group, num_max_tokens_per_rank=4)
-        ids = torch.zeros(5, 1, dtype=torch.int64, device=device)
-        x = torch.ones(5, 64, dtype=torch.bfloat16, device=device)
+        ids = torch.zeros(5, 1, dtype=torch.int64, device=place.device)
+        x = torch.ones(5, 64, dtype=torch.bfloat16, device=place.device)
         with pytest.raises(InvalidArgument, match="max_tokens_per_rank"):
             buffer.dispatch(x, ids, num_experts=4)
         received = buffer.dispatch(x[:4], ids[:4], num_experts=4)
-        assert len(received[0]) == (16 if rank.rank == 0 else 0)
+        assert len(received[0]) == (4 * place.num_ranks if rank.rank == 0 else 0)
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_idle_rank_needs_no_dummy_token(device: str) -> None:
+def test_idle_rank_needs_no_dummy_token(place: Place) -> None:
     """Rank 1 of every case here brings no tokens at all, also where counts are synchronised."""
 
     def run(rank: Rank) -> None:
@@ -213,19 +214,19 @@ def test_idle_rank_needs_no_dummy_token(device: str) -> None:
             rows, *_, handle, _ = v2_dispatch(open_elastic(rank), rank, do_expand=expand)
             assert len(rows) == sum(handle.num_recv_tokens_per_expert_list) or not expand
 
-    play(cases(device), run)
+    play(place, cases(place), run)
 
 
-def test_many_buffers_in_one_process(device: str) -> None:
+def test_many_buffers_in_one_process(place: Place) -> None:
     """DeepEP's 28th buffer fails; memory is the limit here."""
 
     def run(group: Any) -> int:
         kept = []
         for _ in range(30):
             buffer = ElasticBuffer(group, num_max_tokens_per_rank=4)
-            ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            x = torch.ones(1, 64, dtype=torch.bfloat16, device=device)
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=place.device)
+            x = torch.ones(1, 64, dtype=torch.bfloat16, device=place.device)
             kept.append((buffer, buffer.dispatch(x, ids, num_experts=2)))
         return len(kept)
 
-    assert LocalCluster(2).run(run) == [30, 30]
+    assert place.run(run, 2) == [30, 30]
