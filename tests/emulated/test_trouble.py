@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
@@ -160,3 +161,26 @@ def test_larger_dispatch_grows_the_buffer_on_all_ranks(
         sizes = run_emulated(grow, layout_case(layout, nodes).num_ranks, settings)
         assert len(set(sizes)) == 1
         assert sizes[0] >= 4
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_buffer_that_may_not_grow_refuses_and_goes_on(
+    schedules: Schedules, layout: RecvLayout, nodes: str
+) -> None:
+    case = layout_case(layout, nodes)
+
+    def refuse(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            has_many = session.rank == AT_FAULT
+            x = torch.ones(case.num_tokens + has_many, case.hidden, dtype=torch.bfloat16)
+            expected, match = CommError, f"rank {AT_FAULT} refused"
+            if has_many:
+                expected, match = InvalidArgument, "at most max_tokens_per_rank = 4 tokens, got 5"
+            with pytest.raises(expected, match=match):
+                session.buffer.dispatch(x, torch.full((len(x), 1), -1), recv_layout=layout)
+            session.combine(session.dispatch(0))
+
+    for settings in schedules():
+        oracle = Oracle()
+        run_emulated(refuse, case.num_ranks, settings)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepcomm.backends.cuda.domain import Machine, agree_on
-from deepcomm.backends.cuda.engine import Engine, FlatEngine, Traffic
+from deepcomm.backends.cuda.engine import DispatchOperation, Engine, FlatEngine, Traffic
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
 from deepcomm.backends.cuda.functions import LowLatencyFunctions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.nodes import NodesEngine
 from deepcomm.backends.cuda.routing import RoutingId
 from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
-from deepcomm.errors import InvalidArgument
+from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.topology import Topology
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
@@ -128,7 +128,7 @@ class CudaBackend:
 
     def _check_open(self, operation: str) -> None:
         if self._closed:
-            raise InvalidArgument(f"{operation}: the buffer is closed")
+            raise CommError(f"{operation}: the buffer is closed")
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
@@ -144,9 +144,12 @@ class CudaBackend:
             self.engine.refuse_dispatch()
             self.serial += request.handle is None  # it counts on the peers
 
-        operation = self._prepare(
-            "dispatch", lambda: self.engine.dispatch(request, routing), refuse
-        )
+        def prepare() -> DispatchOperation:
+            operation = self.engine.dispatch(request, routing)
+            self._check_room(operation.num_tokens)
+            return operation
+
+        operation = self._prepare("dispatch", prepare, refuse)
         self.serial += request.handle is None
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
@@ -216,6 +219,14 @@ class CudaBackend:
         """Raise what an operation that has ended found to be wrong."""
         self.failure.check_usable("synchronize")
         self.failure.raise_trouble()
+
+    def _check_room(self, num_tokens: int) -> None:
+        """Check that a buffer that must not grow need not."""
+        most = self.config.max_tokens_per_rank
+        if num_tokens > most and not self.config.growable:
+            raise InvalidArgument(
+                f"x: expected at most max_tokens_per_rank = {most} tokens, got {num_tokens}"
+            )
 
     def _repeat_larger(self, request: DispatchRequest) -> DispatchOutput:
         """Grow the buffer, collectively, and repeat; views keep the old memory."""
