@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepcomm.compat.config import DEFAULT_NUM_SMS, Config
-from deepcomm.compat.events import (
-    EventHandle,
-    EventOverlap,
-    current_stream,
-    event_of,
-    overlap_of,
-    wait_for,
-)
+from deepcomm.compat.events import EventHandle, EventOverlap, wait_for
 from deepcomm.compat.handles import DispatchHandle, aligned, routing_of
 from deepcomm.compat.keys import Routing
 from deepcomm.compat.layout import dispatch_layout
 from deepcomm.compat.low_latency import LowLatencyOperations
 from deepcomm.compat.native import NativeBuffers, Shape
 from deepcomm.compat.rows import as_rows, bias_of, received_rows, row_tensor
+from deepcomm.compat.streams import Streams, ownership
 from deepcomm.errors import InvalidArgument
 from deepcomm.group import as_group
 from deepcomm.types import RecvLayout
@@ -103,6 +97,7 @@ class Buffer(LowLatencyOperations):
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self._native = NativeBuffers(comm if group is None else group)
+        self._streams = Streams()
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -138,8 +133,8 @@ class Buffer(LowLatencyOperations):
         return _config(num_ranks)
 
     def get_comm_stream(self) -> Any:
-        """Return the stream of the operations: the current one, whichever that is."""
-        return current_stream()
+        """Return a stream that every operation waits for, and that waits for every operation."""
+        return self._streams.get()
 
     def get_local_buffer_tensor(
         self,
@@ -249,9 +244,10 @@ class Buffer(LowLatencyOperations):
                 as_rows(x),
                 handle=routing.handle,
                 async_op=async_finish,
-                previous_event=event_of(previous_event),
+                **ownership(routing.buffer, async_finish, self._streams.before(previous_event)),
             )
-            return received_rows(output), None, None, None, None, overlap_of(output.event)
+            event = self._streams.after(output.event)
+            return received_rows(output), None, None, None, None, event
         topk_idx, num_experts = _needed(topk_idx, num_tokens_per_expert)
         buffer = self._buffer_for(row_tensor(x), num_experts, topk_idx)
         output = buffer.dispatch(
@@ -261,7 +257,7 @@ class Buffer(LowLatencyOperations):
             recv_layout=RecvLayout.TOKEN,
             num_recv_tokens=num_worst_tokens or None,
             async_op=async_finish,
-            previous_event=event_of(previous_event),
+            **ownership(buffer, async_finish, self._streams.before(previous_event)),
         )
         routing = Routing(buffer, output.handle, row_tensor(x).dtype)
         return (
@@ -270,7 +266,7 @@ class Buffer(LowLatencyOperations):
             output.topk_weights,
             [] if num_worst_tokens else _counts_on_host(output, expert_alignment),
             DispatchHandle.of(routing, output, is_token_in_rank),
-            overlap_of(output.event),
+            self._streams.after(output.event),
         )
 
     def _buffer_for(self, rows: torch.Tensor, num_experts: int, topk_idx: torch.Tensor) -> Any:
@@ -313,9 +309,9 @@ class Buffer(LowLatencyOperations):
             topk_weights=topk_weights,
             bias=bias_of(bias),
             async_op=async_finish,
-            previous_event=event_of(previous_event),
+            previous_event=self._streams.before(previous_event),
         )
-        return output.x, output.topk_weights, overlap_of(output.event)
+        return output.x, output.topk_weights, self._streams.after(output.event)
 
 
 def _config(num_ranks: int) -> Config:

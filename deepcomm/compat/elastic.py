@@ -18,15 +18,12 @@ from deepcomm.compat.elastic_plan import (
 from deepcomm.compat.events import (
     EventHandle,
     EventOverlap,
-    current_stream,
-    event_of,
-    overlap_of,
     uses_cuda,
-    wait_for,
 )
 from deepcomm.compat.handles import EPHandle, routing_of
 from deepcomm.compat.native import NativeBuffers, Shape
 from deepcomm.compat.rows import as_rows, bias_of, received_rows, row_tensor
+from deepcomm.compat.streams import Streams, ownership
 from deepcomm.config import DEFAULT_TIMEOUT_S, MAX_TOPK
 from deepcomm.group import as_group
 from deepcomm.sizing import buffer_bytes
@@ -118,6 +115,7 @@ class ElasticBuffer:
         self.num_bytes = num_bytes or 0
         timeout_s = max(num_cpu_timeout_secs, num_gpu_timeout_secs)
         self._native = NativeBuffers(group, timeout_s)
+        self._streams = Streams()
 
     @staticmethod
     def get_buffer_size_hint(
@@ -174,26 +172,23 @@ class ElasticBuffer:
         return EventHandle()
 
     def get_comm_stream(self) -> Any:
-        """Return the stream of the operations: the current one, whichever that is."""
-        return current_stream()
+        """Return a stream that every operation waits for, and that waits for every operation."""
+        return self._streams.get()
 
     def barrier(
         self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
     ) -> None:
-        """Wait for all ranks of the group, on the host.
+        """Wait, on the host, until all ranks of the group are here and their devices are idle.
 
         Args:
             use_comm_stream: Ignored.
-            with_cpu_sync: Wait for this rank's device as well, before and after.
+            with_cpu_sync: Ignored: the host waits in any case.
             sequential: Ignored.
         """
-        del use_comm_stream, sequential
-        synchronize = with_cpu_sync and uses_cuda()
-        if synchronize:
+        del use_comm_stream, with_cpu_sync, sequential
+        if uses_cuda():
             torch.cuda.synchronize()
         as_group(self.group).all_gather(None)
-        if synchronize:
-            torch.cuda.synchronize()
 
     def destroy(self) -> None:
         """Release everything; idempotent."""
@@ -254,7 +249,6 @@ class ElasticBuffer:
             or [N], a handle and an event.
         """
         del num_qps, allocate_on_comm_stream, do_handle_copy
-        wait_for(previous_event_before_epilogue)
         asked = Asked(
             topk_idx=topk_idx,
             num_experts=num_experts,
@@ -270,7 +264,11 @@ class ElasticBuffer:
             topk_weights=topk_weights,
             zero_padding=do_zero_padding or plan.has_gaps,
             async_op=async_with_compute_stream,
-            previous_event=event_of(previous_event),
+            **ownership(
+                plan.buffer,
+                async_with_compute_stream,
+                self._streams.before(previous_event, previous_event_before_epilogue),
+            ),
             **plan.arguments,
         )
         if cumulative_local_expert_recv_stats is not None:
@@ -280,7 +278,7 @@ class ElasticBuffer:
             output.topk_idx,
             output.topk_weights,
             plan.handle(output, row_tensor(x).dtype) if handle is None else handle,
-            overlap_of(output.event),
+            self._streams.after(output.event),
         )
 
     def _plan(self, rows: torch.Tensor, asked: Asked) -> Plan:
@@ -323,7 +321,6 @@ class ElasticBuffer:
             Sums [T, H], carried weights [T, K] or None, and an event.
         """
         del num_sms, num_qps, allocate_on_comm_stream
-        wait_for(previous_event_before_epilogue)
         routing = routing_of(handle)
         num_rows = routing.handle.num_rows
         output = routing.buffer.combine(
@@ -332,9 +329,9 @@ class ElasticBuffer:
             topk_weights=None if topk_weights is None else _all_rows(topk_weights, num_rows),
             bias=bias_of(bias),
             async_op=async_with_compute_stream,
-            previous_event=event_of(previous_event),
+            previous_event=self._streams.before(previous_event, previous_event_before_epilogue),
         )
-        return output.x, output.topk_weights, overlap_of(output.event)
+        return output.x, output.topk_weights, self._streams.after(output.event)
 
 
 def _size_hint(num_ranks: int, max_tokens: int, hidden: int, num_topk: int) -> int:

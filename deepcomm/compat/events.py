@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EventHandle",
     "EventOverlap",
-    "current_stream",
+    "StreamEvent",
     "event_of",
     "overlap_of",
     "uses_cuda",
@@ -141,10 +141,3 @@ def wait_for(event: EventOverlap | EventHandle | None) -> None:
     point = event_of(event)
     if point is not None:
         point.current_stream_wait()
-
-
-def current_stream() -> Any:
-    """Return the current stream of the device in use."""
-    if uses_cuda():
-        return torch.cuda.current_stream()
-    return torch.cpu.current_stream()

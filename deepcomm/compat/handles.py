@@ -149,11 +149,14 @@ class EPHandle:
     @cached_property
     def psum_num_recv_tokens_per_expert(self) -> torch.Tensor:
         """int32 [L], the end of each group's rows, padding excluded."""
-        ends = self._aligned_counts.cumsum(0, dtype=torch.int32)
-        return ends - self._aligned_counts + self._counts
+        counts = self._aligned_counts
+        return counts.cumsum(0, dtype=torch.int32) - counts + self._counts
 
     @property
     def _aligned_counts(self) -> torch.Tensor:
+        # Computed on the current stream, which the client need not have told to wait yet.
+        if self._event is not None:
+            self._event.current_stream_wait()
         return aligned(self._counts, self.expert_alignment)
 
     @cached_property

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from deepcomm.compat.events import EventOverlap, overlap_of
+from deepcomm.compat.events import EventOverlap
 from deepcomm.compat.handles import LowLatencyHandle, routing_of
 from deepcomm.compat.keys import Routing
 from deepcomm.compat.native import NativeBuffers, Shape
 from deepcomm.compat.rows import received_rows, round_to_powers
+from deepcomm.compat.streams import Streams
 from deepcomm.errors import InvalidArgument
 from deepcomm.sizing import buffer_bytes
 
@@ -35,6 +36,7 @@ class LowLatencyOperations:
     group_size: int
     rank: int
     _native: NativeBuffers
+    _streams: Streams
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
@@ -108,6 +110,7 @@ class LowLatencyOperations:
             scale_format=scale_format,
             return_hook=return_recv_hook,
             async_op=async_finish,
+            previous_event=self._streams.before(None),
             on_timeout=self._on_timeout,
             expert_token_stats=cumulative_local_expert_recv_stats,
             wait_us_stats=dispatch_wait_recv_cost_stats,
@@ -118,7 +121,7 @@ class LowLatencyOperations:
             received_rows(output),
             output.num_tokens_per_expert,
             LowLatencyHandle(routing, facts),
-            overlap_of(output.event),
+            self._streams.after(output.event),
             output.hook,
         )
 
@@ -192,10 +195,11 @@ class LowLatencyOperations:
             out=out,
             return_hook=return_recv_hook,
             async_op=async_finish,
+            previous_event=self._streams.before(None),
             on_timeout=self._on_timeout,
             wait_us_stats=combine_wait_recv_cost_stats,
         )
-        return output.x, overlap_of(output.event), output.hook
+        return output.x, self._streams.after(output.event), output.hook
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> torch.Tensor:
         """Return a tensor [L, R * tokens, H] for expert outputs, to be combined by ``zero_copy``.
@@ -233,7 +237,12 @@ class LowLatencyOperations:
         self._native.set_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Write 1 for every masked rank, 0 for the others, into an int tensor [R]."""
+        """Write 1 for every masked rank, 0 for the others, into an int tensor [R].
+
+        Waits for the operations so far, which may find a rank late.
+        """
+        if mask_status.is_cuda:
+            torch.cuda.synchronize(mask_status.device)
         masked = self._native.masked_ranks()
         status = [int(rank in masked) for rank in range(mask_status.numel())]
         mask_status.copy_(torch.tensor(status, dtype=mask_status.dtype))
