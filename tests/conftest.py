@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MARKERS = (
     "clients(module, ...): needs programs written against DeepEP (extra compat-test)",
     "emulated_backend: the CUDA backend on the emulator, minutes of compiling; --emulated-backend",
-    "gpu(n=1): needs n CUDA devices",
+    "gpu(n=1): needs n CUDA devices, and NVRTC",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
     "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
     "slow: takes more than 30 s on two cores",
@@ -58,6 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         wanted = gpu.args[0] if gpu.args else 1
         if (present := num_gpus()) < wanted:
             pytest.skip(f"needs {wanted} CUDA device(s), found {present}")
+        if reason := missing_nvrtc():
+            pytest.skip(reason)
     if item.get_closest_marker("emulated_backend") and not item.config.getoption(
         "--emulated-backend"
     ):

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from deepcomm.errors import describe_error
-from deepcomm.group import as_group
 from deepcomm.testing import LocalCluster
 
 if TYPE_CHECKING:
@@ -56,37 +52,6 @@ def on_emulator(function: Callable[[Any], Any], num_ranks: int) -> list[Any]:
     from emulated.runtime import run_emulated
 
     return run_emulated(function, num_ranks)
-
-
-def in_processes(group: Any, function: Callable[[Any], Any], num_ranks: int) -> list[Any]:
-    """Run this process's rank of a group whose other processes do the same; return all results.
-
-    What fails on one rank fails on all, so that they begin the next test together.
-    """
-    size = dist.get_world_size(group)
-    if num_ranks == 1:
-        return on_threads(f"cuda:{torch.cuda.current_device()}", function, 1)
-    if num_ranks != size:
-        pytest.skip(f"needs {num_ranks} ranks, has {size} processes")
-    failure: Exception | None = None
-    result = None
-    try:
-        result = function(group)
-    except Exception as error:  # noqa: BLE001  # raised below, when the peers know
-        failure = error
-    message = None if failure is None else describe_error(failure)
-    # Not over the group itself, whose payload may travel on GPUs.
-    outcomes = as_group(dist.group.WORLD).all_gather((result, message))
-    if failure is not None:
-        raise failure
-    for rank, (_, text) in enumerate(outcomes):
-        assert text is None, f"rank {rank}: {text}"
-    return [value for value, _ in outcomes]
-
-
-def of_processes(group: Any, num_ranks: int) -> Place:
-    """Return the place of one process of several, a GPU each."""
-    return Place("processes", "cuda", num_ranks, functools.partial(in_processes, group))
 
 
 CPU = Place("cpu", "cpu", 4, functools.partial(on_threads, "cpu"), is_cpu=True)

@@ -281,12 +281,12 @@ def test_handle_outlives_the_buffer_it_came_from(place: Place) -> None:
 
 
 SHAPES = (
-    (3, 1, 64, 8),
-    (40, 1, 64, 8),  # more tokens
-    (7, 3, 64, 8),  # more experts a token
+    (3, 1, 256, 8),
+    (40, 1, 256, 8),  # more tokens
+    (7, 3, 256, 8),  # more experts a token
     (7, 2, 128, 8),  # another hidden size
-    (5, 2, 64, 16),  # other experts
-    (90, 3, 64, 8),  # more tokens than any buffer of that shape
+    (5, 2, 256, 16),  # other experts
+    (90, 3, 256, 8),  # more tokens than any buffer of that shape
 )
 
 

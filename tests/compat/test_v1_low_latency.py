@@ -375,7 +375,7 @@ def test_late_peer_is_masked_with_enable_shrink(place: Place) -> None:
         buffer = Buffer(group, low_latency_mode=True, enable_shrink=True)
         buffer._native._timeout_s = 1.0
         ids = torch.zeros(2, 1, dtype=torch.int64, device=place.device)
-        x = torch.ones(2, 128, dtype=torch.bfloat16, device=place.device)
+        x = torch.ones(2, 256, dtype=torch.bfloat16, device=place.device)
         buffer.low_latency_dispatch(x, ids, 2, 2)
         if as_group(group).rank == 1:
             return None

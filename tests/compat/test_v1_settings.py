@@ -117,7 +117,7 @@ def test_num_sms_reaches_the_buffer(place: Place) -> None:
         buffer = Buffer(group)
         ids = torch.zeros(1, 1, dtype=torch.int64, device=place.device)
         counts = buffer.get_dispatch_layout(ids, 1)[2]
-        x = torch.ones(1, 16, dtype=torch.bfloat16, device=place.device)
+        x = torch.ones(1, 256, dtype=torch.bfloat16, device=place.device)
         *_, handle, _ = buffer.dispatch(x, topk_idx=ids, num_tokens_per_expert=counts)
         return handle.routing.buffer.config.num_sms
 

@@ -175,7 +175,7 @@ def test_combine_shows_rows_left_out(place: Place) -> None:
     def run(group: Any) -> list[bool]:
         buffer = ElasticBuffer(group, num_max_tokens_per_rank=4)
         ids = torch.full((3, 1), 1 - as_group(group).rank, dtype=torch.int64, device=place.device)
-        x = torch.ones(3, 64, dtype=torch.bfloat16, device=place.device)
+        x = torch.ones(3, 256, dtype=torch.bfloat16, device=place.device)
         rows, *_, handle, _ = buffer.dispatch(x, ids, num_experts=2, do_cpu_sync=False)
         return buffer.combine(rows[:2], handle)[0].isnan().all(1).tolist()
 

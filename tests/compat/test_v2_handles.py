@@ -179,7 +179,7 @@ def test_buffer_without_limits_grows(place: Place) -> None:
         assert buffer.num_bytes == 0
         for tokens in (2, 50):
             ids = torch.arange(tokens, device=place.device).remainder(8)[:, None]
-            x = torch.ones(tokens, 64, dtype=torch.bfloat16, device=place.device)
+            x = torch.ones(tokens, 256, dtype=torch.bfloat16, device=place.device)
             rows, *_, handle, _ = buffer.dispatch(x, ids, num_experts=8)
             assert torch.equal(buffer.combine(rows, handle)[0], x)
         with pytest.raises(InvalidArgument, match="num_max_tokens_per_rank: expected it"):
@@ -196,7 +196,7 @@ def test_more_tokens_than_the_limit_are_refused(place: Place) -> None:
     def run(rank: Rank) -> None:
         buffer = ElasticBuffer(rank.group, num_max_tokens_per_rank=4)
         ids = torch.zeros(5, 1, dtype=torch.int64, device=place.device)
-        x = torch.ones(5, 64, dtype=torch.bfloat16, device=place.device)
+        x = torch.ones(5, 256, dtype=torch.bfloat16, device=place.device)
         with pytest.raises(InvalidArgument, match="max_tokens_per_rank"):
             buffer.dispatch(x, ids, num_experts=4)
         received = buffer.dispatch(x[:4], ids[:4], num_experts=4)
@@ -225,7 +225,7 @@ def test_many_buffers_in_one_process(place: Place) -> None:
         for _ in range(30):
             buffer = ElasticBuffer(group, num_max_tokens_per_rank=4)
             ids = torch.zeros(1, 1, dtype=torch.int64, device=place.device)
-            x = torch.ones(1, 64, dtype=torch.bfloat16, device=place.device)
+            x = torch.ones(1, 256, dtype=torch.bfloat16, device=place.device)
             kept.append((buffer, buffer.dispatch(x, ids, num_experts=2)))
         return len(kept)
 
