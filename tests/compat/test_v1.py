@@ -11,14 +11,14 @@ import pytest
 import torch
 from collective.case import Case
 from compat import workers
-from compat.places import Place
+from compat.places import CPU, Place
 from compat.play import Rank, play, row_counts, v1_dispatch
 
 from deepcomm import CommError, InvalidArgument
 from deepcomm.compat import Buffer, EventOverlap
 from deepcomm.testing import LocalCluster, run_processes
 
-WIRES = ("bf16", "fp32", "scaled", "scaled_ue8m0")
+WIRES = ("bf16", "scaled", "scaled_ue8m0")
 
 
 def cases(place: Place, **fields: Any) -> Case:
@@ -76,12 +76,7 @@ def test_layout_event_and_errors(place: Place) -> None:
 # ---- Dispatch ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wire", WIRES)
-@pytest.mark.parametrize("alignment", [1, 128])
-def test_dispatch_six_results(place: Place, wire: Any, alignment: int) -> None:
-    if not place.is_cpu and wire == "fp32":
-        pytest.skip("float32 rows are for CPUs")
-
+def play_dispatch(place: Place, wire: Any, alignment: int) -> None:
     def run(rank: Rank) -> None:
         buffer = Buffer(rank.group)
         config = Buffer.get_dispatch_config(rank.case.num_ranks)
@@ -99,6 +94,17 @@ def test_dispatch_six_results(place: Place, wire: Any, alignment: int) -> None:
         assert event.event is None
 
     play(place, cases(place, wire=wire), run)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_dispatch_six_results(place: Place, wire: Any, alignment: int) -> None:
+    play_dispatch(place, wire, alignment)
+
+
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_dispatch_float32_rows_on_cpus(alignment: int) -> None:
+    play_dispatch(CPU, "fp32", alignment)
 
 
 def test_dispatch_async_and_previous_event(place: Place) -> None:
