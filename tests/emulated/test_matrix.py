@@ -57,6 +57,9 @@ OPTION_CASES = [
     # More chunks than are announced at once, rows of several vectors a lane, more tiles of scales.
     *(replace(SMALL, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
     *(replace(SMALL, hidden=1040, num_ranks=2, wire="fp8", layout=layout) for layout in RecvLayout),
+    # Rows that are cast in two parts, whose scales bulk copies move or not.
+    *(replace(SMALL, hidden=hidden, num_ranks=2, wire=wire, layout=layout) for layout in RecvLayout
+      for hidden, wire in ((4096, "fp8"), (1024, "fp8_ue8m0"))),
 ]  # fmt: skip
 CASES = list(dict.fromkeys(WIRE_CASES + CLUSTER_CASES + ROUTING_CASES + OPTION_CASES))
 # Kernels of their own tests run every other one: test_low_latency.py.
@@ -86,6 +89,16 @@ def test_exchange_equals_reference_for_any_number_of_blocks(
 ) -> None:
     case, oracle = replace(SMALL, num_tokens=20, layout=layout), Oracle()
     for settings in schedules(num_sms=num_sms):
+        exchange_emulated(settings, case, oracle)
+
+
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_warps_count_more_tokens_than_they_have_lanes(
+    schedules: Schedules, layout: RecvLayout
+) -> None:
+    case = Case(num_ranks=2, num_tokens=300, even=True, hidden=16, num_topk=3, layout=layout)
+    oracle = Oracle()
+    for settings in itertools.islice(schedules(num_sms=1), 1):
         exchange_emulated(settings, case, oracle)
 
 

@@ -16,6 +16,12 @@ struct PairSlots {
     float weight = 0;
 };
 
+/// A row of a rank.
+struct LandedRow {
+    int32_t dst;
+    int32_t slot;
+};
+
 template <typename T>
 DEEPCOMM_DEVICE T* at(unsigned char* begin, int64_t offset) {
     return reinterpret_cast<T*>(begin + offset);
@@ -34,11 +40,12 @@ DEEPCOMM_DEVICE void copy_words(uint32_t* to, const uint32_t* from, int32_t num_
     for (int32_t i = warp.thread_idx(); i < num_words; i += warp.size()) to[i] = from[i];
 }
 
-/// Where one row's scales land.
+/// Where the scales of a row, or of a part of it, land.
 template <typename Spec>
-DEEPCOMM_DEVICE uint32_t* landed_scales(const SendBlock<Spec>& my, int32_t dst, int32_t slot) {
-    return at<uint32_t>(my.smem.destinations[dst].landing,
-                        my.landing().scales + static_cast<int64_t>(slot) * my.scale_bytes());
+DEEPCOMM_DEVICE uint32_t* landed_scales(const SendBlock<Spec>& my, const LandedRow& row,
+                                        int32_t first_word = 0) {
+    const int64_t begin = my.landing().scales + static_cast<int64_t>(row.slot) * my.scale_bytes();
+    return at<uint32_t>(my.smem.destinations[row.dst].landing, begin) + first_word;
 }
 
 /// The scales of the row in a stage.
@@ -46,12 +53,6 @@ template <typename Spec>
 DEEPCOMM_DEVICE const uint32_t* staged_scales(const unsigned char* stage) {
     return reinterpret_cast<const uint32_t*>(stage + Spec::kScalesAt);
 }
-
-/// A row of a rank.
-struct LandedRow {
-    int32_t dst;
-    int32_t slot;
-};
 
 /// TOKEN: id and weight of a token's pair k as a rank sees them.
 template <typename Spec>
@@ -86,29 +87,31 @@ DEEPCOMM_DEVICE void store_expert_pairs(const SendBlock<Spec>& my, const PairSlo
     }
 }
 
-/// Expert layouts: the row's copies here. copy is a lane's slot, or -1; weight goes with it.
+/// Expert layouts: the copies here of what a stage holds. copy is a lane's slot, or -1; weight goes
+/// with it.
 template <typename Spec>
-DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, int32_t copy, float weight,
-                                  const unsigned char* stage) {
+DEEPCOMM_DEVICE void store_copies(const SendBlock<Spec>& my, const RowPart& part, int32_t copy,
+                                  float weight, const unsigned char* stage) {
     const ExpertTarget& target = my.params.target;
+    const auto scales_of = [&](int32_t slot) {
+        return target.scales + static_cast<int64_t>(slot) * my.params.scale_words + part.first_word;
+    };
     if (copy >= 0) {
-        device::bulk_store(target.rows + static_cast<int64_t>(copy) * Spec::kRowBytes, stage,
-                           Spec::kRowBytes);
-        if (target.topk_weights != nullptr) target.topk_weights[copy] = weight;
+        device::bulk_store(target.rows + static_cast<int64_t>(copy) * Spec::kRowBytes + part.at,
+                           stage, part.num_bytes);
+        if (target.topk_weights != nullptr && part.is_first()) target.topk_weights[copy] = weight;
     }
     if (Spec::kWire == kWireBf16) return;
-    if (my.has_bulk_scales()) {
+    if (part.has_bulk_scales()) {
         if (copy < 0) return;
-        device::bulk_store(target.scales + static_cast<int64_t>(copy) * my.params.scale_words,
-                           staged_scales<Spec>(stage), my.scale_bytes());
+        device::bulk_store(scales_of(copy), staged_scales<Spec>(stage), part.scale_bytes());
         return;
     }
     uint32_t copies = device::warp_ballot(copy >= 0);
     while (copies != 0) {
         const int32_t slot = device::warp_shuffle(copy, device::lowest_bit(copies));
         copies &= copies - 1;
-        copy_words(target.scales + static_cast<int64_t>(slot) * my.params.scale_words,
-                   staged_scales<Spec>(stage), my.params.scale_words);
+        copy_words(scales_of(slot), staged_scales<Spec>(stage), part.num_words);
     }
 }
 

@@ -109,7 +109,7 @@ DEEPCOMM_DEVICE bool expand_row(const SendBlock<Spec>& my, typename Spec::Landed
                                    row};
     if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
     load_landed_scales(my, row, pipe.current());
-    store_copies(my, copy, weight, pipe.current());
+    store_copies(my, my.whole_row(), copy, weight, pipe.current());
     return true;
 }
 

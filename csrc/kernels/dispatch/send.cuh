@@ -4,7 +4,7 @@
 // other. PROTOCOLS.md: dispatch_send.
 #pragma once
 
-#include "kernels/dispatch/deliver.cuh"
+#include "kernels/dispatch/pairs.cuh"
 #include "kernels/rows/cast.cuh"
 
 namespace deepcomm::kernels {
@@ -18,7 +18,7 @@ struct TokenCursor {
 
     const SendBlock<Spec>& my;
     Queue& queue;
-    int32_t index = 0;  ///< of the next one
+    int32_t index = 0;  ///< of the next part: token * parts + part
 
     DEEPCOMM_DEVICE TokenCursor(const SendBlock<Spec>& block, Queue& chunks)
         : my(block), queue(chunks) {}
@@ -27,12 +27,15 @@ struct TokenCursor {
         return chunk_of(at) * kChunk + at % kChunk;
     }
     DEEPCOMM_DEVICE bool is_alive() const { return true; }
+    /// The next part's token.
+    DEEPCOMM_DEVICE int32_t token() const { return token_of(index / Spec::kParts); }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
-        const int32_t token = token_of(index);
+        const int32_t token = this->token();
         if (token >= my.num_tokens) return false;
-        ++index;
         const RowSource& source = my.params.source;
-        piece->row = source.rows + token * source.row_stride;
+        piece->row =
+            source.rows + token * source.row_stride + index % Spec::kParts * Spec::kLoadBytes;
+        ++index;
         if (Spec::kWire == kWireFp8 && my.has_bulk_scales()) {
             piece->scales = source.scales + token * source.scale_stride;
             piece->scale_bytes = my.scale_bytes();
@@ -41,48 +44,12 @@ struct TokenCursor {
     }
 };
 
-/// A lane's pair of a token, but for what follows from it: see name_rank.
-template <bool kHasWeights, typename Spec>
-DEEPCOMM_DEVICE PairSlots load_pair(const SendBlock<Spec>& my, int32_t token, int32_t k) {
-    PairSlots pair;
-    if (token >= my.num_tokens || k >= my.params.num_topk) return pair;
-    const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + k;
-    pair.expert = my.params.table.topk_idx[index];
-    pair.token_slot = my.params.table.token_slot[index];
-    if (Spec::kByExpert) pair.pair_slot = my.params.table.pair_slot[index];
-    if (my.params.topk_weights != nullptr && kHasWeights) {
-        pair.weight = my.params.topk_weights[index];
-    }
-    return pair;
-}
-
-/// Who the pair goes to.
-template <typename Spec>
-DEEPCOMM_DEVICE void name_rank(const SendBlock<Spec>& my, PairSlots* pair) {
-    if (pair->expert >= 0) pair->dst = pair->expert / my.num_local();
-}
-
-/// What was given as a pair's weight goes to the handle.
-template <typename Spec>
-DEEPCOMM_DEVICE void keep_weight(const SendBlock<Spec>& my, int32_t token, int32_t k,
-                                 const PairSlots& pair) {
-    if (token >= my.num_tokens || k >= my.params.num_topk) return;
-    if (my.params.topk_weights == nullptr) return;
-    my.params.table.topk_weights[static_cast<int64_t>(token) * my.params.num_topk + k] =
-        pair.weight;
-}
-
-template <typename Spec>
-DEEPCOMM_DEVICE const uint32_t* source_scales(const SendBlock<Spec>& my, int32_t token) {
-    const RowSource& source = my.params.source;
-    return reinterpret_cast<const uint32_t*>(source.scales + token * source.scale_stride);
-}
-
 /// Brings the stage into the form in which the row travels.
 template <typename Spec>
 DEEPCOMM_DEVICE void prepare_row(const SendBlock<Spec>& my, int32_t token, unsigned char* stage) {
     if (Spec::kWire == kWireCast) {
-        cast_row<Spec::kHidden>(stage, stage + Spec::kScalesAt, my.params.scales_are_ue8m0 != 0);
+        cast_row<Spec::kPartHidden>(stage, stage + Spec::kScalesAt,
+                                    my.params.scales_are_ue8m0 != 0);
     } else if (Spec::kByExpert && Spec::kWire == kWireFp8 && !my.has_bulk_scales()) {
         copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt), source_scales(my, token),
                    my.params.scale_words);
@@ -90,14 +57,6 @@ DEEPCOMM_DEVICE void prepare_row(const SendBlock<Spec>& my, int32_t token, unsig
     if (Spec::kWire == kWireBf16 || (Spec::kWire == kWireFp8 && !Spec::kByExpert)) return;
     device::fence_proxy_async();  // ORDER: what the lanes wrote before the bulk stores that read it
     my.warp.sync();               // ORDER: of every lane, and before other lanes read the scales
-}
-
-/// Whether a lane's pair stands for a row that goes to its rank: to any (TOKEN), or to a peer.
-template <typename Spec>
-DEEPCOMM_DEVICE bool sends_row(const SendBlock<Spec>& my, const PairSlots& pair) {
-    if (pair.token_slot < 0) return false;
-    if (Spec::kByExpert) return pair.dst != my.rank();
-    return pair.token_slot < my.smem.destinations[pair.dst].limit;
 }
 
 /// Calls visit(dst, slot) in all lanes for each rank that the token's row goes to.
@@ -113,34 +72,35 @@ DEEPCOMM_DEVICE void for_each_rank(const SendBlock<Spec>& my, const PairSlots& p
     }
 }
 
-/// The row of the token at hand to its ranks, and the scales with it; a lane a rank.
+/// What the stage holds of the token's row and scales to its ranks; a lane a rank.
 template <typename Spec>
-DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const PairSlots& pair,
+DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const RowPart& part, const PairSlots& pair,
                               const unsigned char* stage) {
     if (!sends_row(my, pair)) return;
-    if (Spec::kWire != kWireBf16 && my.has_bulk_scales()) {
-        device::bulk_store(landed_scales(my, pair.dst, pair.token_slot), staged_scales<Spec>(stage),
-                           my.scale_bytes());
+    if (Spec::kWire != kWireBf16 && part.has_bulk_scales()) {
+        device::bulk_store(landed_scales(my, {pair.dst, pair.token_slot}, part.first_word),
+                           staged_scales<Spec>(stage), part.scale_bytes());
     }
     device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
-                           static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes,
-                       stage, Spec::kRowBytes);
+                           static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes + part.at,
+                       stage, part.num_bytes);
 }
 
 /// What a mover stores beside the row: scales in its stage that bulk copies cannot move, and all that
 /// an announcement of the row promises.
 template <typename Spec>
-DEEPCOMM_DEVICE void send_beside(const SendBlock<Spec>& my, const PairSlots& pair,
-                                 const unsigned char* stage) {
+DEEPCOMM_DEVICE void send_beside(const SendBlock<Spec>& my, const RowPart& part,
+                                 const PairSlots& pair, const unsigned char* stage) {
     constexpr bool kAreStaged =
         Spec::kWire == kWireCast || (Spec::kWire == kWireFp8 && Spec::kByExpert);
-    const bool has_scales = kAreStaged && !my.has_bulk_scales();
-    if (!has_scales && !Spec::kByExpert) return;
+    const bool has_scales = kAreStaged && !part.has_bulk_scales();
+    const bool has_pairs = Spec::kByExpert && part.is_first();
+    if (!has_scales && !has_pairs) return;
     for_each_rank(my, pair, [&](int32_t dst, int32_t slot) {
-        if (Spec::kByExpert) store_expert_pairs(my, pair, dst, slot);
+        if (has_pairs) store_expert_pairs(my, pair, dst, slot);
         if (has_scales) {
-            copy_words(landed_scales(my, dst, slot), staged_scales<Spec>(stage),
-                       my.params.scale_words);
+            copy_words(landed_scales(my, {dst, slot}, part.first_word), staged_scales<Spec>(stage),
+                       part.num_words);
         }
     });
 }
@@ -180,8 +140,9 @@ struct ChunkAnnouncer {
         my.warp.sync();  // ORDER: the counts before other lanes add to them or announce them
         ++num_sent;
         if (num_sent % kChunk != 0 || chunk == 0) return;
-        // All newer groups are of this chunk, whose last token is in the open one.
-        device::bulk_wait_group<kChunk - 1>();  // ORDER: the stores of the chunk before
+        // All newer groups are of this chunk, the last of them open.
+        device::bulk_wait_group<kChunk * Spec::kParts -
+                                1>();  // ORDER: the stores of the chunk before
         announce(chunk - 1);
     }
 
@@ -211,79 +172,23 @@ struct ChunkAnnouncer {
     }
 };
 
-/// One token: waits for its row and issues all its stores.
+/// A part of a token: waits for it and issues all its stores.
 template <typename Spec>
-DEEPCOMM_DEVICE bool send_token(const SendBlock<Spec>& my, typename Spec::Pipe& pipe, int32_t token,
-                                const PairSlots& pair) {
+DEEPCOMM_DEVICE bool send_part(const SendBlock<Spec>& my, typename Spec::Pipe& pipe, int32_t token,
+                               const RowPart& part, const PairSlots& pair) {
     const device::WaitSite site = {device::Operation::kDispatch, device::Role::kSend, my.rank(),
                                    token};
     if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
     unsigned char* stage = pipe.current();
     prepare_row(my, token, stage);
-    send_row(my, pair, stage);
-    send_beside(my, pair, stage);
+    send_row(my, part, pair, stage);
+    send_beside(my, part, pair, stage);
     if (Spec::kByExpert) {
         const bool is_here =
             pair.dst == my.rank() && pair.pair_slot < my.smem.destinations[my.rank()].limit;
-        store_copies(my, is_here ? pair.pair_slot : -1, pair.weight, stage);
+        store_copies(my, part, is_here ? pair.pair_slot : -1, pair.weight, stage);
     }
     return true;
-}
-
-/// TOKEN: the scales of the lanes' tokens, where bulk copies cannot move them.
-template <typename Spec>
-DEEPCOMM_DEVICE void copy_scales(const SendBlock<Spec>& my, int32_t token, const PairSlots& pair) {
-    if (Spec::kWire != kWireFp8 || my.has_bulk_scales()) return;
-    uint32_t senders = device::warp_ballot(sends_row(my, pair));
-    for (; senders != 0; senders &= senders - 1) {
-        const int32_t lane = device::lowest_bit(senders);
-        const int32_t dst = device::warp_shuffle(pair.dst, lane);
-        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
-        copy_words(landed_scales(my, dst, slot),
-                   source_scales(my, device::warp_shuffle(token, lane)), my.params.scale_words);
-    }
-}
-
-/// TOKEN: ids and weights of the lanes' pairs, of several tokens; rank after rank.
-template <typename Spec>
-DEEPCOMM_DEVICE void store_pairs(const SendBlock<Spec>& my, const PairSlots& pair, int32_t k,
-                                 uint32_t own_token) {
-    uint32_t left = device::warp_ballot(sends_row(my, pair));
-    while (left != 0) {
-        const int32_t dst = device::warp_shuffle(pair.dst, device::lowest_bit(left));
-        const uint32_t alike = device::warp_ballot(sends_row(my, pair) && pair.dst == dst);
-        left &= ~alike;
-        const uint32_t sender = alike & own_token;
-        const int32_t lane = sender != 0 ? device::lowest_bit(sender) : my.warp.thread_idx();
-        const int32_t slot = device::warp_shuffle(pair.token_slot, lane);
-        if (sender != 0) store_token_pair(my, pair, k, {dst, slot});
-    }
-}
-
-/// TOKEN, role pair: ids and weights, by warps that move no rows. A lane a pair of one of several
-/// tokens.
-template <typename Spec>
-DEEPCOMM_DEVICE void send_pairs(const SendBlock<Spec>& my) {
-    const int32_t pairer =
-        my.block.block_idx() * Spec::kPairers + my.warp.warp_idx() - Spec::kMovers;
-    WorkQueue<2> queue(my.params.meet.taken + 1, pairer, my.block.num_blocks() * Spec::kPairers);
-    const int32_t num_topk = my.params.num_topk, lane = my.warp.thread_idx();
-    const int32_t num_at_once = device::kWarpSize / num_topk;
-    const bool is_active = lane < num_at_once * num_topk;
-    const int32_t own = is_active ? lane / num_topk : 0;
-    const int32_t k = is_active ? lane % num_topk : num_topk;
-    const uint32_t own_token =
-        is_active ? (~0u >> (device::kWarpSize - num_topk)) << (own * num_topk) : 0;
-    PairSlots next = load_pair<true>(my, queue.at(0) * num_at_once + own, k);
-    for (int32_t n = 0; queue.at(n) * num_at_once < my.num_tokens; ++n) {
-        const int32_t token = queue.at(n) * num_at_once + own;
-        PairSlots pair = next;
-        next = load_pair<true>(my, queue.at(n + 1) * num_at_once + own, k);
-        name_rank(my, &pair);
-        keep_weight(my, token, k, pair);
-        store_pairs(my, pair, k, own_token);
-        copy_scales(my, token, pair);
-    }
 }
 
 /// Adds the lanes' rows to the buffer's counters.
@@ -307,15 +212,21 @@ DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe&
     TokenCursor<Spec> tokens(my, loads.queue);
     ChunkAnnouncer<Spec> announcer(tokens);
     const int32_t k = my.warp.thread_idx();
-    PairSlots next = load_pair<Spec::kByExpert>(my, tokens.token_of(0), k);
+    PairSlots pair, next = load_pair<Spec::kByExpert>(my, tokens.token(), k);
     uint32_t num_local = 0, num_peer = 0;  // rows that this lane has stored
     const bool is_complete = move_rows(pipe, loads, [&]() {
-        PairSlots pair = next;
-        const int32_t token = tokens.token_of(tokens.index++);
-        next = load_pair<Spec::kByExpert>(my, tokens.token_of(tokens.index), k);
-        name_rank(my, &pair);
-        if (Spec::kByExpert) keep_weight(my, token, k, pair);
-        if (!send_token(my, pipe, token, pair)) return false;
+        const int32_t token = tokens.token();
+        const RowPart part = my.part(tokens.index % Spec::kParts);
+        ++tokens.index;
+        if (part.is_first()) {
+            pair = next;
+            next = load_pair<Spec::kByExpert>(
+                my, tokens.token_of((tokens.index + Spec::kParts - 1) / Spec::kParts), k);
+            name_rank(my, &pair);
+            if (Spec::kByExpert) keep_weight(my, token, k, pair);
+        }
+        if (!send_part(my, pipe, token, part, pair)) return false;
+        if (part.index != Spec::kParts - 1) return true;
         if (Spec::kByExpert) announcer.add(pair);
         const bool is_here = pair.dst == my.rank();
         num_local += is_here && (Spec::kByExpert ? pair.pair_slot >= 0 : sends_row(my, pair));

@@ -10,8 +10,9 @@ namespace deepcomm::kernels {
 
 /// How rows are given and how they travel.
 constexpr int32_t kWireBf16 = 0;
-constexpr int32_t kWireFp8 = 1;   ///< given with their scales
-constexpr int32_t kWireCast = 2;  ///< BF16, cast to FP8 on the way
+constexpr int32_t kWireFp8 = 1;       ///< given with their scales
+constexpr int32_t kWireCast = 2;      ///< BF16, cast to FP8 on the way
+constexpr int32_t kTilesPerWord = 4;  ///< of UE8M0 scales
 
 template <int32_t kNumRanks_, int32_t kHidden_, int32_t kWire_, bool kByExpert_>
 struct SendSpec {
@@ -20,15 +21,21 @@ struct SendSpec {
     static constexpr int32_t kWire = kWire_;
     static constexpr bool kByExpert = kByExpert_;
     static constexpr int32_t kNumTiles = (kHidden + kScaleTile - 1) / kScaleTile;
-    static constexpr int32_t kLoadBytes = kWire == kWireFp8 ? kHidden : 2 * kHidden;
+    // A cast takes many warps: their rows go through shared memory in parts of whole scale words.
+    static constexpr int32_t kParts =
+        kWire == kWireCast && kHidden % (2 * kTilesPerWord * kScaleTile) == 0 ? 2 : 1;
+    static constexpr int32_t kPartHidden = kHidden / kParts;
+    static constexpr int32_t kLoadBytes = kWire == kWireFp8 ? kHidden : 2 * kPartHidden;
     static constexpr int32_t kRowBytes = kWire == kWireBf16 ? 2 * kHidden : kHidden;
     static constexpr int32_t kScalesAt = static_cast<int32_t>(round_up(kLoadBytes, 16));
-    static constexpr int32_t kStageBytes =
-        static_cast<int32_t>(round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kNumTiles), 128));
+    static constexpr int32_t kStagedTiles = kByExpert ? kNumTiles : kNumTiles / kParts;
+    static constexpr int32_t kStageBytes = static_cast<int32_t>(
+        round_up(kScalesAt + (kWire == kWireBf16 ? 0 : 4 * kStagedTiles), 128));
+    static_assert(!kByExpert || kScalesAt >= kRowBytes, "a row that has landed fits its stage");
     // Rows are moved by a few warps with many stages, whose loops are short: a bulk store to a peer
     // holds back what its warp issues next. Casts and copies to experts want more warps.
     static constexpr int32_t kWantedStages = kWire == kWireCast ? 2 : 3;
-    static constexpr int32_t kMostMovers = kWire == kWireCast || kByExpert ? 8 : 4;
+    static constexpr int32_t kMostMovers = kWire == kWireCast ? 7 * kParts : kByExpert ? 8 : 4;
     static constexpr int32_t kMovers =
         clamp(kStageBudgetBytes / (kWantedStages * kStageBytes), 1, kMostMovers);
     static constexpr int32_t kStages =
@@ -42,6 +49,20 @@ struct SendSpec {
     using Pipe = RowPipe<kStages, kStageBytes, kLoadBytes, kScalesAt>;
     // Rows that have travelled are loaded again as they are.
     using LandedPipe = RowPipe<kStages, kStageBytes, kRowBytes, kScalesAt>;
+};
+
+/// What a stage holds of a row and of its scales.
+struct RowPart {
+    int32_t index;
+    int32_t at;  ///< bytes
+    uint32_t num_bytes;
+    int32_t first_word;  ///< of the scales
+    int32_t num_words;
+
+    DEEPCOMM_DEVICE bool is_first() const { return index == 0; }
+    /// Whether the scales are whole multiples of what bulk copies move.
+    DEEPCOMM_DEVICE bool has_bulk_scales() const { return num_words % 4 == 0; }
+    DEEPCOMM_DEVICE uint32_t scale_bytes() const { return static_cast<uint32_t>(num_words) * 4; }
 };
 
 /// Where a peer's rows go.
@@ -97,6 +118,14 @@ struct SendBlock {
     }
     DEEPCOMM_DEVICE int32_t num_local() const {
         return params.meet.layout.shape.num_experts / Spec::kNumRanks;
+    }
+    DEEPCOMM_DEVICE RowPart part(int32_t index) const {
+        constexpr int32_t kBytes = Spec::kRowBytes / Spec::kParts;
+        const int32_t num_words = params.scale_words / Spec::kParts;
+        return {index, index * kBytes, kBytes, index * num_words, num_words};
+    }
+    DEEPCOMM_DEVICE RowPart whole_row() const {
+        return {0, 0, Spec::kRowBytes, 0, params.scale_words};
     }
     /// Whether rows of scales are whole multiples of what bulk copies move.
     DEEPCOMM_DEVICE bool has_bulk_scales() const { return params.scale_words % 4 == 0; }
