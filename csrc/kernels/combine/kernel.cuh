@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOr
         if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
         is_complete = push_and_reduce(my);
     }
-    if (!my.block.sync_and(is_complete)) return;  // ORDER: every thread has read the epoch
+    if (!my.block.sync_and(is_complete))
+        return;  // ORDER: all have read the epoch and taken their work
     if (my.block.is_leader()) finish(my);
 }
 

@@ -110,6 +110,7 @@ DEEPCOMM_DEVICE void send_beside(const SendBlock<Spec>& my, const RowPart& part,
 template <typename Spec>
 struct ChunkAnnouncer {
     static constexpr int32_t kChunk = layout::kSendChunk;
+    static constexpr int32_t kNewerGroups = kChunk * Spec::kParts - 1;
 
     const SendBlock<Spec>& my;
     TokenCursor<Spec> tokens;
@@ -141,8 +142,7 @@ struct ChunkAnnouncer {
         ++num_sent;
         if (num_sent % kChunk != 0 || chunk == 0) return;
         // All newer groups are of this chunk, the last of them open.
-        device::bulk_wait_group<kChunk * Spec::kParts -
-                                1>();  // ORDER: the stores of the chunk before
+        device::bulk_wait_group<kNewerGroups>();  // ORDER: the stores of the chunk before
         announce(chunk - 1);
     }
 

@@ -147,13 +147,13 @@ DEEPCOMM_DEVICE int32_t num_before(uint32_t mask) {
     return device::popcount(mask & ((1u << device::Warp{}.thread_idx()) - 1));
 }
 
-/// All lanes of the warp: adds a batch to the warp's counters.
+/// All lanes of the warp: adds a batch to the warp's counters, which other lanes may read after the
+/// next mark.
 DEEPCOMM_DEVICE void add_marks(const uint32_t* masks, uint32_t* counters, int32_t num_counters) {
     const device::Warp warp;
     for (int32_t i = warp.thread_idx(); i < num_counters; i += warp.size()) {
         counters[i] += static_cast<uint32_t>(device::popcount(masks[i]));
     }
-    warp.sync();  // ORDER: the counters before the lanes that read them in the next batch
 }
 
 }  // namespace deepcomm::kernels
