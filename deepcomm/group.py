@@ -20,7 +20,7 @@ from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Group", "SubGroup", "agree", "as_group"]
+__all__ = ["Group", "SubGroup", "agree", "agree_on", "as_group", "members_of"]
 
 T = TypeVar("T")
 
@@ -172,26 +172,48 @@ def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
         value = produce()
     except Exception as error:  # noqa: BLE001  # raised below, once the peers know
         failure = error
-    whole: Group = group
-    members: Sequence[int] = range(group.size)
-    if isinstance(group, SubGroup):
-        whole, members = group.whole, group.members
+    whole = group.whole if isinstance(group, SubGroup) else group
     entries = whole.all_gather((value, None if failure is None else describe_error(failure)))
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(entries):
         if message is not None:
             raise CommError(f"{what}: rank {whole.rank}: rank {rank} failed: {message}", rank)
-    return [entries[rank][0] for rank in members]
+    return [entries[rank][0] for rank in members_of(group)]
 
 
-def check_equal(what: str, entries: list[dict[str, Any]]) -> None:
-    """Raise ConfigMismatch, alike on every rank, for the first field in which ranks differ."""
+def agree_on(group: Group, what: str, produce: Callable[[], T]) -> T:
+    """Run ``produce`` on every rank and return the own result; an error ends it on all.
+
+    Raises:
+        Exception: As ``agree`` does.
+    """
+    results: list[T] = []
+    agree(group, what, lambda: results.append(produce()))
+    return results[0]
+
+
+def members_of(group: Group) -> Sequence[int]:
+    """Return what the ranks of a group are called in the whole."""
+    return group.members if isinstance(group, SubGroup) else range(group.size)
+
+
+def check_equal(
+    what: str, entries: list[dict[str, Any]], ranks: Sequence[int] | None = None
+) -> None:
+    """Raise ConfigMismatch, alike on every rank, for the first field in which ranks differ.
+
+    Args:
+        what: Begins the message.
+        entries: Of each rank.
+        ranks: What they are called, where that is not 0, 1, ...
+    """
+    ranks = range(len(entries)) if ranks is None else ranks
     for name, expected in entries[0].items():
-        for rank, entry in enumerate(entries):
+        for rank, entry in zip(ranks, entries, strict=True):
             if entry[name] != expected:
                 raise ConfigMismatch(
-                    f"{what}: {name} differs between ranks: rank 0 has {expected!r}, "
+                    f"{what}: {name} differs between ranks: rank {ranks[0]} has {expected!r}, "
                     f"rank {rank} has {entry[name]!r}"
                 )
 

@@ -27,6 +27,7 @@ from deepcomm._C import cuda
 from deepcomm.backends.cuda import heap as heaps
 from deepcomm.backends.cuda.mailbox import Address, Mailbox
 from deepcomm.errors import CommError, CommTimeout, ConfigMismatch, CudaError
+from deepcomm.group import SubGroup
 from deepcomm.testing import LocalCluster, LocalGroup, run_processes
 
 
@@ -141,6 +142,29 @@ def test_heap_gives_up_on_a_silent_rank_after_the_buffers_timeout(
 
     first, _ = LocalCluster(2, device="cpu").run(use)
     assert "rank 0: no descriptor exchanged with rank 1 within 0.2 s" in first
+    assert fake.live() == {}
+
+
+def test_heap_of_some_ranks_names_them_as_the_whole_does(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, exchange = fake.driver(), Mailbox.exchange
+
+    def answer(mailbox: Mailbox, rank: int, *args: Any) -> dict[int, int]:
+        return {} if rank == 3 else exchange(mailbox, rank, *args)
+
+    monkeypatch.setattr(Mailbox, "exchange", answer)
+
+    def use(group: LocalGroup) -> tuple[str, int | None]:
+        rail = SubGroup(alone(group), (group.rank % 2, group.rank % 2 + 2))
+        device = cuda.Device(driver, group.rank % 2)
+        with pytest.raises((CommTimeout, CommError, CudaError)) as caught:
+            heaps.open_heap(rail, driver, device, 1000, 0.2)
+        return str(caught.value), getattr(caught.value, "peer", None)
+
+    outcomes = LocalCluster(4, device="cpu").run(use)
+    assert "rank 1: no descriptor exchanged with rank 3 within 0.2 s" in outcomes[1][0]
+    assert outcomes[1][1] == 3
     assert fake.live() == {}
 
 

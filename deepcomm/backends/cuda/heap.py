@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from deepcomm._C import cuda
 from deepcomm.backends.cuda.mailbox import Address, Mailbox, close_all
 from deepcomm.errors import CudaError
-from deepcomm.group import agree, check_equal
+from deepcomm.group import agree, check_equal, members_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,10 +68,10 @@ def open_heap(
         ConfigMismatch: Ranks ask for different sizes.
     """
     places = agree(group, WHAT, lambda: _find_place(device))
-    exchange = _Exchange(group.rank, places, device, timeout_s)
+    exchange = _Exchange(group, places, device, timeout_s)
     try:
         offers = agree(group, WHAT, lambda: exchange.offer(driver, num_bytes))
-        check_equal(WHAT, [{"num_bytes": offer.num_bytes} for offer in offers])
+        check_equal(WHAT, [{"num_bytes": offer.num_bytes} for offer in offers], members_of(group))
         bases = agree(group, WHAT, lambda: exchange.map_peers(offers))[group.rank]
     except BaseException:
         exchange.discard()
@@ -85,10 +85,11 @@ class _Exchange:
     """One rank's part of it, and what must not outlive it."""
 
     def __init__(
-        self, rank: int, places: Sequence[_Place], device: cuda.Device, timeout_s: float
+        self, group: Group, places: Sequence[_Place], device: cuda.Device, timeout_s: float
     ) -> None:
         self.heaps: list[cuda.SymmetricHeap] = []
-        self._rank = rank
+        self._rank = group.rank
+        self._names = members_of(group)
         self._places = places
         self._device = device
         self._timeout_s = timeout_s
@@ -99,7 +100,7 @@ class _Exchange:
 
     def offer(self, driver: cuda.Driver, num_bytes: int) -> _Offer:
         """Allocate, and prepare to hand out, in all ways that some peer needs."""
-        check_access(self._rank, self._places, driver)
+        check_access(self._rank, self._names, self._places, driver)
         ways = {self._way(peer) for peer in range(len(self._places)) if peer != self._rank}
         heap = cuda.SymmetricHeap(self._device, num_bytes)
         self.heaps.append(heap)
@@ -124,7 +125,7 @@ class _Exchange:
             return tuple(
                 heap.base
                 if rank == self._rank
-                else self._map(rank, offer, descriptors.get(rank, -1))
+                else self._map(rank, offer, descriptors.get(self._names[rank], -1))
                 for rank, offer in enumerate(offers)
             )
         finally:
@@ -152,20 +153,22 @@ class _Exchange:
         if own.has_fabric and other.has_fabric:
             return "fabric"
         raise CudaError(
-            f"{WHAT}: rank {self._rank} on {own.device_label} cannot map the memory of rank {peer} "
-            f"on {other.device_label}: it is {_distance(own, other)}, nor do both devices "
-            "have fabric handles (deepcomm doctor)"
+            f"{WHAT}: rank {self._names[self._rank]} on {own.device_label} cannot map the memory "
+            f"of rank {self._names[peer]} on {other.device_label}: it is {_distance(own, other)}, "
+            "nor do both devices have fabric handles (deepcomm doctor)"
         )
 
     def _receive(self, offers: Sequence[_Offer]) -> dict[int, int]:
+        """Return the descriptors of peers on this host, by what these are called."""
         if self._mailbox is None:
             return {}
         addresses = {
-            rank: offer.address
+            self._names[rank]: offer.address
             for rank, offer in enumerate(offers)
             if offer.address is not None and rank != self._rank and self._way(rank) == "host"
         }
-        return self._mailbox.exchange(self._rank, self._descriptor, addresses, self._timeout_s)
+        own_name = self._names[self._rank]
+        return self._mailbox.exchange(own_name, self._descriptor, addresses, self._timeout_s)
 
     def _map(self, rank: int, offer: _Offer, descriptor: int) -> int:
         """Map a peer's block and return its address."""
@@ -183,7 +186,9 @@ class _Exchange:
         return heap.map(memory)
 
 
-def check_access(rank: int, places: Sequence[_Place], driver: cuda.Driver) -> None:
+def check_access(
+    rank: int, names: Sequence[int], places: Sequence[_Place], driver: cuda.Driver
+) -> None:
     """Raise CudaError if the driver says that this rank's device cannot access a peer's."""
     local = {driver.device_uuid(index): index for index in range(driver.num_devices)}
     own = places[rank]
@@ -193,9 +198,9 @@ def check_access(rank: int, places: Sequence[_Place], driver: cuda.Driver) -> No
             continue
         if not driver.can_access_peer(local[own.device_uuid], local[place.device_uuid]):
             raise CudaError(
-                f"{WHAT}: {own.device_label} of rank {rank} cannot access {place.device_label} of "
-                f"rank {peer} (cuDeviceCanAccessPeer); see nvidia-smi topo -p2p r, an IOMMU or a "
-                "virtual machine may forbid it"
+                f"{WHAT}: {own.device_label} of rank {names[rank]} cannot access "
+                f"{place.device_label} of rank {names[peer]} (cuDeviceCanAccessPeer); see "
+                "nvidia-smi topo -p2p r, an IOMMU or a virtual machine may forbid it"
             )
 
 
