@@ -67,6 +67,7 @@ void bind_meet(py::module_& module) {
         .def_readwrite("num_ranks", &CommParams::num_ranks)
         .def_readwrite("timeout_ns", &CommParams::timeout_ns);
     def_address(comm, "record", &CommParams::record);
+    def_address(comm, "failed", &CommParams::failed);
     comm.def_property(
         "bases", [](const CommParams& self) { return reinterpret_cast<uintptr_t>(self.bases); },
         [](CommParams& self, uintptr_t value) {

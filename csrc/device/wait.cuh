@@ -21,6 +21,8 @@ struct WaitContext {
     uint64_t timeout_ns;  ///< of each wait, from its first look at the clock
     int32_t rank;
     layout::RankNames names = {};
+    uint64_t* failed =
+        nullptr;  ///< set with the record, for kernels that are queued already; or null
 };
 
 /// Where a wait or check stands; goes into the record as it is.
@@ -42,10 +44,11 @@ DEEPCOMM_DEVICE bool is_reached(uint32_t observed, uint32_t expected) {
     return static_cast<int32_t>(observed - expected) >= 0;
 }
 
-/// Fills the rank's record; the first failure wins.
+/// Fills the rank's record, the first failure wins; and lets no later operation begin.
 DEEPCOMM_DEVICE void record_failure(const WaitContext& context, const WaitSite& site,
                                     FailureKind kind, uint64_t expected, uint64_t observed) {
     ErrorRecord* record = context.record;
+    if (context.failed != nullptr) st_relaxed_gpu(context.failed, 1);
     const auto clear = static_cast<uint32_t>(RecordState::kClear);
     const auto writing = static_cast<uint32_t>(RecordState::kWriting);
     if (atom_cas_relaxed_sys(&record->state, clear, writing) != clear) return;

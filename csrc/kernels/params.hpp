@@ -14,6 +14,7 @@ struct CommParams {
     uint64_t timeout_ns;          ///< of each wait
     layout::ErrorRecord* record;  ///< of this rank, in memory shared with the host
     unsigned char* const* bases;  ///< [num_ranks] in device memory: each rank's symmetric memory
+    uint64_t* failed;             ///< in device memory: not 0 once a wait of this rank has failed
 };
 
 }  // namespace deepcomm::kernels

@@ -5,7 +5,7 @@
 // block o * R + d. Blocks in this order are ranks in order: a rank's blocks of its rail.
 //
 //   rows_from[O * R + 1] | push_base[O * R] | sent_base[O * R] | combine_base[O * R] | capacity[R]
-//   | tokens_from[O + 1]
+//   | tokens_from[O + 1] | made
 //
 // rows_from[b]: first row of block b here in TOKEN order (exclusive prefix sums of the counts).
 // push_base[b]: first row of block b in the combine region of its source.
@@ -13,6 +13,8 @@
 // combine_base[b]: first row of block b in this rank's combine region; blocks of peers only.
 // capacity[d]: rows that fit at d, in the layout asked for; the largest int32 where all do.
 // tokens_from[o]: first token of origin o on this rank, and the number of tokens.
+// made: 1 once all of it is written, and the slots are; 0 from the begin of a dispatch on, and for good
+// if that does not take place.
 //
 // In the expert layouts rows of all origins make one block a rank, that of origin 0: what lands
 // there is looked up by slot, so that its own order is nobody's concern.
@@ -33,11 +35,12 @@ struct PlanLayout {
     constexpr int32_t combine_base() const { return sent_base() + num_blocks(); }
     constexpr int32_t capacity() const { return combine_base() + num_blocks(); }
     constexpr int32_t tokens_from() const { return capacity() + num_ranks; }
-    constexpr int32_t num_words() const { return tokens_from() + num_origins + 1; }
+    constexpr int32_t made() const { return tokens_from() + num_origins + 1; }
+    constexpr int32_t num_words() const { return made() + 1; }
 };
 
 static_assert(PlanLayout{2, 1}.capacity() == 9, "drawing above");
-static_assert(PlanLayout{2, 1}.num_words() == 13, "drawing above");
-static_assert(PlanLayout{2, 3}.num_words() == 31, "drawing above");
+static_assert(PlanLayout{2, 1}.made() == 13, "drawing above");
+static_assert(PlanLayout{2, 3}.num_words() == 32, "drawing above");
 
 }  // namespace deepcomm::layout

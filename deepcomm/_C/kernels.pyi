@@ -37,6 +37,7 @@ class CombineTarget:
 
 class CommParams:
     bases: int
+    failed: int
     num_ranks: int
     rank: int
     record: int

@@ -41,6 +41,8 @@ class Failure:
     def __init__(self, runtime: EmulatedRuntime) -> None:
         self._memory = runtime.host_memory(RECORD_BYTES)
         self.record_device_address = self._memory.device_address
+        self._failed = runtime.memory(8)
+        self.failed_address = self._failed.address
 
     @property
     def failed(self) -> bool:

@@ -18,6 +18,8 @@ from emulated.cluster import EmulatedCluster, Settings
 from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
 from emulated.kernel_library import KernelLibrary, load_kernel
 
+from deepcomm.backends.cuda.engine import FlatEngine
+
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.runtime import KernelParams
     from deepcomm.testing import LocalGroup
@@ -193,9 +195,13 @@ class EmulatedRuntime:
             self._cluster.wait(self._rank, wait)
         return word.value == expected
 
-    def flush(self) -> None:
+    def drain(self) -> None:
+        """Wait for what was launched."""
         self._cluster.wait(self._rank, CHostWait(WAIT_STREAM, None, 0, None, 0, NEVER))
         self._held.clear()
+
+    def flush(self) -> None:
+        self.drain()
         # Whoever has a view reads it now, with what the rank's kernels have acquired.
         for memory in self._symmetric:
             for lease in memory.leases:
@@ -255,9 +261,11 @@ def caller() -> str:
 
 
 def use_runtime(buffer: Any, runtime: Any) -> None:
-    """Let a buffer of one node go on with another runtime."""
+    """Let a buffer go on with another runtime."""
     backend = buffer._backend
-    for user in (backend, backend.engine.domain):
+    engine = backend.engine
+    domains = [engine.domain] if isinstance(engine, FlatEngine) else [engine.rail, engine.node]
+    for user in (backend, *domains):
         user.runtime = runtime
 
 

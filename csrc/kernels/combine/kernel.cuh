@@ -55,7 +55,8 @@ DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
     }
     PushRole<Spec>::prepare(my);
     if (my.block.block_idx() == 0) {
-        publish_header(my.params.meet, my.block, my.epoch, {0, my.params.num_tokens});
+        const uint32_t refusal = refusal_of_plan(my.params.table.plan, Spec::kWords);
+        publish_header(my.params.meet, my.block, my.epoch, {refusal, my.params.num_tokens});
     }
     return await_headers(my.params.meet, my.block, device::Operation::kCombine, my.epoch,
                          &my.smem.tables.meet);
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOr
     using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>;
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
     if (Spec::kStage == kStageBetweenNodes &&
-        !may_begin(params.meet, device::current_epoch(state))) {
+        !may_begin(params.meet, {}, device::Operation::kCombine, device::current_epoch(state))) {
         return;
     }
     const CombineBlock<Spec> my = {params,

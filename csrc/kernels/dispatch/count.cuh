@@ -20,7 +20,7 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOr
     if (my.block.is_leader()) my.smem.refusal = 0;
     if (kNumOrigins > 1) {
         for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
-            my.smem.tokens_from[o] = was_called_off(my.params.meet) ? 0 : my.params.tokens_from[o];
+            my.smem.tokens_from[o] = has_input(my.params.meet) ? my.params.tokens_from[o] : 0;
         }
     }
     my.block.sync();  // ORDER: the zeros and origins before anybody counts
@@ -98,7 +98,9 @@ DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts, kNumOri
         const int32_t first = kNumOrigins == 1 ? o * my.params.num_tokens : my.smem.tokens_from[o];
         *my.plan(kWords.tokens_from() + o) = first;
     }
-    if (my.block.is_leader()) put(kWords.rows_from() + kWords.num_blocks(), my.smem.totals[rank]);
+    if (!my.block.is_leader()) return;
+    put(kWords.rows_from() + kWords.num_blocks(), my.smem.totals[rank]);
+    put(kWords.made(), 1);
 }
 
 /// Rows of this rank's receive tensor that are in use, before any capacity.
@@ -185,16 +187,18 @@ DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts, kNum
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 __global__ void __launch_bounds__(kCountWarps * 32, 1)
     dispatch_count(const __grid_constant__ CountParams params) {
+    constexpr layout::PlanLayout kWords = {kNumRanks, kNumOrigins};
+    const device::Block block;
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
-    if (device::Block{}.block_idx() == 0 && device::Block{}.is_leader()) {
-        params.meet.verdict->met_epoch = kNotMet;  // until this kernel has ended well
+    if (block.block_idx() == 0 && block.is_leader()) {  // until this kernel has ended well
+        params.meet.verdict->met_epoch = kNotMet;
+        if (params.table.plan != nullptr) params.table.plan[kWords.made()] = 0;
     }
-    if (!may_begin(params.meet, device::current_epoch(state))) return;
+    const uint32_t epoch = device::current_epoch(state);
+    if (!may_begin(params.meet, block, device::Operation::kDispatch, epoch)) return;
     const CountBlock<kNumRanks, kNumExperts, kNumOrigins> my = {
-        params,
-        device::shared_storage<CountShared<kNumRanks, kNumExperts, kNumOrigins>>(),
-        {},
-        device::current_epoch(state)};
+        params, device::shared_storage<CountShared<kNumRanks, kNumExperts, kNumOrigins>>(), block,
+        epoch};
     count_pairs(my);
     if (!exchange_partials(my)) return;
     if (my.block.block_idx() == my.block.num_blocks() - 1) publish_counts(my);

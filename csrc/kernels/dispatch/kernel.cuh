@@ -25,16 +25,23 @@ DEEPCOMM_DEVICE void find_destinations(const SendBlock<Spec>& my) {
 /// The meeting: held here for a cached dispatch, else what dispatch_count has heard.
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_or_recall(const SendBlock<Spec>& my) {
-    if (my.ready_epoch != my.epoch) return false;
+    const MeetParams& meet = my.params.meet;
+    const bool is_first_block = my.block.block_idx() == 0;
+    if (my.ready_epoch != my.epoch) {
+        if (is_first_block && my.block.is_leader()) {
+            report_no_begin(meet, device::Operation::kDispatch, my.epoch, my.ready_epoch);
+        }
+        return false;
+    }
     if (!my.params.opens) {
-        recall_headers(my.params.meet, my.block, my.epoch, &my.smem.meet);
+        recall_headers(meet, my.block, my.epoch, &my.smem.meet);
         return true;
     }
-    if (my.block.block_idx() == 0) {
-        publish_header(my.params.meet, my.block, my.epoch, {0, my.num_tokens});
+    if (is_first_block) {
+        const uint32_t refusal = refusal_of_plan(my.params.table.plan, my.words());
+        publish_header(meet, my.block, my.epoch, {refusal, my.num_tokens});
     }
-    return await_headers(my.params.meet, my.block, device::Operation::kDispatch, my.epoch,
-                         &my.smem.meet);
+    return await_headers(meet, my.block, device::Operation::kDispatch, my.epoch, &my.smem.meet);
 }
 
 /// This warp's part, then the block's arrival.
@@ -139,10 +146,9 @@ DEEPCOMM_DEVICE uint32_t ready_epoch_of(const SendParams& params, uint32_t epoch
 template <int32_t kNumRanks>
 DEEPCOMM_DEVICE int32_t tokens_to_send(const SendParams& params, bool is_ready) {
     if (params.num_origins == 1) return params.num_tokens;
-    // A plan that was not made, since the operation was called off, says nothing.
-    const bool is_good = params.opens || params.meet.verdict->status == MeetStatus::kGood;
-    if (!is_ready || !is_good) return 0;
     const layout::PlanLayout words = {kNumRanks, params.num_origins};
+    // A plan that was not made, since its dispatch was called off, says nothing.
+    if (!is_ready || params.table.plan[words.made()] == 0) return 0;
     return params.table.plan[words.tokens_from() + params.num_origins];
 }
 

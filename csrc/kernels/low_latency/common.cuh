@@ -30,7 +30,8 @@ struct Peers {
 enum class Arrival { kHere, kAbsent, kFailed };
 
 DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params) {
-    return {params.comm.record, params.comm.timeout_ns, params.comm.rank};
+    const CommParams& comm = params.comm;
+    return {comm.record, comm.timeout_ns, comm.rank, comm.names, comm.failed};
 }
 
 /// Skips a peer from now on, because it is late.

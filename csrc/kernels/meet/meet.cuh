@@ -5,6 +5,7 @@
 
 #include "device/device.cuh"
 #include "kernels/meet/params.hpp"
+#include "layout/plan.hpp"
 
 namespace deepcomm::kernels {
 
@@ -17,7 +18,7 @@ struct MeetTable {
 };
 
 DEEPCOMM_DEVICE device::WaitContext wait_context(const CommParams& comm) {
-    return {comm.record, comm.timeout_ns, comm.rank, comm.names};
+    return {comm.record, comm.timeout_ns, comm.rank, comm.names, comm.failed};
 }
 
 DEEPCOMM_DEVICE device::Vec128* header_at(const MeetParams& params, uint32_t epoch, int32_t dst,
@@ -37,14 +38,46 @@ DEEPCOMM_DEVICE uint32_t earlier_refusal(const MeetParams& params) {
     return 0;
 }
 
-/// Whether the stage before has come to its end; what has failed there ends here as well.
-DEEPCOMM_DEVICE bool may_begin(const MeetParams& params, uint32_t epoch) {
-    return params.verdict_before == nullptr || params.verdict_before->done_epoch == epoch;
+/// By one thread of a kernel that cannot begin, since what comes before it has not ended: the host
+/// must hear of it, though in most cases a wait that ran out has told it already.
+DEEPCOMM_DEVICE void report_no_begin(const MeetParams& params, device::Operation operation,
+                                     uint32_t epoch, uint32_t ready_epoch) {
+    const device::WaitSite site = {operation, device::Role::kMeet, params.comm.rank};
+    device::record_failure(wait_context(params.comm), site, device::FailureKind::kCheck, epoch,
+                           ready_epoch);
 }
 
-/// Whether the stage before has come to nothing, and has left nothing to go on with.
+/// Whether the stage before has come to its end; what has failed there ends here as well.
+DEEPCOMM_DEVICE bool may_begin(const MeetParams& params, const device::Block& block,
+                               device::Operation operation, uint32_t epoch) {
+    if (params.verdict_before == nullptr) return true;
+    const uint32_t done_epoch = params.verdict_before->done_epoch;
+    if (done_epoch == epoch) return true;
+    if (block.block_idx() == 0 && block.is_leader()) {
+        report_no_begin(params, operation, epoch, done_epoch);
+    }
+    return false;
+}
+
+/// What a rank with a handle has to say against the operation.
+DEEPCOMM_DEVICE uint32_t refusal_of_plan(const int32_t* plan, const layout::PlanLayout& words) {
+    return plan[words.made()] != 0 ? 0 : kUnmadeHandle;
+}
+
+/// Whether the stage before has come to nothing.
 DEEPCOMM_DEVICE bool was_called_off(const MeetParams& params) {
     return params.verdict_before != nullptr && params.verdict_before->status != MeetStatus::kGood;
+}
+
+/// Whether a wait of this rank has failed, and with it all that is queued behind it. A stage before may
+/// then seem to have ended, since epochs stand still.
+DEEPCOMM_DEVICE bool has_failed(const CommParams& comm) {
+    return device::ld_relaxed_gpu(comm.failed) != 0;
+}
+
+/// Whether the stage before has left something to go on with.
+DEEPCOMM_DEVICE bool has_input(const MeetParams& params) {
+    return !was_called_off(params) && !has_failed(params.comm);
 }
 
 /// The part of a header that the device knows.
@@ -57,7 +90,7 @@ struct Entry {
 DEEPCOMM_DEVICE Entry entry_after(const MeetParams& params, const Entry& found) {
     if (!was_called_off(params)) return found;
     const Verdict& before = *params.verdict_before;
-    const uint32_t reasons = before.theirs.refusal & (kFailedBefore - 1);
+    const uint32_t reasons = before.theirs.refusal & kReasons;
     const uint32_t told = kFailedBefore | static_cast<uint32_t>(before.status) << kStatusShift |
                           static_cast<uint32_t>(before.culprit) << kCulpritShift;
     return {reasons | told, before.most_tokens};
@@ -73,9 +106,12 @@ DEEPCOMM_DEVICE void publish_header(const MeetParams& params, const Group& group
                                    static_cast<uint32_t>(entry.num_tokens), epoch}};
     const device::Vec128 second = {
         {mine.landing, static_cast<uint32_t>(mine.alignment), mine.refusal | entry.refusal, epoch}};
+    // The epoch may be that of an operation that has failed; peers must take nothing for its header.
+    const bool may_publish = !has_failed(params.comm);
     // ORDER: what earlier kernels of this rank have read is free to be written by whoever has seen
     // the header; pairs with the fence of await_headers
     device::fence_acq_rel_sys();
+    if (!may_publish) return;
     for (int32_t peer = group.thread_idx(); peer < params.comm.num_ranks; peer += group.size()) {
         device::Vec128* packets = header_at(params, epoch, peer, params.comm.rank);
         device::st_relaxed_sys(packets, first);
@@ -113,30 +149,40 @@ DEEPCOMM_DEVICE bool await_header(const MeetParams& params, const device::WaitSi
     return true;
 }
 
-/// By one thread: the verdict, alike on all ranks but for whom a rank sees as different.
+/// What a rank's header says of the operation: that the rank refuses it, or what it came to before.
+DEEPCOMM_DEVICE MeetStatus told_by(const Header& theirs) {
+    if ((theirs.refusal & kReasons) != 0) return MeetStatus::kRefused;
+    return static_cast<MeetStatus>(theirs.refusal >> kStatusShift & kStatusMask);
+}
+
+DEEPCOMM_DEVICE bool outweighs(MeetStatus status, MeetStatus other) {
+    return status != MeetStatus::kGood && (other == MeetStatus::kGood || status < other);
+}
+
+/// By one thread: the verdict, alike on all ranks but for whom a rank sees as different. It is the
+/// gravest of what ranks tell and of what shows here; of ranks alike the lowest is the culprit.
 template <int32_t kNumRanks>
 DEEPCOMM_DEVICE void judge(const MeetParams& params, MeetTable<kNumRanks>* table) {
     table->status = MeetStatus::kGood;
     table->culprit = layout::kNoPeer;
-    table->most_tokens = 0;
+    int32_t most_told = 0, most_here = 0;  // tokens of a rank, in a stage before and in this one
     const Header& mine = table->headers[params.comm.rank];
     for (int32_t rank = kNumRanks - 1; rank >= 0; --rank) {
         const Header& theirs = table->headers[rank];
-        if (theirs.num_tokens > table->most_tokens) table->most_tokens = theirs.num_tokens;
-        if (theirs.signature == mine.signature && theirs.alignment == mine.alignment) continue;
-        table->status = MeetStatus::kMismatch;
+        MeetStatus status = told_by(theirs);
+        const int32_t told = status == MeetStatus::kMustGrow ? theirs.num_tokens : 0;
+        const int32_t here = status == MeetStatus::kMustGrow ? 0 : theirs.num_tokens;
+        most_told = told > most_told ? told : most_told;
+        most_here = here > most_here ? here : most_here;
+        const bool differs =
+            theirs.signature != mine.signature || theirs.alignment != mine.alignment;
+        if (differs && outweighs(MeetStatus::kMismatch, status)) status = MeetStatus::kMismatch;
+        if (status == MeetStatus::kGood || outweighs(table->status, status)) continue;
+        table->status = status;
         table->culprit = rank;
     }
-    for (int32_t rank = kNumRanks - 1; rank >= 0; --rank) {
-        const uint32_t refusal = table->headers[rank].refusal;
-        if (refusal == 0) continue;
-        const bool has_failed = (refusal & kFailedBefore) != 0;
-        table->status = has_failed ? static_cast<MeetStatus>(refusal >> kStatusShift & 3)
-                                   : MeetStatus::kRefused;
-        table->culprit = rank;
-        if (has_failed) table->most_tokens = table->headers[rank].num_tokens;
-    }
-    if (table->status == MeetStatus::kGood && table->most_tokens > params.max_tokens) {
+    table->most_tokens = table->status == MeetStatus::kMustGrow ? most_told : most_here;
+    if (table->status == MeetStatus::kGood && most_here > params.max_tokens) {
         table->status = MeetStatus::kMustGrow;
     }
 }
@@ -150,7 +196,10 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
     for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
         const device::WaitSite site = {operation, device::Role::kMeet, peer};
         const uint64_t begin_ns = device::globaltimer_ns();
-        is_complete = await_header(params, site, epoch, &table->headers[peer]) && is_complete;
+        // The headers may be those of an operation that has failed, which is not this one.
+        const bool may_believe = !has_failed(params.comm);
+        const bool has_come = await_header(params, site, epoch, &table->headers[peer]);
+        is_complete = has_come && may_believe && is_complete;
         if (block.block_idx() == 0) {
             auto* waits = reinterpret_cast<uint64_t*>(params.counters + 1);
             device::red_add_relaxed_gpu(waits + peer, device::globaltimer_ns() - begin_ns);
@@ -187,18 +236,18 @@ DEEPCOMM_DEVICE void record_verdict(const MeetParams& params, const MeetTable<kN
     verdict->status = table.status;
     verdict->most_tokens = table.most_tokens;
     verdict->culprit = layout::kNoPeer;
-    verdict->mine = params.header;
+    const Verdict* before = was_called_off(params) ? params.verdict_before : nullptr;
+    verdict->mine = before != nullptr ? before->mine : table.headers[params.comm.rank];
+    verdict->theirs = Header{};
     if (table.culprit == layout::kNoPeer) return;
     const Header& theirs = table.headers[table.culprit];
     verdict->theirs = theirs;
     verdict->culprit = params.comm.names.of(table.culprit);
-    if ((theirs.refusal & kFailedBefore) == 0) return;
+    if ((theirs.refusal & kFailedBefore) == 0 || told_by(theirs) != table.status) return;
     verdict->culprit = static_cast<int32_t>(theirs.refusal) >> kCulpritShift;
-    // Who was there knows more than the peer that tells.
-    const Verdict& before = *params.verdict_before;
-    if (before.status == MeetStatus::kGood || before.culprit != verdict->culprit) return;
-    verdict->mine = before.mine;
-    verdict->theirs = before.theirs;
+    // Who was there knows more than the peer that tells. A first stage hears it too, if that peer does
+    // not do the same operation.
+    if (before != nullptr && before->culprit == verdict->culprit) verdict->theirs = before->theirs;
 }
 
 /// Lets the host know of an operation that does not take place, unless it is itself the reason. By the

@@ -18,9 +18,12 @@ constexpr uint32_t kRefusedByHost = 1;     ///< the host has found an argument e
 constexpr uint32_t kExpertOutOfRange = 2;  ///< an id is below -1, or E or more
 constexpr uint32_t kExpertTwice = 4;       ///< a row names an expert twice
 constexpr uint32_t kUnraisedTrouble = 8;   ///< the host has yet to raise an earlier operation's
+constexpr uint32_t kUnmadeHandle = 16;     ///< the handle's dispatch did not take place
 /// The operation has already come to nothing one stage before: MeetStatus and culprit follow.
-constexpr uint32_t kFailedBefore = 16;
-constexpr int32_t kStatusShift = 5;
+constexpr uint32_t kFailedBefore = 32;
+constexpr uint32_t kReasons = kFailedBefore - 1;  ///< all bits that stand for a refusal
+constexpr int32_t kStatusShift = 6;
+constexpr uint32_t kStatusMask = 3;
 constexpr int32_t kCulpritShift = 16;
 
 /// Bits of Header::landing beside the generation's index.
@@ -36,6 +39,7 @@ struct Header {
     uint32_t refusal;  ///< 0: takes part
 };
 
+/// Of several that are not good the smallest holds, on all ranks: nobody grows while others do not.
 enum class MeetStatus : uint32_t {
     kGood = 0,
     kRefused = 1,

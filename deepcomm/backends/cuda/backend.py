@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 from dataclasses import replace
@@ -12,16 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from deepcomm.backends.cuda.domain import Machine, agree_on
+from deepcomm.backends.cuda.domain import Machine
 from deepcomm.backends.cuda.engine import DispatchOperation, Engine, FlatEngine, Traffic
-from deepcomm.backends.cuda.failure import ErrorRecord, Failure, Trouble
+from deepcomm.backends.cuda.failure import Failure, FailureMemory
 from deepcomm.backends.cuda.functions import LowLatencyFunctions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.nodes import NodesEngine
 from deepcomm.backends.cuda.routing import RoutingId
 from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
 from deepcomm.errors import CommError, InvalidArgument
-from deepcomm.group import Group, agree, as_group, check_equal
+from deepcomm.group import Group, agree, agree_on, as_group, check_equal
 from deepcomm.topology import Topology
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 
@@ -59,15 +58,8 @@ class CudaBackend:
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
-        self.failure = Failure(
-            self.topology.rank,
-            config.num_experts,
-            runtime.host_memory(ctypes.sizeof(ErrorRecord)),
-            runtime.host_memory(ctypes.sizeof(Trouble)),
-        )
-        self._has_trouble = runtime.memory(8)
-        self._low_latency_functions = agree_on(
-            self._group, lambda: LowLatencyFunctions.load(runtime, self.config, self.topology)
+        self.failure, self._low_latency_functions = agree_on(
+            self._group, "Buffer", self._prepare_device
         )
         self.engine: Engine = self._open_engine()
         self.serial = 0
@@ -81,8 +73,16 @@ class CudaBackend:
         if config.rail not in ("auto", "lsa"):
             raise InvalidArgument(f"rail: expected 'auto' or 'lsa' on CUDA, got {config.rail!r}")
 
+    def _prepare_device(self) -> tuple[Failure, LowLatencyFunctions]:
+        """Reserve and load what is needed before any domain."""
+        runtime, topology, config = self.runtime, self.topology, self.config
+        return (
+            Failure(topology.rank, config.num_experts, FailureMemory.reserve(runtime)),
+            LowLatencyFunctions.load(runtime, config, topology),
+        )
+
     def _open_engine(self) -> Engine:
-        machine = Machine(self.runtime, self.num_sms, self.failure, self._has_trouble)
+        machine = Machine(self.runtime, self.num_sms, self.failure)
         if self.topology.num_nodes == 1:
             return FlatEngine(self._group, self.config, machine)
         return NodesEngine(self._group, self.config, machine, self.topology)
@@ -102,7 +102,7 @@ class CudaBackend:
             self._low_latency_functions,
             self._sms.low_latency,
         )
-        return LowLatency(place, self.config, previous)
+        return agree_on(self._group, "Buffer", lambda: LowLatency(place, self.config, previous))
 
     # ---- operations
 
@@ -110,6 +110,7 @@ class CudaBackend:
         """Check an operation's arguments; the peers hear of an error."""
         self._check_open(operation)
         self.failure.check_usable(operation)
+        self.serial += 1  # whatever becomes of it, and whatever peers do meanwhile
         try:
             return prepare()
         except Exception:
@@ -140,17 +141,12 @@ class CudaBackend:
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
         routing = RoutingId(self.buffer_id, self.serial + 1)
 
-        def refuse() -> None:
-            self.engine.refuse_dispatch()
-            self.serial += request.handle is None  # it counts on the peers
-
         def prepare() -> DispatchOperation:
             operation = self.engine.dispatch(request, routing)
             self._check_room(operation.num_tokens)
             return operation
 
-        operation = self._prepare("dispatch", prepare, refuse)
-        self.serial += request.handle is None
+        operation = self._prepare("dispatch", prepare, self.engine.refuse_dispatch)
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
         if not request.async_op:
@@ -235,8 +231,8 @@ class CudaBackend:
         LOG.info(
             "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
         )
-        self.config = replace(self.config, max_tokens_per_rank=wanted)
         self.engine.grow(wanted)
+        self.config = replace(self.config, max_tokens_per_rank=wanted)
         previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
         previous.close()
         return self._dispatch(request)
@@ -282,7 +278,7 @@ class CudaBackend:
             num_combines=self._num_combines + self._low_latency.num_combines,
             tokens_sent=self._tokens_sent + self._low_latency.tokens_sent,
             tokens_received=node.tokens_received,
-            bytes_local=node.bytes_local,
+            bytes_local=node.bytes_local + (0 if rail is None else rail.bytes_local),
             bytes_node=node.bytes_peers,
             bytes_network=0 if rail is None else rail.bytes_peers,
             wait_us=self._waits(node, rail),

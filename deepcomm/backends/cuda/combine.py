@@ -10,8 +10,16 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
-from deepcomm.backends.cuda.routing import ALONE, LAYOUTS, NO_CAPACITY, Stage, routing_table
-from deepcomm.backends.cuda.tensors import address_of, aligned_rows, record_of
+from deepcomm.backends.cuda.inputs import asked_of_combine, bring_combine_inputs
+from deepcomm.backends.cuda.routing import (
+    ALONE,
+    LAYOUTS,
+    NO_CAPACITY,
+    Stage,
+    routing_table,
+    taking_turn,
+)
+from deepcomm.backends.cuda.tensors import address_of, record_of
 from deepcomm.checks import check_combine
 from deepcomm.types import CombineOutput, RecvLayout
 
@@ -55,9 +63,6 @@ class Combine:
             request, domain.config, domain.num_local_experts, domain.device
         )
         self._record = record_of(request.handle, buffer_id)
-        self._rows = aligned_rows(self._checked.rows)
-        bias = self._checked.bias
-        self._bias = None if bias is None else aligned_rows(bias)
 
     def run(self, own_sums: OwnSums | None = None) -> CombineOutput:
         """Launch.
@@ -66,12 +71,17 @@ class Combine:
             own_sums: With several nodes, what does not leave this rank's.
         """
         self._own_sums = own_sums
+        with taking_turn(self._domain, self._stage):
+            self._checked = bring_combine_inputs(self._request, self._checked, self._domain)
+            return self._run()
+
+    def _run(self) -> CombineOutput:
         domain, request, handle = self._domain, self._request, self._request.handle
         hidden, num_topk = domain.config.hidden, int(handle.topk_idx.shape[1])
         out = request.out
         if out is None or out.data_ptr() % 16:
             out = torch.empty(
-                handle.num_tokens, hidden, dtype=self._rows.dtype, device=domain.device
+                handle.num_tokens, hidden, dtype=self._checked.rows.dtype, device=domain.device
             )
         weights: torch.Tensor | None = None
         if self._checked.carried is not None:
@@ -80,7 +90,7 @@ class Combine:
             )
         by_expert = handle.recv_layout is not RecvLayout.TOKEN
         params = self._params(out, weights)
-        domain.runtime.launch(domain.functions.combine[by_expert], domain.num_sms, params)
+        domain.launch(domain.functions.combine[by_expert], domain.num_sms, params)
         domain.runtime.flush()
         if request.out is not None and out is not request.out:
             out = request.out.copy_(out)
@@ -89,7 +99,8 @@ class Combine:
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that the kernel reads."""
         weights = self._request.handle.topk_weights
-        tensors = [self._rows, self._bias, self._checked.carried, weights, *self._record.tensors]
+        checked = self._checked
+        tensors = [checked.rows, checked.bias, checked.carried, weights, *self._record.tensors]
         if self._own_sums is not None:
             tensors.append(self._own_sums.sums)
         return [tensor for tensor in tensors if tensor is not None]
@@ -99,7 +110,7 @@ class Combine:
         params = kernels.CombineParams()
         params.meet = self._meet()
         params.table = routing_table(record)
-        rows = self._rows
+        rows, bias = checked.rows, checked.bias
         params.outputs.rows = address_of(rows)
         params.outputs.row_stride = rows.stride(0) * rows.element_size()
         params.outputs.row_slots = address_of(record.row_slots)
@@ -112,9 +123,9 @@ class Combine:
             sums = address_of(self._own_sums.sums)
             params.outputs.own_sums = params.target.own_sums = sums
         params.target.out = address_of(out)
-        if self._bias is not None:
-            params.target.bias = address_of(self._bias)
-            params.target.bias_stride = self._bias.stride(0) * self._bias.element_size()
+        if bias is not None:
+            params.target.bias = address_of(bias)
+            params.target.bias_stride = bias.stride(0) * bias.element_size()
         params.target.topk_weights = address_of(weights)
         params.num_tokens = handle.num_tokens
         params.num_topk = int(handle.topk_idx.shape[1])
@@ -122,18 +133,19 @@ class Combine:
 
     def _meet(self) -> kernels.MeetParams:
         checked, handle = self._checked, self._request.handle
+        asked = self._stage.asked or asked_of_combine(self._request, checked)
         signature = failures.Signature(
             operation=2,
-            layout=LAYOUTS[handle.recv_layout],
-            wire=0,
+            layout=LAYOUTS[asked.layout],
+            wire=asked.wire,
             scales=0,
             has_weights=int(checked.carried is not None),
-            apply_weights=int(checked.apply_weights),
+            apply_weights=int(asked.apply_weights),
             num_topk=int(handle.topk_idx.shape[1]),
             handle=self._record.serial,
         )
         meet = self._domain.meet(self._stage.after, reports=self._stage.is_last)
         meet.header = kernels.Header(
-            signature.pack(), NO_CAPACITY, handle.num_tokens, 0, handle.expert_alignment, 0
+            signature.pack(), NO_CAPACITY, handle.num_tokens, 0, asked.alignment, 0
         )
         return meet

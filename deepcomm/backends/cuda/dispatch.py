@@ -8,7 +8,7 @@ the kernels, to allocate. With a capacity, or cached, the host waits for nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,11 @@ from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
 from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
 from deepcomm.backends.cuda.generations import Landing
+from deepcomm.backends.cuda.inputs import (
+    asked_of_dispatch,
+    bring_dispatch_inputs,
+    host_waits,
+)
 from deepcomm.backends.cuda.routing import (
     ALONE,
     LAYOUTS,
@@ -25,15 +30,16 @@ from deepcomm.backends.cuda.routing import (
     Stage,
     fill_count_outputs,
     routing_table,
+    taking_turn,
 )
 from deepcomm.backends.cuda.tensors import (
     SCALE_ROW_ALIGN,
+    Counted,
     CudaRecord,
     Forwarded,
     Outputs,
     RowFormat,
     address_of,
-    aligned_rows,
     expert_outputs,
     lease_landing,
     owned_copy,
@@ -48,30 +54,13 @@ if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
     from deepcomm.backends.cuda.domain import Domain
     from deepcomm.checks import CheckedDispatch
-    from deepcomm.config import BufferConfig
 
-__all__ = ["Dispatch", "host_waits"]
+__all__ = ["Dispatch"]
 
 LANDING_IDS_ARE_64 = 1 << 31
 TOKENS_PER_COUNT_BLOCK = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """Rows that arrive, as the host knows them.
-
-    Attributes:
-        num_rows: Rows of ``x``, padding included.
-        num_tokens: Rows in TOKEN order, or the most there can be.
-    """
-
-    num_rows: int
-    num_tokens: int
-
-
-def host_waits(request: DispatchRequest, checked: CheckedDispatch, config: BufferConfig) -> bool:
-    """Return whether the host waits: for counts, or because it might have to grow."""
-    return request.handle is None and (checked.is_exact or config.growable)
+WAITS_OF_STAGES = 3
+"""Of the device before the counts are there: the meetings of both stages, arrivals of the first."""
 
 
 class Dispatch:
@@ -96,10 +85,6 @@ class Dispatch:
         if self._cached is not None:
             self._checked = replace(self._checked, id_dtype=self._cached.id_dtype)
         self._format: RowFormat = row_format(self._checked)
-        self._rows = aligned_rows(self._checked.rows)
-        self._scales = self._checked.scales
-        if self._scales is not None and self._scales.data_ptr() % 16:
-            self._scales = self._scales.clone()
         self._by_expert = self._checked.recv_layout is not RecvLayout.TOKEN
         self._has_views = False
         self._scale_rows: torch.Tensor | None = None
@@ -129,6 +114,11 @@ class Dispatch:
 
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
+        with taking_turn(self._domain, self._stage):
+            self._checked = bring_dispatch_inputs(self._request, self._checked, self._domain)
+            return self._run()
+
+    def _run(self) -> DispatchOutput | None:
         domain, exchange = self._domain, self._domain.exchange
         landing = exchange.generations.choose(domain.runtime.is_capturing())
         record = self._cached or self._count(landing)
@@ -156,21 +146,25 @@ class Dispatch:
         Args:
             landing: The bytes of that generation.
         """
-        only = Landing(0, may_lease=False)
-        record = self._cached or self._count(only)
-        self._send(only, record, None)
-        exchange = self._domain.exchange
+        only, exchange = Landing(0, may_lease=False), self._domain.exchange
+        with taking_turn(self._domain, self._stage):
+            self._checked = bring_dispatch_inputs(self._request, self._checked, self._domain)
+            record = self._cached or self._count(only)
+            self._send(only, record, None)
+        # A handle may be older than the latest growth.
+        given = self._request.handle
+        num_rows = exchange.max_rows if given is None else given.num_rows
         outputs = token_views(
-            landing, exchange.layout.landing, self._checked, self._format, exchange.max_rows
+            landing, exchange.layout.landing, self._checked, self._format, num_rows
         )
-        handle = self._handle(record, Counted(exchange.max_rows, exchange.max_rows))
+        handle = self._handle(record, Counted(num_rows, num_rows))
         # A plan begins with the first row of each rank here: of the node whose tokens they are.
         return Forwarded(outputs, handle, record.plan.data_ptr())
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
         checked = self._checked
-        tensors = [self._rows, self._scales, checked.topk_idx, checked.topk_weights]
+        tensors = [checked.rows, checked.scales, checked.topk_idx, checked.topk_weights]
         if self._cached is not None:
             tensors += self._cached.tensors
         return [tensor for tensor in tensors if tensor is not None]
@@ -187,10 +181,11 @@ class Dispatch:
 
     def _meet(self, landing: Landing, serial: int) -> kernels.MeetParams:
         checked = self._checked
+        asked = self._stage.asked or asked_of_dispatch(checked)
         signature = failures.Signature(
             operation=0 if self._cached is None else 1,
-            layout=LAYOUTS[checked.recv_layout],
-            wire=("bf16", "fp8", "cast").index(self._format.wire) if self._format.scales else 0,
+            layout=LAYOUTS[asked.layout],
+            wire=asked.wire,
             scales=self._format.scales,
             has_weights=int(checked.topk_weights is not None),
             apply_weights=0,
@@ -206,7 +201,7 @@ class Dispatch:
             NO_CAPACITY if checked.capacity is None else checked.capacity,
             checked.num_tokens,
             landing_word,
-            checked.expert_alignment,
+            asked.alignment,
             0,
         )
         return meet
@@ -245,7 +240,7 @@ class Dispatch:
         fill_count_outputs(domain, params, record.counts)
         num_blocks = -(-checked.num_tokens // TOKENS_PER_COUNT_BLOCK)
         grid = max(1, min(num_blocks, MAX_COUNT_BLOCKS, domain.num_sms))
-        domain.runtime.launch(domain.functions.count, grid, params)
+        domain.launch(domain.functions.count, grid, params)
         return record
 
     def _learn_counts(self, exchange: Exchange) -> Counted | None:
@@ -253,7 +248,7 @@ class Dispatch:
         domain = self._domain
         handle = self._request.handle
         if self.waits:
-            report = domain.wait_report()
+            report = domain.wait_report(WAITS_OF_STAGES if self._stage.after else 1)
             if report.status == failures.MUST_GROW:
                 return None
             if report.status != failures.GOOD:
@@ -295,7 +290,7 @@ class Dispatch:
         params.meet = self._meet(landing, serial)
         params.table = routing_table(record)
         params.table.topk_weights = address_of(self._kept_weights)
-        rows, scales = self._rows, self._scales
+        rows, scales = checked.rows, checked.scales
         params.source.rows = address_of(rows)
         params.source.row_stride = rows.stride(0) * rows.element_size()
         if scales is not None:
@@ -317,7 +312,7 @@ class Dispatch:
         params.scale_words = fmt.scale_words
         params.scales_are_ue8m0 = int(fmt.scales == 2)
         function = domain.functions.send[fmt.wire, self._by_expert]
-        domain.runtime.launch(function, domain.num_sms, params)
+        domain.launch(function, domain.num_sms, params)
 
     def _fill_target(
         self, target: kernels.ExpertTarget, record: CudaRecord, outputs: Outputs
@@ -344,7 +339,7 @@ class Dispatch:
         params.block_rows = block_rows
         params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
         params.scale_words = words
-        self._domain.runtime.launch(self._domain.functions.scales, self._domain.num_sms, params)
+        self._domain.launch(self._domain.functions.scales, self._domain.num_sms, params)
 
     # ---- results
 

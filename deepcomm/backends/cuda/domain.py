@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,19 +18,15 @@ from deepcomm._C import kernels
 from deepcomm.backends.cuda.exchange import CountReport, Exchange, Workspace
 from deepcomm.backends.cuda.functions import Functions
 from deepcomm.errors import CommTimeout, InvalidArgument
-from deepcomm.group import Group, agree
+from deepcomm.group import Group, agree_on
 from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from deepcomm.backends.cuda.failure import Failure
-    from deepcomm.backends.cuda.runtime import Memory, Runtime
+    from deepcomm.backends.cuda.runtime import Function, KernelParams, Runtime
     from deepcomm.config import BufferConfig
 
-__all__ = ["Domain", "Machine", "Position", "agree_on"]
-
-T = TypeVar("T")
+__all__ = ["Domain", "Machine", "Position"]
 
 LOG = logging.getLogger("deepcomm")
 HOST_MARGIN_S = 5.0
@@ -44,13 +40,11 @@ class Machine:
     Attributes:
         num_sms: Of an operation.
         failure: What kernels leave behind when something goes wrong.
-        has_trouble: Word on the device, not 0 while the host may have an error to raise.
     """
 
     runtime: Runtime
     num_sms: int
     failure: Failure
-    has_trouble: Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +81,50 @@ class Domain:
         self.device = runtime.device
         self.num_sms = machine.num_sms
         self.failure = machine.failure
-        self._has_trouble = machine.has_trouble
         self.position = position
         self.topology = Topology(group.rank, group.size, group.size)
         self.config = config
         self.num_local_experts = config.num_experts // group.size
         self._group = group
-        self.functions: Functions = agree_on(
-            group, lambda: Functions.load(runtime, config, self.topology, position)
+        self.functions: Functions
+        self.functions, self.workspace, self.scratch_counts = agree_on(
+            group, "Buffer", self._prepare
         )
-        self.workspace = Workspace(runtime, config, group.size, position.num_origins)
-        self.scratch_counts = torch.zeros(
-            2 * self.num_local_experts + 3, dtype=torch.int32, device=self.device
-        )
-        self.exchange = self._open_exchange()
+        self.exchange = self._open_exchange(config)
         self.report_tag = 0
+        self.num_launches = 0
 
-    def _open_exchange(self) -> Exchange:
-        return Exchange(
-            self.runtime, self._group, self.config, self.topology, self.position.num_origins
+    def _prepare(self) -> tuple[Functions, Workspace, torch.Tensor]:
+        """Load kernels and reserve what outlives any growth."""
+        config, position = self.config, self.position
+        num_ranks, num_counts = self.topology.num_ranks, 2 * self.num_local_experts + 3
+        return (
+            Functions.load(self.runtime, config, self.topology, position),
+            Workspace(self.runtime, config, num_ranks, position.num_origins),
+            torch.zeros(num_counts, dtype=torch.int32, device=self.device),
         )
 
-    def grow(self, max_tokens: int) -> None:
-        """Reserve memory for more tokens a rank instead; collective. Views keep the old one."""
-        self.config = replace(self.config, max_tokens_per_rank=max_tokens)
-        previous, self.exchange = self.exchange, self._open_exchange()
+    def _open_exchange(self, config: BufferConfig) -> Exchange:
+        return Exchange(self.runtime, self._group, config, self.topology, self.position.num_origins)
+
+    def reserve(self, max_tokens: int) -> Exchange:
+        """Return memory for more tokens a rank, to move to; collective."""
+        return self._open_exchange(replace(self.config, max_tokens_per_rank=max_tokens))
+
+    def move_to(self, exchange: Exchange) -> None:
+        """Use other memory from now on; views keep the old one."""
+        self.config = replace(self.config, max_tokens_per_rank=exchange.max_tokens)
+        previous, self.exchange = self.exchange, exchange
         previous.close()
 
     def close(self) -> None:
-        """Free the memory once no view is left."""
+        """Free the memory once no view is left; idempotent."""
         self.exchange.close()
+
+    def launch(self, function: Function, grid: int, params: KernelParams) -> None:
+        """Launch a kernel of an operation."""
+        self.runtime.launch(function, grid, params)
+        self.num_launches += 1
 
     def meet(self, after: Domain | None = None, *, reports: bool = True) -> kernels.MeetParams:
         """Return what an operation hands to its kernels; its header is the caller's to fill.
@@ -132,11 +140,13 @@ class Domain:
         if after is not None:
             meet.verdict_before = after.workspace.verdict.address
         meet.reports = int(reports)
-        meet.has_trouble = self._has_trouble.address
         return meet
 
-    def wait_report(self) -> CountReport:
+    def wait_report(self, num_waits: int) -> CountReport:
         """Wait for the counts of the operation at hand.
+
+        Args:
+            num_waits: How often the device may wait for ``timeout_s`` before.
 
         Raises:
             InvalidArgument: A graph is being captured.
@@ -149,6 +159,7 @@ class Domain:
             )
         report, record = self.workspace.report, self.failure.record_address
         address = self.workspace.report_memory.address
+        limit_s = num_waits * self.config.timeout_s + HOST_MARGIN_S
         late_s = min(self.config.late_warning_s, self.config.timeout_s / 2)
         start = time.monotonic()
         if self.runtime.wait_word(address, self.report_tag, record, late_s):
@@ -157,22 +168,15 @@ class Domain:
             LOG.warning(
                 "dispatch: rank %d: no counts from all ranks after %g s", self.failure.rank, late_s
             )
-            left_s = self.config.timeout_s + HOST_MARGIN_S - (time.monotonic() - start)
+            left_s = limit_s - (time.monotonic() - start)
             if self.runtime.wait_word(address, self.report_tag, record, left_s):
                 return report
         if self.failure.failed:
             self.failure.check_usable("dispatch")
         self.failure.raise_fatal(
             CommTimeout(
-                f"dispatch: rank {self.failure.rank}: the device did not answer within "
-                f"{self.config.timeout_s:g} s"
+                f"dispatch: rank {self.failure.rank}: the device did not answer "
+                f"within {limit_s:g} s"
             )
         )
         raise AssertionError  # unreachable: raise_fatal raises
-
-
-def agree_on(group: Group, produce: Callable[[], T]) -> T:
-    """Run ``produce`` on every rank and return the own result; an error ends it on all."""
-    results: list[T] = []
-    agree(group, "Buffer", lambda: results.append(produce()))
-    return results[0]

@@ -98,13 +98,13 @@ class Engine(Protocol):
         """Tell the peers that this rank does not take part in a combine."""
 
     def grow(self, max_tokens: int) -> None:
-        """Make room for more tokens a rank; collective."""
+        """Make room for more tokens a rank; collective. What fails leaves everything as it was."""
 
     def traffic(self) -> tuple[Traffic, Traffic | None]:
         """Return the counters inside the node and, with several, on the rail."""
 
     def close(self) -> None:
-        """Release everything."""
+        """Release everything; idempotent."""
 
 
 class FlatEngine:
@@ -142,7 +142,7 @@ class FlatEngine:
 
     def grow(self, max_tokens: int) -> None:
         """Make room for more tokens a rank; collective."""
-        self.domain.grow(max_tokens)
+        self.domain.move_to(self.domain.reserve(max_tokens))
 
     def traffic(self) -> tuple[Traffic, None]:
         """Return the counters."""

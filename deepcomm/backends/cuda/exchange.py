@@ -11,6 +11,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.generations import Generations
+from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
@@ -113,8 +114,16 @@ class Exchange:
         self.layout = exchange_layout(config, topology.num_ranks, num_origins)
         self.memory = runtime.symmetric_memory(group, self.layout.total_bytes, config.timeout_s)
         table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
-        self._bases = runtime.upload(table)
-        self.round = runtime.memory(EPOCH_STATE_BYTES)  # counts with the words that arrivals add to
+        try:
+            # The latter counts with the words that arrivals add to.
+            self._bases, self.round = agree_on(
+                group,
+                "symmetric memory",
+                lambda: (runtime.upload(table), runtime.memory(EPOCH_STATE_BYTES)),
+            )
+        except BaseException:
+            self.memory.close()
+            raise
         self.generations = Generations(self.memory, config.num_generations)
         self.max_rows = topology.num_ranks * config.max_tokens_per_rank
         self.max_tokens = config.max_tokens_per_rank
@@ -128,16 +137,18 @@ class Exchange:
         meet.comm.num_ranks = topology.num_ranks
         meet.comm.timeout_ns = int(timeout_s * 1e9)
         meet.comm.record = failure.record_device_address
+        meet.comm.failed = failure.failed_address
         meet.comm.bases = self._bases.address
         meet.layout = self.layout
         meet.max_tokens = self.max_tokens
         meet.epoch = workspace.epoch.address
         meet.verdict = workspace.verdict.address
         meet.trouble = failure.trouble_device_address
+        meet.has_trouble = failure.has_trouble_address
         meet.counters = workspace.counters.data_ptr()
         meet.taken = workspace.taken.address
         return meet
 
     def close(self) -> None:
-        """Free the memory once no view is left."""
+        """Free the memory once no view is left; idempotent."""
         self.memory.close()

@@ -15,11 +15,12 @@ from deepcomm.errors import CommError, CommTimeout, ConfigMismatch, Error, Inter
 from deepcomm.errors import InvalidArgument as InvalidArgumentError
 
 if TYPE_CHECKING:
-    from deepcomm.backends.cuda.runtime import HostMemory
+    from deepcomm.backends.cuda.runtime import HostMemory, Memory, Runtime
 
-__all__ = ["ErrorRecord", "Failure", "Signature", "Trouble"]
+__all__ = ["ErrorRecord", "Failure", "FailureMemory", "Signature", "Trouble"]
 
 CLEAR, COMPLETE = 0, 2
+WORD_BYTES = 8
 OPERATIONS = (
     "probe",
     "barrier",
@@ -32,8 +33,9 @@ ROLES = ("count", "send", "receive", "reduce", "forward", "meet")
 KIND_CHECK = 1
 
 GOOD, REFUSED, MISMATCH, MUST_GROW = 0, 1, 2, 3
-REFUSED_BY_HOST, EXPERT_OUT_OF_RANGE, EXPERT_TWICE, UNRAISED_TROUBLE = 1, 2, 4, 8
-FAILED_BEFORE = 16  # in a stage that this rank was not in
+REFUSED_BY_HOST, EXPERT_OUT_OF_RANGE, EXPERT_TWICE = 1, 2, 4
+UNRAISED_TROUBLE, UNMADE_HANDLE = 8, 16
+FAILED_BEFORE = 32  # in a stage that this rank was not in
 
 
 class ErrorRecord(ctypes.Structure):
@@ -119,16 +121,40 @@ VALUE_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-class Failure:
-    """One rank's error record and trouble, and whether the buffer can still be used."""
+class FailureMemory(NamedTuple):
+    """What kernels write to, zeroed."""
 
-    def __init__(
-        self, rank: int, num_experts: int, record: HostMemory, trouble: HostMemory
-    ) -> None:
-        """Read from two pieces of host memory, zeroed."""
+    record: HostMemory
+    trouble: HostMemory
+    words: Memory
+
+    @staticmethod
+    def reserve(runtime: Runtime) -> FailureMemory:
+        """Reserve it."""
+        return FailureMemory(
+            runtime.host_memory(ctypes.sizeof(ErrorRecord)),
+            runtime.host_memory(ctypes.sizeof(Trouble)),
+            runtime.memory(2 * WORD_BYTES),
+        )
+
+
+class Failure:
+    """One rank's error record and trouble, and whether the buffer can still be used.
+
+    Attributes:
+        failed_address: Word on the device, not 0 once a wait of a kernel has failed: those that are
+            queued behind it then do nothing.
+        has_trouble_address: Another, not 0 while the host may have an error to raise.
+    """
+
+    def __init__(self, rank: int, num_experts: int, memory: FailureMemory) -> None:
+        """Read from memory that was just reserved."""
         self.rank = rank
         self._num_experts = num_experts
-        self._keep = (record, trouble)
+        self._keep = memory
+        record, trouble = memory.record, memory.trouble
+        self.failed_address = memory.words.address
+        self.has_trouble_address = memory.words.address + WORD_BYTES
         self.record_address = record.address
         self.record_device_address = record.device_address
         self.trouble_device_address = trouble.device_address
@@ -197,6 +223,11 @@ class Failure:
         record = self._record
         operation, role = OPERATIONS[record.operation], ROLES[record.role]
         where = f"{operation}: rank {record.rank}, {role}"
+        if record.kind == KIND_CHECK and role == "meet":
+            return InternalError(
+                f"{where}: the part of the operation before this one has not ended: expected epoch "
+                f"{record.expected}, got {record.observed}"
+            )
         if record.kind == KIND_CHECK:
             return InternalError(
                 f"{where}: a check on the device failed: slot {record.slot}, block {record.block}, "
@@ -221,6 +252,8 @@ class Failure:
                 f"{where}: x: expected at most max_tokens_per_rank rows, got {trouble.max_tokens} "
                 "on some rank, in an operation that cannot wait for a larger buffer"
             )
+        if is_unmade(trouble.mine.refusal):
+            return InvalidArgumentError(f"{where}: {self._reason(UNMADE_HANDLE)}")
         if trouble.culprit != self.rank:
             return CommError(
                 f"{where}: rank {trouble.culprit} refused: {self._reason(trouble.theirs.refusal)}",
@@ -237,15 +270,12 @@ class Failure:
             return "topk_idx: expected distinct experts in a row, got one twice"
         if refusal & UNRAISED_TROUBLE:
             return "the error of an earlier operation was yet to be raised there"
-        return "an argument error"
+        if refusal & UNMADE_HANDLE:
+            return "handle: expected one of a dispatch that took place, got one of another"
+        return "an argument error, or no memory"
 
     def _describe_mismatch(self, where: str, mine: Signature) -> Error:
         trouble = self._trouble
-        if trouble.theirs.refusal & FAILED_BEFORE:
-            return ConfigMismatch(
-                f"{where}: rank {trouble.culprit} and a rank that {self.rank} does not exchange "
-                "with differ, and say in what"
-            )
         theirs = Signature.unpack(trouble.theirs.signature)
         for name, own, other in zip(Signature._fields, mine, theirs, strict=True):
             if own != other:
@@ -255,7 +285,18 @@ class Failure:
                     f"{where}: {name} differs between ranks: rank {self.rank} has {got[0]}, "
                     f"rank {trouble.culprit} has {got[1]}"
                 )
+        if trouble.mine.alignment == trouble.theirs.alignment:
+            # Told by a peer that is like this rank.
+            return ConfigMismatch(
+                f"{where}: ranks differ that rank {self.rank} does not exchange with, one of them "
+                f"rank {trouble.culprit}; they say in what"
+            )
         return ConfigMismatch(
             f"{where}: expert_alignment differs between ranks: rank {self.rank} has "
             f"{trouble.mine.alignment}, rank {trouble.culprit} has {trouble.theirs.alignment}"
         )
+
+
+def is_unmade(refusal: int) -> bool:
+    """Return whether a rank has itself refused a handle."""
+    return refusal & UNMADE_HANDLE != 0 and refusal & FAILED_BEFORE == 0

@@ -35,6 +35,10 @@ class Failure(Protocol):
         """Where kernels leave a record of it."""
 
     @property
+    def failed_address(self) -> int:
+        """Where they note, on the device, that there is one."""
+
+    @property
     def failed(self) -> bool:
         """Whether the buffer can only be closed."""
 
@@ -157,6 +161,7 @@ class Slots:
         base.comm.num_ranks = topology.num_ranks
         base.comm.timeout_ns = int(self._config.timeout_s * 1e9)
         base.comm.record = self._place.failure.record_device_address
+        base.comm.failed = self._place.failure.failed_address
         base.comm.bases = self._bases.address
         base.map = self.map
         base.local = self.memory.bases[topology.rank]

@@ -11,6 +11,7 @@ second learns from what the first has left in device memory. csrc/kernels/PROTOC
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,19 +19,22 @@ import torch
 
 from deepcomm.backends.base import CombineRequest
 from deepcomm.backends.cuda.combine import Combine, OwnSums
-from deepcomm.backends.cuda.dispatch import Dispatch, host_waits
+from deepcomm.backends.cuda.dispatch import Dispatch
 from deepcomm.backends.cuda.domain import Domain, Machine, Position
 from deepcomm.backends.cuda.engine import Traffic
 from deepcomm.backends.cuda.exchange import node_config, rail_config
-from deepcomm.backends.cuda.routing import RoutingId, Stage, refuse
+from deepcomm.backends.cuda.inputs import asked_of_combine, asked_of_dispatch, host_waits
+from deepcomm.backends.cuda.routing import RoutingId, Stage, refuse, taking_turn
 from deepcomm.backends.cuda.tensors import lease_landing
 from deepcomm.checks import check_combine, check_dispatch
 from deepcomm.errors import InvalidArgument
-from deepcomm.group import Group, SubGroup
+from deepcomm.group import Group, SubGroup, agree_on
 from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, ScaledTensor
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
+    from deepcomm.backends.cuda.exchange import Exchange
+    from deepcomm.backends.cuda.tensors import Forwarded
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
 
@@ -54,6 +58,7 @@ class NodesEngine:
         """Load kernels and reserve memory; collective."""
         self.config = config
         self.topology = topology
+        self._group = group
         num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
         self.rail = Domain(
             SubGroup(group, topology.rail_ranks),
@@ -67,7 +72,7 @@ class NodesEngine:
             machine,
             Position(topology.node_ranks[0], 1, num_origins=num_nodes),
         )
-        self.landing = lease_landing(self.rail.exchange, 0)
+        self.landing: torch.Tensor | None = self._lease(self.rail.exchange)
 
     @property
     def num_bytes(self) -> int:
@@ -99,19 +104,28 @@ class NodesEngine:
 
     def grow(self, max_tokens: int) -> None:
         """Make room for more tokens a rank; collective."""
+        with contextlib.ExitStack() as undo:
+            rail = self.rail.reserve(max_tokens)
+            undo.callback(rail.close)
+            node = self.node.reserve(max_tokens * self.topology.num_nodes)
+            undo.callback(node.close)
+            self.landing = self._lease(rail)
+            undo.pop_all()
+        self.rail.move_to(rail)
+        self.node.move_to(node)
         self.config = replace(self.config, max_tokens_per_rank=max_tokens)
-        del self.landing
-        self.rail.grow(max_tokens)
-        self.node.grow(max_tokens * self.topology.num_nodes)
-        self.landing = lease_landing(self.rail.exchange, 0)
+
+    def _lease(self, rail: Exchange) -> torch.Tensor:
+        """Return the bytes of the only generation of a rail; collective."""
+        return agree_on(self._group, "Buffer", lambda: lease_landing(rail, 0))
 
     def traffic(self) -> tuple[Traffic, Traffic]:
         """Return the counters inside the node and on the rail."""
         return Traffic(self.node), Traffic(self.rail)
 
     def close(self) -> None:
-        """Release everything."""
-        del self.landing
+        """Release everything; idempotent."""
+        self.landing = None
         self.rail.close()
         self.node.close()
 
@@ -150,7 +164,12 @@ class NodesDispatch:
             zero_padding=False,
             out=None,
         )
-        stage = Stage(is_last=False, host_waits=host_waits(request, checked, engine.config))
+        self._asked = asked_of_dispatch(checked)
+        stage = Stage(
+            is_last=False,
+            host_waits=host_waits(request, checked, engine.config),
+            asked=self._asked,
+        )
         self._on_rail = Dispatch(engine.rail, routing, towards_nodes, stage)
         self._in_node: Dispatch | None = None
 
@@ -161,21 +180,13 @@ class NodesDispatch:
 
     def run(self) -> DispatchOutput | None:
         """Launch; None where the operation has to be repeated in a larger buffer."""
-        engine, request = self._engine, self._request
-        forwarded = self._on_rail.run_towards_nodes(engine.landing)
-        rows, is_new = forwarded.rows, self._record is None
-        inside_node = replace(
-            request,
-            x=rows.x if rows.scales is None else ScaledTensor(rows.x, rows.scales),
-            topk_idx=rows.topk_idx if is_new else None,
-            topk_weights=rows.topk_weights,
-            handle=None if self._record is None else self._record.node,
-            quantize=None,
-            scale_format="fp32",
-        )
-        stage = Stage(after=engine.rail, tokens_from=forwarded.tokens_from)
-        self._in_node = Dispatch(engine.node, self._routing, inside_node, stage)
-        output = self._in_node.run()
+        engine = self._engine
+        assert engine.landing is not None
+        # The peers of the second stage wait for this rank, also if the host fails before it.
+        with taking_turn(engine.node, Stage(after=engine.rail)):
+            forwarded = self._on_rail.run_towards_nodes(engine.landing)
+            self._in_node = self._second_stage(forwarded)
+            output = self._in_node.run()
         if output is None:
             return None
         inner, rail = output.handle, forwarded.handle
@@ -187,6 +198,21 @@ class NodesDispatch:
             records=NodesRecord(rail, inner),
         )
         return replace(output, handle=handle)
+
+    def _second_stage(self, forwarded: Forwarded) -> Dispatch:
+        engine, request = self._engine, self._request
+        rows, is_new = forwarded.rows, self._record is None
+        inside_node = replace(
+            request,
+            x=rows.x if rows.scales is None else ScaledTensor(rows.x, rows.scales),
+            topk_idx=rows.topk_idx if is_new else None,
+            topk_weights=rows.topk_weights,
+            handle=None if self._record is None else self._record.node,
+            quantize=None,
+            scale_format="fp32",
+        )
+        stage = Stage(after=engine.rail, tokens_from=forwarded.tokens_from, asked=self._asked)
+        return Dispatch(engine.node, self._routing, inside_node, stage)
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
@@ -211,8 +237,11 @@ class NodesCombine:
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
+        checked = check_combine(
+            request, engine.config, engine.node.num_local_experts, engine.rail.device
+        )
         record = record_of(request.handle)
-        check_combine(request, engine.config, engine.node.num_local_experts, engine.rail.device)
+        self._asked = asked_of_combine(request, checked)
         self._engine = engine
         self._buffer_id = buffer_id
         self._request = request
@@ -223,6 +252,12 @@ class NodesCombine:
 
     def run(self) -> CombineOutput:
         """Launch."""
+        engine = self._engine
+        # The peers of the second stage wait for this rank, also if the host fails before it.
+        with taking_turn(engine.rail, Stage(after=engine.node)):
+            return self._run()
+
+    def _run(self) -> CombineOutput:
         engine, request = self._engine, self._request
         shape = (self._rail_handle.num_tokens, engine.config.hidden)
         own_sums = OwnSums(
@@ -236,7 +271,7 @@ class NodesCombine:
             bias=request.bias,
             out=request.out,
         )
-        stage = Stage(after=engine.node)
+        stage = Stage(after=engine.node, asked=self._asked)
         self._on_rail = Combine(engine.rail, self._buffer_id, between_nodes, stage)
         return self._on_rail.run(own_sums)
 

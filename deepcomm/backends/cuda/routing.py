@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from deepcomm.backends.cuda.tensors import address_of
 from deepcomm.types import RecvLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from deepcomm.backends.cuda.domain import Domain
@@ -21,11 +24,13 @@ __all__ = [
     "ALONE",
     "LAYOUTS",
     "NO_CAPACITY",
+    "Asked",
     "RoutingId",
     "Stage",
     "fill_count_outputs",
     "refuse",
     "routing_table",
+    "taking_turn",
 ]
 
 NO_CAPACITY = -1
@@ -38,11 +43,28 @@ class RoutingId:
 
     Attributes:
         buffer_id: Of the buffer, alike on its ranks.
-        serial: Number of the dispatch, alike on its ranks.
+        serial: Number of the operation, alike on its ranks.
     """
 
     buffer_id: bytes
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user has asked for, alike on all ranks.
+
+    Attributes:
+        layout: Of the rows that arrive.
+        alignment: Of their groups.
+        wire: How rows travel (``functions.WIRES``).
+        apply_weights: Whether a combine does.
+    """
+
+    layout: RecvLayout
+    alignment: int
+    wire: int = 0
+    apply_weights: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +77,14 @@ class Stage:
         host_waits: Whether the host waits for the verdict on the whole, where this part alone does
             not tell.
         tokens_from: Address of the first token of each origin, where there are several.
+        asked: What the whole was asked for, where this part alone does not tell.
     """
 
     after: Domain | None = None
     is_last: bool = True
     host_waits: bool | None = None
     tokens_from: int = 0
+    asked: Asked | None = None
 
 
 ALONE = Stage()
@@ -74,8 +98,23 @@ def refuse(domain: Domain, stage: Stage = ALONE) -> None:
     params.num_topk = 1
     params.tokens_from = domain.workspace.no_tokens.address
     fill_count_outputs(domain, params, domain.scratch_counts)
-    domain.runtime.launch(domain.functions.count, 1, params)
+    domain.launch(domain.functions.count, 1, params)
     domain.runtime.flush()
+
+
+@contextlib.contextmanager
+def taking_turn(domain: Domain, stage: Stage = ALONE) -> Iterator[None]:
+    """Refuse an operation if the block fails before it has launched any of it: its peers wait.
+
+    Whoever has launched a part has taken the turn.
+    """
+    num_launches = domain.num_launches
+    try:
+        yield
+    except Exception:
+        if domain.num_launches == num_launches and not domain.runtime.is_capturing():
+            refuse(domain, stage)
+        raise
 
 
 def fill_count_outputs(domain: Domain, params: kernels.CountParams, counts: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepcomm.types import Handle
 
 __all__ = [
+    "Counted",
     "CudaRecord",
     "Forwarded",
     "Outputs",
@@ -41,7 +42,7 @@ class CudaRecord:
 
     Attributes:
         buffer_id: Of the buffer, alike on its ranks: its slots mean nothing to another.
-        serial: Number of the dispatch that made the routing, alike on all ranks.
+        serial: Number of the operation that made the routing, alike on all ranks.
         num_origins: Of the plan.
         id_dtype: Of ``topk_idx`` as the user gave it.
         topk_idx: int32 [T, K].
@@ -70,6 +71,19 @@ class CudaRecord:
     def tensors(self) -> list[torch.Tensor | None]:
         """Everything that kernels read or write of it; the tables share one storage."""
         return [self.topk_idx, self.plan, self.counts, self.row_slots, self.row_weights]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Rows that arrive, as the host knows them.
+
+    Attributes:
+        num_rows: Rows of ``x``, padding included.
+        num_tokens: Rows in TOKEN order, or the most there can be.
+    """
+
+    num_rows: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

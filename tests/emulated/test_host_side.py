@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hosts do beside the kernels: reserve memory, grow, wait, copy inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from collective.session import Oracle, Session
+from emulated.conftest import Schedules
+from emulated.runtime import EmulatedRuntime, run_emulated
+from emulated.test_trouble import (
+    AT_FAULT,
+    HIGH_THROUGHPUT_ONLY,
+    NODES,
+    dispatch_arguments,
+    exchange_well,
+    layout_case,
+)
+
+from deepcomm import RecvLayout
+from deepcomm.errors import CommError
+from deepcomm.testing import LocalGroup
+
+pytestmark = pytest.mark.emulated_backend
+
+TOKEN, EXPERT, PADDED = RecvLayout
+RESERVATIONS = ("memory", "host_memory", "upload")
+WORDS_OF_BUFFER = {"one-node": 12, "2x2": 20}
+"""The fewest pieces of memory that a rank's buffer reserves."""
+WORDS_OF_GROWTH = {"one-node": 3, "2x2": 5}
+
+
+class OutOfMemory(Exception):
+    """In the place of what a driver raises."""
+
+
+@contextlib.contextmanager
+def exhausted(group: LocalGroup, num_left: int) -> Iterator[None]:
+    """Let rank AT_FAULT reserve that many more pieces of memory."""
+    runtime: Any = group.runtime
+    left = iter(range(num_left))
+
+    def limit(reserve: Any) -> Any:
+        def reserve_if_any_left(argument: Any) -> Any:
+            if next(left, None) is None:
+                raise OutOfMemory
+            return reserve(argument)
+
+        return reserve_if_any_left
+
+    if group.rank == AT_FAULT:
+        for name in RESERVATIONS:
+            setattr(runtime, name, limit(getattr(runtime, name)))
+    try:
+        yield
+    finally:
+        for name in RESERVATIONS:
+            vars(runtime).pop(name, None)
+
+
+def failure_of(group: LocalGroup, num_left: int, act: Any) -> bool:
+    """Return whether an action fails for want of memory; it must on all ranks, or on none."""
+    error: Exception | None = None
+    try:
+        with exhausted(group, num_left):
+            act()
+    except (OutOfMemory, CommError) as caught:
+        error = caught
+    if error is not None and group.rank == AT_FAULT:
+        assert isinstance(error, OutOfMemory)
+    elif error is not None:
+        assert isinstance(error, CommError)
+        assert error.peer == AT_FAULT
+    outcomes = group.all_gather(error is None)
+    assert len(set(outcomes)) == 1
+    return error is not None
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_construction_that_lacks_memory_fails_on_all_ranks(
+    schedules: Schedules, nodes: str
+) -> None:
+    case = layout_case(TOKEN, nodes)
+
+    def construct(group: LocalGroup) -> int:
+        num_failures = 0
+        while failure_of(group, num_failures, lambda: case.open(group).close()):
+            num_failures += 1
+        return num_failures
+
+    for settings in schedules():
+        assert min(run_emulated(construct, case.num_ranks, settings)) >= WORDS_OF_BUFFER[nodes]
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("layout", [TOKEN, EXPERT])
+def test_growth_that_fails_leaves_a_buffer_that_goes_on(
+    schedules: Schedules, layout: RecvLayout, nodes: str
+) -> None:
+    case = layout_case(layout, nodes)
+
+    def grow(group: LocalGroup) -> None:
+        options = {**HIGH_THROUGHPUT_ONLY, "max_tokens_per_rank": 2, "growable": True}
+        num_failures = 0
+        with Session(group, case, oracle, **options) as session:
+            arguments = dispatch_arguments(session)
+            few = {**arguments, "x": arguments["x"][:2], "topk_idx": arguments["topk_idx"][:2]}
+            few["topk_weights"] = arguments["topk_weights"][:2]
+            while failure_of(group, num_failures, lambda: session.buffer.dispatch(**arguments)):
+                num_failures += 1
+                session.buffer.dispatch(**few)
+            exchange_well(session)
+            assert num_failures >= WORDS_OF_GROWTH[nodes]
+
+    for settings in schedules():
+        oracle = Oracle()
+        run_emulated(grow, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_buffer_can_be_closed_after_a_growth_that_failed(schedules: Schedules, nodes: str) -> None:
+    case, oracle = layout_case(TOKEN, nodes), Oracle()
+
+    def grow(group: LocalGroup) -> None:
+        options = {**HIGH_THROUGHPUT_ONLY, "max_tokens_per_rank": 2, "growable": True}
+        with Session(group, case, oracle, **options) as session:
+            arguments = dispatch_arguments(session)
+            assert failure_of(group, 1, lambda: session.buffer.dispatch(**arguments))
+            session.buffer._backend.engine.close()  # type: ignore[attr-defined]
+
+    for settings in schedules():
+        run_emulated(grow, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize(("nodes", "num_waits"), [("one-node", 1), ("2x2", 3)])
+def test_host_waits_longer_than_all_waits_of_the_device(
+    schedules: Schedules, nodes: str, num_waits: int
+) -> None:
+    case, oracle, timeout_s = layout_case(EXPERT, nodes), Oracle(), 100.0
+
+    def wait(group: LocalGroup) -> float:
+        options = {**HIGH_THROUGHPUT_ONLY, "timeout_s": timeout_s}
+        runtime: Any = group.runtime
+        limits: list[float] = []
+
+        def wait_word(address: int, expected: int, record_address: int, limit_s: float) -> bool:
+            limits.append(limit_s)
+            if len(limits) == 1:
+                return False  # late
+            actual = EmulatedRuntime.wait_word
+            return actual(runtime, address, expected, record_address, limit_s)
+
+        runtime.wait_word = wait_word
+        with Session(group, case, oracle, **options) as session:
+            exchange_well(session)
+        return limits[1]
+
+    for settings in schedules():
+        for limit_s in run_emulated(wait, case.num_ranks, settings):
+            assert num_waits * timeout_s < limit_s < (num_waits + 1) * timeout_s
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor of the same shape whose rows kernels cannot read in place."""
+    wider = torch.zeros(len(tensor), tensor.shape[1] + 3, dtype=tensor.dtype)
+    return wider[:, 1 : 1 + tensor.shape[1]]
+
+
+def scattered(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor of the same shape that is no consecutive memory."""
+    return torch.zeros(tensor.shape[1], len(tensor), dtype=tensor.dtype).T
+
+
+@pytest.mark.parametrize("make", [unaligned, scattered])
+@pytest.mark.parametrize("nodes", NODES)
+def test_inputs_are_copied_after_the_event_that_says_they_are_written(
+    schedules: Schedules, nodes: str, make: Any
+) -> None:
+    case, oracle = layout_case(TOKEN, nodes), Oracle()
+
+    def write_late(group: LocalGroup) -> None:
+        runtime: Any = group.runtime
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            arguments = dispatch_arguments(session)
+            expected = session.buffer.dispatch(**arguments)
+            combined = session.buffer.combine(expected.x, expected.handle)
+            late = {name: make(arguments[name]) for name in ("x", "topk_idx", "topk_weights")}
+            y = make(expected.x)
+            written = [(late[name], arguments[name]) for name in late] + [(y, expected.x)]
+
+            def write(_: Any) -> None:
+                for target, source in written:
+                    target.copy_(source)
+
+            @contextlib.contextmanager
+            def on_stream(event: Any) -> Iterator[None]:
+                if event is not None:
+                    write(event)
+                yield
+
+            runtime.on_stream, runtime.wait_event = on_stream, write
+            options = {"previous_event": expected.event or runtime.record_event(), "async_op": True}
+            late["topk_idx"].fill_(-1)
+            output = session.buffer.dispatch(**{**arguments, **late}, **options)
+            output.event.synchronize()
+            assert torch.equal(output.x, expected.x)
+            assert torch.equal(output.topk_weights, expected.topk_weights)
+            y.zero_()
+            again = session.buffer.combine(y, output.handle, **options)
+            again.event.synchronize()
+            assert torch.equal(again.x, combined.x)
+
+    for settings in schedules():
+        run_emulated(write_late, case.num_ranks, settings)
