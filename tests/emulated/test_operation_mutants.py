@@ -47,10 +47,10 @@ SURVIVORS = {
     "kernels/dispatch/expand.cuh: the scales before other lanes read them: delete": (
         "copy_words gives each lane the words that it has loaded itself"
     ),
-    "kernels/dispatch/expand.cuh: landed rows are read by bulk loads; pairs with the fence of their "
-    "announcer: delete": (
-        "bulk copies have stored them, too: the emulator asks for no fence between the wait and the "
-        "loads then, PTX does"
+    "kernels/dispatch/expand.cuh: landed rows are read by bulk loads; pairs with the fence of "
+    "their announcer: delete": (
+        "bulk copies have stored them, too: the emulator asks for no fence between the wait and "
+        "the loads then, PTX does"
     ),
     "kernels/dispatch/expand.cuh: the copies are complete when the kernel ends: bulk_wait_group<0> "
     "-> bulk_wait_group_read<0>": "no other rank reads them, and the kernel's end awaits them too",
