@@ -122,6 +122,11 @@ SCENARIOS: dict[str, Scenario] = {
     "padded-scaled": Scenario(small(PADDED, "scaled"), exchange_once),
     "refused": Scenario(small(TOKEN, num_tokens=4, even=True), refuse_and_go_on),
     "token": Scenario(small(TOKEN)),
+    # Two stages, the second of which tells the first one's ranks of rows that were lost.
+    "nodes": Scenario(
+        small(TOKEN, num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3, capacity=4),
+        exchange_once,
+    ),
     # Waits run out in the middle of things.
     "hasty": Scenario(
         full(EXPERT, num_tokens=136, experts_per_rank=4),

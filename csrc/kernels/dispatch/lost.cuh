@@ -35,7 +35,7 @@ DEEPCOMM_DEVICE bool hear_of_lost(const SendBlock<Spec>& my) {
                       is_complete;
         if ((value & 1) != 0) device::atom_or_relaxed_gpu(params.overflow, 1u);
     }
-    return my.block.sync_and(is_complete);
+    return my.block.sync_and(is_complete);  // ORDER: all words before the block goes on
 }
 
 }  // namespace deepcomm::kernels
