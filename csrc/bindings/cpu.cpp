@@ -6,7 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.hpp"
-#include "bindings/dlpack.hpp"
+#include "bindings/torch_tensor.hpp"
 
 namespace py = pybind11;
 
@@ -70,12 +70,9 @@ void bind_endpoint(py::module_& module) {
         .def(
             "take_result",
             [](const Endpoint& self, int64_t num_bytes) {
-                auto bytes = self.results().take(num_bytes);
-                std::byte* const data = bytes.get();
-                return lease_capsule(std::move(bytes), {kDlCpu, 0}, data, kDlByte, {num_bytes});
+                return make_tensor(self.results().take(num_bytes), kDlByte, {num_bytes});
             },
-            py::arg("num_bytes"),
-            "DLPack capsule of uninitialised bytes, used again once its storage is freed.")
+            py::arg("num_bytes"), "Uninitialised bytes, used again once their storage is freed.")
         .def_property_readonly("idle_result_bytes",
                                [](const Endpoint& self) { return self.results().idle_bytes(); })
         .def_property_readonly("max_idle_result_bytes", [](const Endpoint& self) {

@@ -102,6 +102,20 @@ void bind_args(py::module_& module) {
             [](DispatchArgs& self, Record record) { self.cached = std::move(record); });
     def_address(dispatch, "topk_idx", &DispatchArgs::topk_idx);
     def_address(dispatch, "topk_weights", &DispatchArgs::topk_weights);
+    dispatch.def(
+        "with_tensors",
+        [](const DispatchArgs& self, uintptr_t rows, int64_t row_stride, int32_t num_tokens,
+           uintptr_t topk_idx, uintptr_t topk_weights) {
+            DispatchArgs args = self;
+            args.input.rows = pointer<const std::byte>(rows);
+            args.input.row_stride = row_stride;
+            args.num_tokens = num_tokens;
+            args.topk_idx = pointer<const void>(topk_idx);
+            args.topk_weights = pointer<const float>(topk_weights);
+            return args;
+        },
+        py::arg("rows"), py::arg("row_stride"), py::arg("num_tokens"), py::arg("topk_idx"),
+        py::arg("topk_weights"), "The same arguments for other tensors.");
     py::class_<DeliverTarget> deliver(module, "DeliverTarget");
     deliver.def(py::init<>())
         .def_readwrite("topk_idx_is_int64", &DeliverTarget::topk_idx_is_int64)

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "bindings/cpu.hpp"
-#include "bindings/dlpack.hpp"
+#include "bindings/cpu_outputs.hpp"
 #include "cpu/low_latency.hpp"
 
 namespace py = pybind11;
@@ -59,15 +59,27 @@ DlDataType element_of(DType dtype) {
     }
 }
 
-py::object lease_rows(const DispatchOp& op) {
+std::optional<TorchTensor> lease_rows(const DispatchOp& op) {
     auto rows = op.lease_rows();
     if (rows == nullptr) {
-        return py::none();
+        return std::nullopt;
     }
-    std::byte* const data = rows.get();
-    const cpu::RowFormat& format = op.row_format();
-    return lease_capsule(std::move(rows), {kDlCpu, 0}, data, element_of(format.dtype),
-                         {op.received().out_rows, format.hidden});
+    const cpu::RowFormat& format = op.args().format;
+    return make_tensor(std::move(rows), element_of(format.dtype),
+                       {op.received().out_rows, format.hidden});
+}
+
+DispatchOutputs outputs_of(const DispatchOp& op, const Endpoint& endpoint, bool ids_are_int64) {
+    const OutputSizes sizes{op.received().out_rows, endpoint.config().num_local_experts(),
+                            op.args().capacity >= 0};
+    return make_outputs(op.args(), op.routing(), sizes, ids_are_int64);
+}
+
+/// The shapes are fixed, whatever arrives.
+DispatchOutputs low_latency_outputs(const LowLatencyDispatchOp& op, const Endpoint& endpoint,
+                                    bool ids_are_int64) {
+    const OutputSizes sizes{op.num_out_rows(), endpoint.config().num_local_experts(), true};
+    return make_outputs(op.args(), op.routing(), sizes, ids_are_int64);
 }
 
 void bind_round(py::module_& module) {
@@ -122,8 +134,9 @@ void bind_dispatch(py::module_& module) {
         .def_property_readonly("received", &DispatchOp::received,
                                py::return_value_policy::reference_internal)
         .def("lease_rows", &lease_rows,
-             "DLPack capsule of the rows where they lie (FP8 as bytes); their generation is leased "
-             "until its storage is freed. None: they must be copied.")
+             "The rows where they lie (FP8 as bytes); their generation is leased until the storage "
+             "is freed. None: they must be copied.")
+        .def("make_outputs", &outputs_of, py::arg("endpoint"), py::arg("ids_are_int64"))
         .def(
             "finish",
             [](DispatchOp& self, const std::optional<DeliverTarget>& target) {
@@ -197,6 +210,8 @@ void bind_low_latency(py::module_& module) {
         .def_property_readonly("epoch", &Dispatch::epoch)
         .def_property_readonly("signature",
                                [](const Dispatch& self) { return bytes_of(self.signature()); })
+        .def_property_readonly("num_out_rows", &Dispatch::num_out_rows)
+        .def("make_outputs", &low_latency_outputs, py::arg("endpoint"), py::arg("ids_are_int64"))
         .def("send", guarded(&Dispatch::send), py::arg("endpoint"))
         .def_property_readonly("record_bytes", &Dispatch::record_bytes)
         .def("num_rows_to", &Dispatch::num_rows_to, py::arg("node"))
@@ -290,6 +305,7 @@ void bind_low_latency(py::module_& module) {
 }  // namespace
 
 void bind_cpu_operations(py::module_& module) {
+    bind_cpu_outputs(module);
     bind_round(module);
     bind_dispatch(module);
     bind_combine(module);

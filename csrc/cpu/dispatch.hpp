@@ -67,7 +67,8 @@ class DispatchOp {
 
     /// Waits for the rows of all sources and records them.
     void receive();
-    const RowFormat& row_format() const { return args_.format; }
+    const DispatchArgs& args() const { return args_; }
+    const Routing& routing() const { return record_->routing; }
     const Received& received() const { return record_->received; }
     /// The received rows where they lie, leasing their generation; null where they must be copied.
     std::shared_ptr<std::byte> lease_rows() const;

@@ -20,8 +20,12 @@ class LowLatencyDispatchOp {
     LowLatencyDispatchOp(Endpoint& endpoint, SlotRing& ring, const DispatchArgs& args,
                          bool mask_late);
 
+    const DispatchArgs& args() const { return args_; }
+    const Routing& routing() const { return record_->routing; }
     uint64_t epoch() const { return epoch_; }
     const OpSignature& signature() const { return signature_; }
+    /// Rows of x, all blocks together.
+    int64_t num_out_rows() const;
     /// Takes the next epoch and stores this rank's records on the ranks of this node.
     void send();
 

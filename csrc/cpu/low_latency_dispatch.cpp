@@ -42,6 +42,12 @@ LowLatencyDispatchOp::LowLatencyDispatchOp(Endpoint& endpoint, SlotRing& ring,
     ring.reserve(record_format_.stride);
 }
 
+int64_t LowLatencyDispatchOp::num_out_rows() const {
+    const layout::SegmentShape shape = endpoint_.config().shape();
+    const bool by_token = args_.recv_layout == RecvLayout::kToken;
+    return by_token ? shape.max_rows() : shape.num_local_experts() * shape.max_rows();
+}
+
 void LowLatencyDispatchOp::send() {
     epoch_ = ring_.open();
     record_->epoch = epoch_;
@@ -191,7 +197,7 @@ void LowLatencyDispatchOp::receive() {
     received.num_rows = received.first_row.back();
     place_rows(config, args_.recv_layout, -1, {}, received);
     if (args_.recv_layout == RecvLayout::kToken) {
-        received.out_rows = config.shape().max_rows();
+        received.out_rows = num_out_rows();
     }
     record_->complete = true;
 }

@@ -27,6 +27,7 @@ from deepcomm.backends.cpu_tensors import (
     DispatchTensors,
     combine_args,
     dispatch_args,
+    dispatch_output,
     make_handle,
     native_record,
 )
@@ -34,7 +35,6 @@ from deepcomm.backends.rail import GlooRail, RailPolicy
 from deepcomm.backends.relay import Leg, Relay
 from deepcomm.checks import check_combine, check_dispatch
 from deepcomm.errors import InvalidArgument, describe_error
-from deepcomm.event import CompletedEvent
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.sizing import native_config
 from deepcomm.topology import Topology, discover
@@ -205,21 +205,11 @@ class CpuBackend:
         except Exception:  # no memory, say; the peers are done with this rank
             op.finish(None)
             raise
-        record = op.finish(tensors.target())
+        record = op.finish(tensors.target(request.zero_padding))
         tensors.check_out()
         native = CpuRecord(record, checked.id_dtype, self._buffer_id)
-        return DispatchOutput(
-            x=tensors.x,
-            scales=tensors.scales,
-            topk_idx=tensors.topk_idx,
-            topk_weights=tensors.topk_weights,
-            num_tokens_per_expert=tensors.counts,
-            expert_offsets=tensors.offsets,
-            num_recv_tokens=tensors.num_recv_tokens,
-            overflow=tensors.overflow,
-            handle=make_handle(request, checked, op.received.out_rows, native),
-            event=CompletedEvent() if request.async_op else None,
-        )
+        handle = make_handle(request, checked, tensors, op.received.out_rows, native)
+        return dispatch_output(tensors, handle, request)
 
     def _announce_dispatch(
         self, request: DispatchRequest

@@ -19,15 +19,15 @@ from deepcomm.backends.cpu_tensors import (
     CpuRecord,
     DispatchTensors,
     dispatch_args,
+    dispatch_output,
     fill_combine_args,
     make_handle,
     native_record,
 )
 from deepcomm.backends.rail_operation import RailOperation
-from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS
+from deepcomm.backends.relay import LL_ROWS, LL_WEIGHTS, Settled
 from deepcomm.checks import check_combine, check_dispatch, check_length
 from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument, describe_error
-from deepcomm.event import CompletedEvent
 from deepcomm.types import CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
@@ -145,14 +145,9 @@ class LowLatency:
 
         return hook
 
-    @contextlib.contextmanager
-    def _settled(self, kind: cpu.OpKind) -> Iterator[None]:
+    def _settled(self, kind: cpu.OpKind) -> Settled:
         """Part of an operation that the peers count on."""
-        try:
-            yield
-        except BaseException as error:
-            self._relay.settle(error, NAMES[kind])
-            raise
+        return Settled(self._relay, NAMES[kind])
 
     def _waits_added_to(self, stats: torch.Tensor | None) -> AbstractContextManager[None]:
         """Add the microseconds that a phase waits for each rank to ``stats``, if it succeeds."""
@@ -207,12 +202,9 @@ class LowLatency:
         checked = check_dispatch(request, self._config, self.device)
         check_length("expert_token_stats", request.expert_token_stats, self._num_local)
         check_length("wait_us_stats", request.wait_us_stats, self._topology.num_ranks)
-        max_rows = self._topology.num_ranks * self._config.max_tokens_per_rank
-        tensors = DispatchTensors.of_low_latency(
-            request, checked, self._num_local, max_rows, self._endpoint
-        )
         args = dispatch_args(checked, self._config.hidden)
         op = cpu.LowLatencyDispatchOp(self._endpoint, self.ring, args, masks_late(request))
+        tensors = DispatchTensors.of_low_latency(op, request, checked, self._endpoint)
         return checked, tensors, op
 
     def _dispatch_output(
@@ -224,18 +216,8 @@ class LowLatency:
     ) -> DispatchOutput:
         num_rows = tensors.x.numel() // self._config.hidden
         record = CpuRecord(op.record, checked.id_dtype, self._buffer_id)
-        return DispatchOutput(
-            x=tensors.x,
-            scales=tensors.scales,
-            topk_idx=tensors.topk_idx,
-            topk_weights=tensors.topk_weights,
-            num_tokens_per_expert=tensors.counts,
-            expert_offsets=None,
-            num_recv_tokens=tensors.num_recv_tokens,
-            overflow=tensors.overflow,
-            handle=make_handle(request, checked, num_rows, record),
-            event=CompletedEvent() if request.async_op else None,
-        )
+        handle = make_handle(request, checked, tensors, num_rows, record)
+        return dispatch_output(tensors, handle, request)
 
     def _receive_dispatch(
         self,
@@ -269,9 +251,9 @@ class LowLatency:
             op.receive(self._endpoint)
         except CommError as error:
             raise problem or error from None
-        op.deliver_to(self._endpoint, tensors.target())
+        op.deliver_to(self._endpoint, tensors.target(request.zero_padding))
         if request.expert_token_stats is not None:
-            request.expert_token_stats.add_(tensors.counts)
+            request.expert_token_stats.add_(tensors.rest.counts)
         del checked  # kept its tensors alive for the native code
 
     # ---- combine ---------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from deepcomm.event import CompletedEvent
 from deepcomm.types import CombineOutput, RecvLayout
@@ -32,23 +31,19 @@ SCALE_ALIGN = 4
 
 @dataclass(slots=True, kw_only=True)
 class OutputShape:
-    """Sizes of a dispatch's outputs.
+    """Sizes of a dispatch's rows and their scales.
 
     Attributes:
         rows: Rows of ``x``, all blocks together.
         num_blocks: Blocks of ``EXPERT_PADDED``, else 1.
-        partly_filled: Whether some rows of TOKEN metadata hold no token.
     """
 
     layout: RecvLayout
     rows: int
     num_blocks: int
-    num_local_experts: int
-    num_topk: int
     hidden: int
     scale_words: int
     scale_dtype: torch.dtype
-    partly_filled: bool
 
     @property
     def x(self) -> tuple[int, ...]:
@@ -65,20 +60,21 @@ def allocate_result(
     num_bytes = math.prod(size) * dtype.itemsize
     if num_bytes < POOLED_BYTES:
         return torch.empty(size, dtype=dtype)
-    return from_dlpack(endpoint.take_result(num_bytes)).view(dtype).view(size)
+    return endpoint.take_result(num_bytes).view(dtype).view(size)
 
 
 def allocate_rows(
     endpoint: cpu.Endpoint, out: torch.Tensor | None, shape: OutputShape, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return ``out``, cut to the rows, if it fits, else a fresh tensor."""
-    if out is None or out.dtype != dtype or len(out.shape) != len(shape.x):
-        return allocate_result(endpoint, shape.x, dtype)
-    if tuple(out.shape) == shape.x:
+    size = shape.x
+    if out is None or out.dtype != dtype or len(out.shape) != len(size):
+        return allocate_result(endpoint, size, dtype)
+    if out.shape == size:
         return out
-    if len(shape.x) == 2 and out.shape[0] >= shape.rows:
+    if len(size) == 2 and out.shape[0] >= shape.rows:
         return out[: shape.rows]
-    return allocate_result(endpoint, shape.x, dtype)
+    return allocate_result(endpoint, size, dtype)
 
 
 def allocate_scales(endpoint: cpu.Endpoint, shape: OutputShape, zero: bool) -> torch.Tensor | None:

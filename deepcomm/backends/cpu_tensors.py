@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from deepcomm._C import cpu
 from deepcomm.backends.cpu_results import OutputShape, allocate_rows, allocate_scales
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import Handle, RecvLayout
+from deepcomm.event import CompletedEvent
+from deepcomm.types import SCALE_TILE, DispatchOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
@@ -29,6 +29,7 @@ __all__ = [
     "DispatchTensors",
     "combine_args",
     "dispatch_args",
+    "dispatch_output",
     "make_handle",
 ]
 
@@ -90,28 +91,52 @@ def row_format(dtype: torch.dtype, scale_format: str, hidden: int) -> cpu.RowFor
     return cpu.RowFormat.make(DTYPES[dtype], SCALE_FORMATS[scale_format], hidden)
 
 
+@functools.lru_cache(maxsize=64)
+def args_template(
+    row_dtype: torch.dtype,
+    scale_format: str,
+    hidden: int,
+    num_topk: int,
+    ids_are_int64: bool,
+    recv_layout: RecvLayout,
+) -> cpu.DispatchArgs:
+    """Return native arguments without tensors: what a program's dispatches have in common."""
+    args = cpu.DispatchArgs()
+    is_fp8 = scale_format != "none"
+    args.input.dtype = DTYPES[row_dtype]
+    args.input.quantize = is_fp8 and row_dtype != torch.float8_e4m3fn
+    args.format = row_format(torch.float8_e4m3fn if is_fp8 else row_dtype, scale_format, hidden)
+    args.num_topk = num_topk
+    args.topk_idx_is_int64 = ids_are_int64
+    args.recv_layout = LAYOUTS[recv_layout]
+    return args
+
+
 def dispatch_args(checked: CheckedDispatch, hidden: int) -> cpu.DispatchArgs:
     """Return the native arguments; they hold addresses of the tensors in ``checked``."""
-    args = cpu.DispatchArgs()
-    rows, given = checked.rows, args.input
-    given.rows = rows.data_ptr()
-    given.row_stride = rows.stride(0) * rows.element_size()
-    given.dtype = DTYPES[rows.dtype]
-    given.quantize = checked.quantize
+    rows, ids, weights = checked.rows, checked.topk_idx, checked.topk_weights
+    args = args_template(
+        rows.dtype,
+        checked.scale_format,
+        hidden,
+        checked.num_topk,
+        checked.id_dtype is torch.int64,
+        checked.recv_layout,
+    ).with_tensors(
+        rows.data_ptr(),
+        rows.stride(0) * rows.element_size(),
+        checked.num_tokens,
+        0 if ids is None else ids.data_ptr(),
+        0 if weights is None else address_of(weights),
+    )
     if checked.scales is not None:
+        given = args.input
         given.scales = checked.scales.data_ptr()
         given.scale_stride = checked.scales.stride(0) * checked.scales.element_size()
-    args.format = row_format(row_dtype(checked), checked.scale_format, hidden)
-    args.num_tokens = checked.num_tokens
-    args.num_topk = checked.num_topk
-    if checked.topk_idx is not None:
-        args.topk_idx = checked.topk_idx.data_ptr()
-        args.topk_idx_is_int64 = checked.topk_idx.dtype == torch.int64
-    if checked.topk_weights is not None:
-        args.topk_weights = address_of(checked.topk_weights)
-    args.recv_layout = LAYOUTS[checked.recv_layout]
-    args.expert_alignment = checked.expert_alignment
-    args.capacity = -1 if checked.capacity is None else checked.capacity
+    if checked.expert_alignment != 1:
+        args.expert_alignment = checked.expert_alignment
+    if checked.capacity is not None:
+        args.capacity = checked.capacity
     return args
 
 
@@ -121,17 +146,19 @@ def address_of(tensor: torch.Tensor) -> int:
 
 
 def make_handle(
-    request: DispatchRequest, checked: CheckedDispatch, num_rows: int, record: CpuRecord
+    request: DispatchRequest,
+    checked: CheckedDispatch,
+    tensors: DispatchTensors,
+    num_rows: int,
+    record: CpuRecord,
 ) -> Handle:
     """Return the handle of a dispatch; it owns copies of what the user gave."""
-    weights = None if checked.topk_weights is None else checked.topk_weights.clone()
     cached = request.handle
+    topk_idx = tensors.rest.routed_idx
     if cached is not None:
         topk_idx = cached.topk_idx
         record = replace(record, id_dtype=cached.records.id_dtype)
-    else:
-        assert checked.topk_idx is not None
-        topk_idx = checked.topk_idx.to(torch.int32, copy=True)
+    assert topk_idx is not None
     return Handle(
         recv_layout=checked.recv_layout,
         expert_alignment=checked.expert_alignment,
@@ -139,42 +166,27 @@ def make_handle(
         num_tokens=checked.num_tokens,
         num_rows=num_rows,
         topk_idx=topk_idx,
-        topk_weights=weights,
+        topk_weights=tensors.rest.routed_weights,
         low_latency=request.low_latency,
         records=record,
     )
 
 
 @dataclass(slots=True, eq=False)
-class RowTensors:
-    """The rows to be received, and whether they lie in ``x`` already."""
-
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    in_place: bool
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
 class DispatchTensors:
     """Output tensors of one dispatch, allocated, to be filled by the native code.
 
     Attributes:
         x: The rows: a view of shared memory, or owned.
-        in_place: Whether the rows lie in ``x`` already.
+        scales: Their scales, where they have any.
         out: The user's tensor to check and fill, or None.
+        rest: All others, those of the handle included.
     """
 
     x: torch.Tensor
-    in_place: bool
-    out: torch.Tensor | None
     scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    counts: torch.Tensor
-    offsets: torch.Tensor | None
-    num_recv_tokens: torch.Tensor
-    overflow: torch.Tensor
-    zero_padding: bool
+    out: torch.Tensor | None
+    rest: cpu.DispatchOutputs
 
     @staticmethod
     def of_dispatch(
@@ -184,61 +196,48 @@ class DispatchTensors:
         endpoint: cpu.Endpoint,
     ) -> DispatchTensors:
         """Allocate for a high-throughput dispatch, or view its landing area."""
-        received = op.received
-        shape = output_shape(
-            checked, received.out_rows, len(received.counts), int(request_hidden(checked))
-        )
+        cached = request.handle
+        id_dtype = checked.id_dtype if cached is None else cached.records.id_dtype
+        rest = op.make_outputs(endpoint, id_dtype is torch.int64)
+        x = None if request.owned or request.out is not None else op.lease_rows()
+        if x is not None and checked.scale_format == "none":
+            return DispatchTensors(x, None, None, rest)
+        shape = output_shape(checked, op.received.out_rows, rest.counts.shape[0])
         dtype = row_dtype(checked)
-        lease = None if request.owned or request.out is not None else op.lease_rows()
-        if lease is None:
+        if x is None:
             x = allocate_rows(endpoint, request.out, shape, dtype)
+            point_at_rows(rest.target, x)
         else:
-            x = from_dlpack(lease)
-            x = x if x.dtype == dtype else x.view(dtype)
-        id_dtype = checked.id_dtype
-        if request.handle is not None:
-            id_dtype = request.handle.records.id_dtype
-        scales = allocate_scales(endpoint, shape, request.zero_padding)
-        return allocate(request, checked, shape, RowTensors(x, scales, lease is not None), id_dtype)
+            x = x.view(dtype)
+        return DispatchTensors(
+            x, allocate_scales(endpoint, shape, request.zero_padding), request.out, rest
+        )
 
     @staticmethod
     def of_low_latency(
+        op: cpu.LowLatencyDispatchOp,
         request: DispatchRequest,
         checked: CheckedDispatch,
-        num_local: int,
-        max_rows: int,
         endpoint: cpu.Endpoint,
     ) -> DispatchTensors:
         """Allocate for a low-latency dispatch, whose shapes are fixed."""
-        token = checked.recv_layout is RecvLayout.TOKEN
-        rows = max_rows if token else num_local * max_rows
-        shape = output_shape(checked, rows, num_local, request_hidden(checked), fixed=True)
+        rest = op.make_outputs(endpoint, checked.id_dtype is torch.int64)
+        shape = output_shape(checked, op.num_out_rows, rest.counts.shape[0])
         dtype = row_dtype(checked)
         if request.out is not None:
             check_out_shape(request.out, shape.x, dtype)
         x = allocate_rows(endpoint, request.out, shape, dtype)
-        scales = allocate_scales(endpoint, shape, request.zero_padding)
-        return allocate(request, checked, shape, RowTensors(x, scales, False), checked.id_dtype)
+        point_at_rows(rest.target, x)
+        return DispatchTensors(
+            x, allocate_scales(endpoint, shape, request.zero_padding), request.out, rest
+        )
 
-    def target(self) -> cpu.DeliverTarget:
+    def target(self, zero_padding: bool) -> cpu.DeliverTarget:
         """Return where the native code writes."""
-        target = cpu.DeliverTarget()
-        if not self.in_place:
-            target.x = address_of(self.x)
-            target.stream = self.x.numel() * self.x.element_size() >= STREAM_BYTES
+        target = self.rest.target
         if self.scales is not None:
             target.scales = address_of(self.scales)
-        if self.topk_idx is not None:
-            target.topk_idx = address_of(self.topk_idx)
-            target.topk_idx_is_int64 = self.topk_idx.dtype == torch.int64
-        if self.topk_weights is not None:
-            target.topk_weights = address_of(self.topk_weights)
-        target.counts = address_of(self.counts)
-        if self.offsets is not None:
-            target.offsets = address_of(self.offsets)
-        target.num_recv_tokens = self.num_recv_tokens.data_ptr()
-        target.overflow = self.overflow.data_ptr()
-        target.zero_padding = self.zero_padding
+        target.zero_padding = zero_padding
         return target
 
     def check_out(self) -> None:
@@ -247,67 +246,44 @@ class DispatchTensors:
             check_out_shape(self.out, tuple(self.x.shape), self.x.dtype)
 
 
-def request_hidden(checked: CheckedDispatch) -> int:
-    """Return H."""
-    return int(checked.rows.shape[1])
+def point_at_rows(target: cpu.DeliverTarget, x: torch.Tensor) -> None:
+    """Have the rows written to ``x``: in place they are not."""
+    target.x = address_of(x)
+    target.stream = x.numel() * x.element_size() >= STREAM_BYTES
 
 
-def output_shape(
-    checked: CheckedDispatch, rows: int, num_local: int, hidden: int, *, fixed: bool = False
-) -> OutputShape:
-    """Return the sizes of the outputs."""
-    tiles = -(-hidden // 128)
+def output_shape(checked: CheckedDispatch, rows: int, num_local: int) -> OutputShape:
+    """Return the sizes of the rows and their scales."""
+    hidden = int(checked.rows.shape[1])
+    tiles = -(-hidden // SCALE_TILE)
     ue8m0 = checked.scale_format == "ue8m0"
     words = 0 if checked.scale_format == "none" else -(-tiles // 4) if ue8m0 else tiles
-    padded = checked.recv_layout is RecvLayout.EXPERT_PADDED
     return OutputShape(
         layout=checked.recv_layout,
         rows=rows,
-        num_blocks=num_local if padded else 1,
-        num_local_experts=num_local,
-        num_topk=checked.num_topk,
+        num_blocks=num_local if checked.recv_layout is RecvLayout.EXPERT_PADDED else 1,
         hidden=hidden,
         scale_words=words,
         scale_dtype=torch.int32 if ue8m0 else torch.float32,
-        partly_filled=fixed or checked.capacity is not None,
     )
 
 
-def allocate(
-    request: DispatchRequest,
-    checked: CheckedDispatch,
-    shape: OutputShape,
-    rows: RowTensors,
-    id_dtype: torch.dtype,
-) -> DispatchTensors:
-    """Allocate all outputs but the rows and their scales."""
-    token = shape.layout is RecvLayout.TOKEN
-    topk_idx: torch.Tensor | None = None
-    topk_weights: torch.Tensor | None = None
-    if token:
-        size = (shape.rows, shape.num_topk)
-        topk_idx = (
-            torch.full(size, -1, dtype=id_dtype)
-            if shape.partly_filled
-            else torch.empty(size, dtype=id_dtype)
-        )
-    if checked.topk_weights is not None:
-        topk_weights = torch.zeros(size if token else shape.x[:-1])
-    offsets: torch.Tensor | None = None
-    if shape.layout is RecvLayout.EXPERT:
-        offsets = torch.empty(shape.num_local_experts + 1, dtype=torch.int32)
-    return DispatchTensors(
-        x=rows.x,
-        in_place=rows.in_place,
-        out=request.out,
-        scales=rows.scales,
-        topk_idx=topk_idx,
-        topk_weights=topk_weights,
-        counts=torch.empty(shape.num_local_experts, dtype=torch.int32),
-        offsets=offsets,
-        num_recv_tokens=torch.empty((), dtype=torch.int32),
-        overflow=torch.empty((), dtype=torch.bool),
-        zero_padding=request.zero_padding,
+def dispatch_output(
+    tensors: DispatchTensors, handle: Handle, request: DispatchRequest
+) -> DispatchOutput:
+    """Return what the user gets."""
+    rest = tensors.rest
+    return DispatchOutput(
+        x=tensors.x,
+        scales=tensors.scales,
+        topk_idx=rest.topk_idx,
+        topk_weights=rest.topk_weights,
+        num_tokens_per_expert=rest.counts,
+        expert_offsets=rest.offsets,
+        num_recv_tokens=rest.num_recv_tokens,
+        overflow=rest.overflow,
+        handle=handle,
+        event=CompletedEvent() if request.async_op else None,
     )
 
 

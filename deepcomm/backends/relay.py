@@ -16,11 +16,12 @@ from deepcomm.errors import CommError, CommTimeout, Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import TracebackType
 
     from deepcomm.backends.rail import GlooRail, Transfer
     from deepcomm.topology import Topology
 
-__all__ = ["LL_ROWS", "LL_WEIGHTS", "Envelope", "Header", "Leg", "Relay"]
+__all__ = ["LL_ROWS", "LL_WEIGHTS", "Envelope", "Header", "Leg", "Relay", "Settled"]
 
 CHUNK_BYTES = 1 << 20
 LOOKAHEAD = 2
@@ -229,6 +230,27 @@ class Relay:
         """Drop the connections."""
         if self._rail is not None:
             self._rail.close()
+
+
+class Settled:
+    """Context whose errors are settled; a class, as entering a generator takes thrice as long."""
+
+    __slots__ = ("_name", "_relay")
+
+    def __init__(self, relay: Relay, name: str) -> None:
+        """Settle errors of the operation ``name``."""
+        self._relay = relay
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """See to what an error means; it leaves in any case."""
+        if error is not None:
+            self._relay.settle(error, self._name)
 
 
 def chunks_of(
