@@ -53,19 +53,25 @@ void copy_rows(Isa isa, Rows dst, Rows src, int64_t num_rows, int64_t num_bytes,
 }
 
 void cast_rows(Isa isa, Rows dst, Rows scales, Rows src, int32_t dtype, int64_t num_rows,
-               int64_t num_elements, bool ue8m0) {
+               int64_t num_elements, bool ue8m0, const std::vector<Rows>& copies) {
     const auto& ops = cpu::row_ops(isa);
+    std::vector<std::byte*> places(copies.size());
+    const cpu::CastCopies row_copies{places.data(), static_cast<int32_t>(places.size())};
     for (int64_t row = 0; row < num_rows; ++row) {
+        for (size_t copy = 0; copy < copies.size(); ++copy) {
+            places[copy] = reinterpret_cast<std::byte*>(copies[copy].at(row));
+        }
         auto* out = reinterpret_cast<uint8_t*>(dst.at(row));
         const auto type = static_cast<DType>(dtype);
         if (ue8m0) {
             ops.cast_fp8_ue8m0(out, reinterpret_cast<uint8_t*>(scales.at(row)), src.at(row), type,
-                               num_elements);
+                               num_elements, row_copies);
         } else {
             ops.cast_fp8(out, reinterpret_cast<float*>(scales.at(row)), src.at(row), type,
-                         num_elements);
+                         num_elements, row_copies);
         }
     }
+    cpu::stream_fence();
 }
 
 void reduce_rows(Isa isa, const Reduction& job, int64_t num_outputs) {
@@ -118,7 +124,7 @@ void bind_simd(py::module_& module) {
              py::arg("num_rows"), py::arg("num_bytes"), py::arg("stream"));
     simd.def("cast_rows", &cast_rows, py::arg("isa"), py::arg("dst"), py::arg("scales"),
              py::arg("src"), py::kw_only(), py::arg("dtype"), py::arg("num_rows"),
-             py::arg("num_elements"), py::arg("ue8m0"));
+             py::arg("num_elements"), py::arg("ue8m0"), py::arg("copies") = std::vector<Rows>());
     simd.def("reduce_rows", &reduce_rows, py::arg("isa"), py::arg("job"), py::kw_only(),
              py::arg("num_outputs"));
 }

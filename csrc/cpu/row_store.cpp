@@ -26,14 +26,26 @@ const float* TokenRows::weights(int64_t token) const {
 }
 
 void RowStore::store(const Routing& routing, int64_t begin, int64_t end, const TokenRows& rows) {
+    constexpr int64_t kLine = 64;
+    const bool while_casting =
+        stream_ && rows.input.quantize && format_.row.row_bytes % kLine == 0;  // areas are aligned
     endpoint_.pool().parallel_for(end - begin, kGrainRows, [&](int64_t from, int64_t to) {
         RowReader reader(rows.input, format_.row, endpoint_.ops());
+        std::vector<std::byte*> places;
         for (int64_t token = begin + from; token < begin + to; ++token) {
             const auto at = static_cast<size_t>(token);
-            if (routing.first_destination[at] != routing.first_destination[at + 1]) {
-                store_token(routing, token, reader.read(token - rows.first_token),
-                            rows.weights(token));
+            if (routing.first_destination[at] == routing.first_destination[at + 1]) {
+                continue;
             }
+            places.clear();
+            find_places(routing, token, places);
+            const CastCopies copies{places.data(), static_cast<int32_t>(places.size())};
+            const RowView view =
+                reader.read(token - rows.first_token, while_casting ? copies : CastCopies{});
+            for (size_t place = 0; !while_casting && place < places.size(); ++place) {
+                copy_row(places[place], view.row);
+            }
+            store_beside(routing, token, view.scales, rows.weights(token));
         }
         if (stream_) {
             stream_fence();
@@ -42,31 +54,42 @@ void RowStore::store(const Routing& routing, int64_t begin, int64_t end, const T
     count_written(routing, begin, end);
 }
 
-void RowStore::store_token(const Routing& routing, int64_t token, const RowView& view,
-                           const float* weights) const {
+template <typename Body>
+void RowStore::for_each_here(const Routing& routing, int64_t token, Body&& body) const {
     const auto at = static_cast<size_t>(token);
     for (int32_t index = routing.first_destination[at]; index < routing.first_destination[at + 1];
          ++index) {
         const Destination& to = routing.destinations[static_cast<size_t>(index)];
-        if (!endpoint_.config().is_local(to.rank)) {
-            continue;
+        if (endpoint_.config().is_local(to.rank)) {
+            const LandingArea& target = area(endpoint_.config().local_of(to.rank));
+            if (to.slot < target.num_slots) {
+                body(target, to);
+            }
         }
-        const LandingArea& target = area(endpoint_.config().local_of(to.rank));
-        if (to.slot >= target.num_slots) {
-            continue;
+    }
+}
+
+void RowStore::find_places(const Routing& routing, int64_t token,
+                           std::vector<std::byte*>& places) const {
+    for_each_here(routing, token, [&](const LandingArea& target, const Destination& to) {
+        if (format_.recv_layout == RecvLayout::kExpert && target.direct) {
+            find_copies(target, to.rank, routing, token, places);
+        } else {
+            places.push_back(target.rows + to.slot * format_.row.row_bytes);
         }
+    });
+}
+
+void RowStore::store_beside(const Routing& routing, int64_t token, const std::byte* scales,
+                            const float* weights) const {
+    for_each_here(routing, token, [&](const LandingArea& target, const Destination& to) {
         target.source_token[to.slot] = static_cast<int32_t>(token);
         store_metadata(target, to, routing.ids(token), weights);
         if (format_.row.scale_bytes > 0) {
-            std::memcpy(target.scales + to.slot * format_.row.scale_bytes, view.scales,
+            std::memcpy(target.scales + to.slot * format_.row.scale_bytes, scales,
                         static_cast<size_t>(format_.row.scale_bytes));
         }
-        if (format_.recv_layout == RecvLayout::kExpert && target.direct) {
-            store_copies(target, to.rank, routing, token, view.row);
-        } else {
-            copy_row(target.rows + to.slot * format_.row.row_bytes, view.row);
-        }
-    }
+    });
 }
 
 void RowStore::store_metadata(const LandingArea& area, const Destination& to, const int32_t* ids,
@@ -84,15 +107,15 @@ void RowStore::store_metadata(const LandingArea& area, const Destination& to, co
     }
 }
 
-void RowStore::store_copies(const LandingArea& area, int32_t rank, const Routing& routing,
-                            int64_t token, const std::byte* row) const {
+void RowStore::find_copies(const LandingArea& area, int32_t rank, const Routing& routing,
+                           int64_t token, std::vector<std::byte*>& places) const {
     const int32_t* const ids = routing.ids(token);
     const int32_t* const slots = routing.expert_slots.data() + token * format_.num_topk;
     const int32_t num_local = endpoint_.config().num_local_experts();
     for (int32_t column = 0; column < format_.num_topk; ++column) {
         const bool here = ids[column] >= 0 && ids[column] / num_local == rank;
         if (here && (format_.capacity < 0 || slots[column] < format_.capacity)) {
-            copy_row(area.rows + slots[column] * format_.row.row_bytes, row);
+            places.push_back(area.rows + slots[column] * format_.row.row_bytes);
         }
     }
 }

@@ -62,12 +62,18 @@ class RowStore {
     void store(const Routing& routing, int64_t begin, int64_t end, const TokenRows& rows);
 
   private:
-    void store_token(const Routing& routing, int64_t token, const RowView& view,
-                     const float* weights) const;
+    /// Calls body with each landing area of this node that has room for the token, and its slot.
+    template <typename Body>
+    void for_each_here(const Routing& routing, int64_t token, Body&& body) const;
+    /// Adds where the row of a token goes.
+    void find_places(const Routing& routing, int64_t token, std::vector<std::byte*>& places) const;
+    void find_copies(const LandingArea& area, int32_t rank, const Routing& routing, int64_t token,
+                     std::vector<std::byte*>& places) const;
+    /// Stores what goes beside the row of a token.
+    void store_beside(const Routing& routing, int64_t token, const std::byte* scales,
+                      const float* weights) const;
     void store_metadata(const LandingArea& area, const Destination& to, const int32_t* ids,
                         const float* weights) const;
-    void store_copies(const LandingArea& area, int32_t rank, const Routing& routing, int64_t token,
-                      const std::byte* row) const;
     void copy_row(std::byte* dst, const std::byte* row) const;
     void count_written(const Routing& routing, int64_t begin, int64_t end);
     int64_t bytes_written(const Routing& routing, int64_t token, const Destination& to) const;

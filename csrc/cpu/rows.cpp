@@ -31,7 +31,7 @@ RowReader::RowReader(const RowInput& input, const RowFormat& format, const RowOp
     }
 }
 
-RowView RowReader::read(int64_t token) {
+RowView RowReader::read(int64_t token, const CastCopies& copies) {
     const std::byte* const row = input_.rows + token * input_.row_stride;
     if (!input_.quantize) {
         return {row,
@@ -40,10 +40,10 @@ RowView RowReader::read(int64_t token) {
     auto* const data = reinterpret_cast<uint8_t*>(row_.data());
     if (format_.scale_format == ScaleFormat::kFp32) {
         ops_.cast_fp8(data, reinterpret_cast<float*>(scales_.data()), row, input_.dtype,
-                      format_.hidden);
+                      format_.hidden, copies);
     } else {
         ops_.cast_fp8_ue8m0(data, reinterpret_cast<uint8_t*>(scales_.data()), row, input_.dtype,
-                            format_.hidden);
+                            format_.hidden, copies);
     }
     return {row_.data(), scales_.data()};
 }

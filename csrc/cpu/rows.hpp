@@ -44,7 +44,8 @@ struct RowView {
 class RowReader {
   public:
     RowReader(const RowInput& input, const RowFormat& format, const RowOps& ops);
-    RowView read(int64_t token);
+    /// Where the row is cast, it is written to copies, too; they are ignored otherwise.
+    RowView read(int64_t token, const CastCopies& copies = {});
 
   private:
     const RowInput& input_;

@@ -81,7 +81,11 @@ LARGE_CASES = [
 ] + [
     Case(num_ranks=2, ranks_per_node=1, num_tokens=320, hidden=7168, even=True, layout=layout)
     for layout in (TOKEN, EXPERT)
-]
+] + [  # cast past the caches where rows are whole lines, with and without a short last tile
+    Case(num_ranks=2, num_tokens=320, hidden=hidden, even=True, wire="fp8", routing="uniform",
+         layout=layout)
+    for hidden, layout in ((14400, TOKEN), (14400, EXPERT), (14416, TOKEN))
+]  # fmt: skip
 # Rows so wide, and tokens so many, that a combine goes through its ring several times.
 WIDE = {"num_ranks": 3, "num_tokens": 90, "hidden": 16384}
 RING_CASES = [

@@ -2,6 +2,7 @@
 // The FP8 cast of one row, for any instruction set V (see the note in vector.hpp on including this).
 #pragma once
 
+#include "cpu/simd/simd.hpp"
 #include "cpu/simd/vector.hpp"
 
 namespace deepcomm::cpu {
@@ -137,11 +138,24 @@ inline void cast_nonfinite(uint8_t* dst, const char* src, typename V::F32 inv) {
     }
 }
 
+/// Writes one tile of codes to all copies, past the caches.
+template <class V>
+inline void stream_tile(const CastCopies& copies, int64_t offset, const uint8_t* codes) {
+    constexpr int kVectors = kScaleTile / V::kVectorBytes;
+    for (int32_t copy = 0; copy < copies.count; ++copy) {
+        std::byte* const to = copies.rows[copy] + offset;
+        for (int i = 0; i < kVectors; ++i) {
+            V::stream(to + i * V::kVectorBytes, load<typename V::U32>(codes + i * V::kVectorBytes));
+        }
+    }
+}
+
 /// Casts whole tiles. The maxima of all come first: their latency would keep the cast waiting, which
-/// then reads from the first-level cache. kAhead: the tiles behind are wanted next.
-template <class V, class Codec, class Scale, bool kAhead>
+/// then reads from the first-level cache. kAhead: the tiles behind are wanted next. Calls done with
+/// each tile that is cast.
+template <class V, class Codec, class Scale, bool kAhead, class Done>
 inline void cast_tiles(uint8_t* dst, typename Scale::Type* scales, const char* src,
-                       int64_t num_tiles) {
+                       int64_t num_tiles, Done&& done) {
     constexpr int64_t kTileBytes = kScaleTile * Codec::kElementBytes;
     float amax[kTilesAtOnce];
     float inv[kTilesAtOnce];
@@ -165,18 +179,23 @@ inline void cast_tiles(uint8_t* dst, typename Scale::Type* scales, const char* s
         } else {
             cast_nonfinite<V, Codec>(dst + tile * kScaleTile, from, factor);
         }
+        done(tile);
     }
 }
 
 template <class V, class Codec, class Scale>
-void cast_row(uint8_t* dst, typename Scale::Type* scales, const void* src, int64_t num_elements) {
+void cast_row(uint8_t* dst, typename Scale::Type* scales, const void* src, int64_t num_elements,
+              const CastCopies& copies) {
     constexpr int64_t kTileBytes = kScaleTile * Codec::kElementBytes;
     const char* from = static_cast<const char*>(src);
     const int64_t num_tiles = num_elements / kScaleTile;
     for (int64_t tile = 0; tile < num_tiles; tile += kTilesAtOnce) {
         const int64_t count = num_tiles - tile < kTilesAtOnce ? num_tiles - tile : kTilesAtOnce;
         cast_tiles<V, Codec, Scale, true>(dst + tile * kScaleTile, scales + tile,
-                                          from + tile * kTileBytes, count);
+                                          from + tile * kTileBytes, count, [&](int64_t done) {
+                                              const int64_t offset = (tile + done) * kScaleTile;
+                                              stream_tile<V>(copies, offset, dst + offset);
+                                          });
     }
     const int64_t left = num_elements - num_tiles * kScaleTile;
     if (left == 0) return;
@@ -184,17 +203,22 @@ void cast_row(uint8_t* dst, typename Scale::Type* scales, const void* src, int64
     uint8_t cast[kScaleTile];
     std::memcpy(padded, from + num_tiles * kTileBytes,
                 static_cast<size_t>(left * Codec::kElementBytes));
-    cast_tiles<V, Codec, Scale, false>(cast, scales + num_tiles, padded, 1);
+    cast_tiles<V, Codec, Scale, false>(cast, scales + num_tiles, padded, 1, [](int64_t) {});
     std::memcpy(dst + num_tiles * kScaleTile, cast, static_cast<size_t>(left));
+    for (int32_t copy = 0; copy < copies.count; ++copy) {
+        std::memcpy(copies.rows[copy] + num_tiles * kScaleTile, cast, static_cast<size_t>(left));
+    }
 }
 
 template <class V, class Scale>
 void cast_fp8(uint8_t* dst, typename Scale::Type* scales, const void* src, DType dtype,
-              int64_t num_elements) {
+              int64_t num_elements, const CastCopies& copies) {
     switch (dtype) {
-        case DType::kBf16: return cast_row<V, Bf16Codec<V>, Scale>(dst, scales, src, num_elements);
-        case DType::kF16: return cast_row<V, F16Codec<V>, Scale>(dst, scales, src, num_elements);
-        default: return cast_row<V, F32Codec<V>, Scale>(dst, scales, src, num_elements);
+        case DType::kBf16:
+            return cast_row<V, Bf16Codec<V>, Scale>(dst, scales, src, num_elements, copies);
+        case DType::kF16:
+            return cast_row<V, F16Codec<V>, Scale>(dst, scales, src, num_elements, copies);
+        default: return cast_row<V, F32Codec<V>, Scale>(dst, scales, src, num_elements, copies);
     }
 }
 

@@ -4,6 +4,7 @@
 // Callers own threading and ordering.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -27,6 +28,13 @@ struct ReduceArgs {
     bool stream;                 ///< write dst past the caches (then call stream_fence)
 };
 
+/// Further places of a row that is being cast, at multiples of 64 bytes. They are written past the
+/// caches while the cast computes, which hides most of it (then call stream_fence).
+struct CastCopies {
+    std::byte* const* rows = nullptr;
+    int32_t count = 0;
+};
+
 struct RowOps {
     /// Copies through the caches.
     void (*copy)(void* dst, const void* src, int64_t num_bytes);
@@ -34,10 +42,10 @@ struct RowOps {
     void (*copy_stream)(void* dst, const void* src, int64_t num_bytes);
     /// Casts one row to FP8 E4M3 with one FP32 scale per 128 elements (the last tile may be short).
     void (*cast_fp8)(uint8_t* dst, float* scales, const void* src, DType dtype,
-                     int64_t num_elements);
+                     int64_t num_elements, const CastCopies& copies);
     /// The same with UE8M0 scales, one exponent byte a tile.
     void (*cast_fp8_ue8m0)(uint8_t* dst, uint8_t* scales, const void* src, DType dtype,
-                           int64_t num_elements);
+                           int64_t num_elements, const CastCopies& copies);
     void (*reduce)(const ReduceArgs& args);
 };
 
