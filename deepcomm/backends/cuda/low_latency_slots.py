@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_status import Status
 from deepcomm.errors import InvalidArgument
+from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
@@ -121,21 +122,17 @@ class Slots:
         """
         if (excess := find_excess(config, place.topology)) is not None:
             raise InvalidArgument(excess)
-        runtime, num_ranks = place.runtime, place.topology.num_ranks
-        self.map = low_latency_layout(config, num_ranks)
-        self.memory = runtime.symmetric_memory(place.group, self.map.total_bytes, config.timeout_s)
-        self.status = Status(
-            runtime.host_memory(kernels.LOW_LATENCY_STATUS_BYTES),
-            place.topology.rank,
-            config.num_experts,
-        )
+        self.map = low_latency_layout(config, place.topology.num_ranks)
         self._place = place
         self._config = config
-        self._bases = runtime.upload(
-            b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        self.memory = place.runtime.symmetric_memory(
+            place.group, self.map.total_bytes, config.timeout_s
         )
-        self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
-        self._decisions = runtime.memory(8 * num_ranks * config.num_low_latency_slots)
+        try:
+            agree_on(place.group, "symmetric memory", self._reserve)
+        except BaseException:
+            self.memory.close()
+            raise
         self._keep = mask
         self._in_flight: deque[int] = deque()
         self._num_opened = 0
@@ -146,6 +143,17 @@ class Slots:
         for params in (self.dispatch_params, self.combine_params, self.refuse_params):
             self._fill(params.base, addresses)
         self.dispatch_params.num_experts = config.num_experts
+
+    def _reserve(self) -> None:
+        """Reserve what is beside the symmetric memory."""
+        runtime, topology, config = self._place.runtime, self._place.topology, self._config
+        status = runtime.host_memory(kernels.LOW_LATENCY_STATUS_BYTES)
+        self.status = Status(status, topology.rank, config.num_experts)
+        table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        self._bases = runtime.upload(table)
+        self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
+        num_decisions = topology.num_ranks * config.num_low_latency_slots
+        self._decisions = runtime.memory(8 * num_decisions)
 
     # ---- kernels
 
