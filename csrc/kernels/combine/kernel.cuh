@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOr
         if (my.block.block_idx() == 0 && my.block.is_leader()) count_pushed(my);
         is_complete = push_and_reduce(my);
     }
-    if (!my.block.sync_and(is_complete))
-        return;  // ORDER: all have read the epoch and taken their work
+    if (!my.block.sync_and(is_complete)) return;  // ORDER: all work is taken, the epoch read
     if (my.block.is_leader()) finish(my);
 }
 

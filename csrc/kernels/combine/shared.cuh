@@ -15,7 +15,7 @@ namespace deepcomm::kernels {
 /// added between nodes as they are.
 enum CombineStage { kStageAlone, kStageInNode, kStageBetweenNodes };
 
-constexpr int32_t kMaxPushing = 12;  ///< blocks: eight SMs nearly fill the link
+constexpr int32_t kMaxPushing = 12;  ///< blocks: more do not fill the link better
 
 /// Nodes whose tokens a rank sends on; 1 where there is one node, 0 between nodes.
 template <int32_t kNumRanks_, int32_t kHidden_, bool kByExpert_, int32_t kOrigins_>
