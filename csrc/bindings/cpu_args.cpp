@@ -80,17 +80,14 @@ void bind_args(py::module_& module) {
         .def_readonly("row_bytes", &RowFormat::row_bytes)
         .def_readonly("scale_bytes", &RowFormat::scale_bytes);
     py::class_<cpu::RowInput> input(module, "RowInput");
-    input.def_readwrite("row_stride", &cpu::RowInput::row_stride)
-        .def_readwrite("scale_stride", &cpu::RowInput::scale_stride)
+    input.def_readwrite("scale_stride", &cpu::RowInput::scale_stride)
         .def_readwrite("dtype", &cpu::RowInput::dtype)
         .def_readwrite("quantize", &cpu::RowInput::quantize);
-    def_address(input, "rows", &cpu::RowInput::rows);
     def_address(input, "scales", &cpu::RowInput::scales);
     py::class_<DispatchArgs> dispatch(module, "DispatchArgs");
     dispatch.def(py::init<>())
         .def_readonly("input", &DispatchArgs::input)
         .def_readwrite("format", &DispatchArgs::format)
-        .def_readwrite("num_tokens", &DispatchArgs::num_tokens)
         .def_readwrite("num_topk", &DispatchArgs::num_topk)
         .def_readwrite("topk_idx_is_int64", &DispatchArgs::topk_idx_is_int64)
         .def_readwrite("recv_layout", &DispatchArgs::recv_layout)
@@ -100,8 +97,6 @@ void bind_args(py::module_& module) {
         .def_property(
             "cached", [](const DispatchArgs& self) { return self.cached; },
             [](DispatchArgs& self, Record record) { self.cached = std::move(record); });
-    def_address(dispatch, "topk_idx", &DispatchArgs::topk_idx);
-    def_address(dispatch, "topk_weights", &DispatchArgs::topk_weights);
     dispatch.def(
         "with_tensors",
         [](const DispatchArgs& self, uintptr_t rows, int64_t row_stride, int32_t num_tokens,
@@ -117,18 +112,10 @@ void bind_args(py::module_& module) {
         py::arg("rows"), py::arg("row_stride"), py::arg("num_tokens"), py::arg("topk_idx"),
         py::arg("topk_weights"), "The same arguments for other tensors.");
     py::class_<DeliverTarget> deliver(module, "DeliverTarget");
-    deliver.def(py::init<>())
-        .def_readwrite("topk_idx_is_int64", &DeliverTarget::topk_idx_is_int64)
-        .def_readwrite("zero_padding", &DeliverTarget::zero_padding)
+    deliver.def_readwrite("zero_padding", &DeliverTarget::zero_padding)
         .def_readwrite("stream", &DeliverTarget::stream);
     def_address(deliver, "x", &DeliverTarget::x);
     def_address(deliver, "scales", &DeliverTarget::scales);
-    def_address(deliver, "topk_idx", &DeliverTarget::topk_idx);
-    def_address(deliver, "topk_weights", &DeliverTarget::topk_weights);
-    def_address(deliver, "counts", &DeliverTarget::counts);
-    def_address(deliver, "offsets", &DeliverTarget::offsets);
-    def_address(deliver, "num_recv_tokens", &DeliverTarget::num_recv_tokens);
-    def_address(deliver, "overflow", &DeliverTarget::overflow);
     py::class_<cpu::ExpertOutputs> outputs(module, "ExpertOutputs");
     outputs.def_readwrite("row_stride", &cpu::ExpertOutputs::row_stride);
     def_address(outputs, "y", &cpu::ExpertOutputs::y);
@@ -164,8 +151,7 @@ void bind_records(py::module_& module) {
     py::class_<cpu::Received>(module, "Received")
         .def_readonly("num_rows", &cpu::Received::num_rows)
         .def_readonly("out_rows", &cpu::Received::out_rows)
-        .def_readonly("num_recv", &cpu::Received::num_recv)
-        .def_readonly("counts", &cpu::Received::counts);
+        .def_readonly("num_recv", &cpu::Received::num_recv);
 }
 
 }  // namespace

@@ -76,18 +76,11 @@ class DType:
     def value(self) -> int: ...
 
 class DeliverTarget:
-    counts: int
-    num_recv_tokens: int
-    offsets: int
-    overflow: int
     scales: int
     stream: bool
-    topk_idx: int
-    topk_idx_is_int64: bool
-    topk_weights: int
     x: int
     zero_padding: bool
-    def __init__(self) -> None: ...
+    def __init__(self, *args, **kwargs) -> None: ...
 
 class DispatchArgs:
     cached: Incomplete
@@ -95,12 +88,9 @@ class DispatchArgs:
     expert_alignment: int
     format: RowFormat
     growable: bool
-    num_tokens: int
     num_topk: int
     recv_layout: RecvLayout
-    topk_idx: int
     topk_idx_is_int64: bool
-    topk_weights: int
     def __init__(self) -> None: ...
     def with_tensors(self, rows: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, topk_idx: typing.SupportsInt | typing.SupportsIndex, topk_weights: typing.SupportsInt | typing.SupportsIndex) -> DispatchArgs: ...
     @property
@@ -275,8 +265,6 @@ class OpKind:
 class Received:
     def __init__(self, *args, **kwargs) -> None: ...
     @property
-    def counts(self) -> list[int]: ...
-    @property
     def num_recv(self) -> int: ...
     @property
     def num_rows(self) -> int: ...
@@ -322,8 +310,6 @@ class RowFormat:
 class RowInput:
     dtype: DType
     quantize: bool
-    row_stride: int
-    rows: int
     scale_stride: int
     scales: int
     def __init__(self, *args, **kwargs) -> None: ...
