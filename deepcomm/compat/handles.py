@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from deepcomm.types import DispatchOutput, Event
 
 __all__ = ["DispatchHandle", "EPHandle", "LowLatencyHandle", "routing_of"]
+
+T = TypeVar("T")
 
 
 class _HandleTuple(tuple[Any, ...]):
@@ -61,6 +63,21 @@ class DispatchHandle(_HandleTuple):
 
 class LowLatencyHandle(_HandleTuple):
     """Key, counts per expert, tokens per rank, hidden and experts of a low-latency dispatch."""
+
+
+class computed_once(cached_property[T]):
+    """``functools.cached_property`` without its lock.
+
+    Before Python 3.12 all instances share it, and what one rank waits for may be another rank that
+    is a thread of this process and waits for the lock.
+    """
+
+    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Any:
+        """Compute the value and keep it in the instance, where it is found from then on."""
+        if instance is None:
+            return self
+        value = instance.__dict__[self.attrname] = self.func(instance)
+        return value
 
 
 class EPHandle:
@@ -131,22 +148,22 @@ class EPHandle:
         )
         return handle
 
-    @cached_property
+    @computed_once
     def recv_src_metadata(self) -> torch.Tensor:
         """The key of the routing; opaque."""
         return make_key(self._routing)
 
-    @cached_property
+    @computed_once
     def dst_buffer_slot_idx(self) -> torch.Tensor:
         """Empty."""
         return self.topk_idx.new_empty(0)
 
-    @cached_property
+    @computed_once
     def num_unaligned_recv_tokens_per_expert(self) -> torch.Tensor:
         """int32 [L], rows per local expert without padding."""
         return self._counts
 
-    @cached_property
+    @computed_once
     def psum_num_recv_tokens_per_expert(self) -> torch.Tensor:
         """int32 [L], the end of each group's rows, padding excluded."""
         counts = self._aligned_counts
@@ -159,7 +176,7 @@ class EPHandle:
             self._event.current_stream_wait()
         return aligned(self._counts, self.expert_alignment)
 
-    @cached_property
+    @computed_once
     def num_recv_tokens_per_expert_list(self) -> list[int]:
         """Rows per local expert, each rounded up to the alignment; empty without ``do_cpu_sync``.
 
@@ -169,19 +186,19 @@ class EPHandle:
             return []
         return self._on_host(self._aligned_counts).tolist()
 
-    @cached_property
+    @computed_once
     def num_recv_tokens(self) -> int:
         """Tokens received, each once; waits for the dispatch."""
         return int(self._on_host(self.psum_num_recv_tokens_per_scaleup_rank[-1]))
 
-    @cached_property
+    @computed_once
     def num_expanded_tokens(self) -> int:
         """Rows of the expanded layout, padding included; waits for the dispatch if not expanded."""
         if self.do_expand:
             return self._routing.handle.num_rows
         return int(self._on_host(self._aligned_counts.sum()))
 
-    @cached_property
+    @computed_once
     def psum_num_recv_tokens_per_scaleup_rank(self) -> torch.Tensor:
         """int32 [1]: tokens received from all ranks; the last entry is what clients read.
 
