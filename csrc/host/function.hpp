@@ -18,7 +18,7 @@ struct KernelImage {
     int max_threads = 0;   ///< of a block; 0: the device's limit
 };
 
-/// Unloaded when a device is opened next: host/put_off.hpp.
+/// Unloaded when symmetric memory is reserved next: host/put_off.hpp.
 class Function {
   public:
     Function(std::shared_ptr<Device> device, const KernelImage& image);

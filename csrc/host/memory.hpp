@@ -29,7 +29,7 @@ class DeviceMemory {
     cu::DevicePtr address_ = 0;
 };
 
-/// Freed when a device is opened next: host/put_off.hpp.
+/// Freed when symmetric memory is reserved next: host/put_off.hpp.
 class HostMemory {
   public:
     HostMemory(std::shared_ptr<Device> device, int64_t num_bytes);

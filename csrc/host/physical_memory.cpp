@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/math.hpp"
+#include "host/put_off.hpp"
 
 namespace deepcomm::host {
 
@@ -34,6 +35,7 @@ std::shared_ptr<PhysicalMemory> PhysicalMemory::create(std::shared_ptr<Device> d
                                                        int64_t num_bytes) {
     DEEPCOMM_CHECK_ARG(num_bytes > 0, "num_bytes: expected more than 0, got %lld",
                        static_cast<long long>(num_bytes));
+    free_put_off();  // before the allocation, which may need it
     const Device::Current current(*device);
     const auto properties = device->properties(device->handle_types());
     num_bytes = round_up(num_bytes, granularity_of(*device, properties));

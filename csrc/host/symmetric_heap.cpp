@@ -28,7 +28,6 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<Device> device, int64_t num_bytes)
       num_bytes_(memory_->num_bytes()),
       mappings_(std::make_shared<Mappings>()),
       counts_(std::make_shared<LeaseCounts>()) {
-    free_put_off();
     mappings_->device = device_;
     mappings_->own = std::make_shared<Mapping>(device_, memory_);
     device_->zero(mappings_->own->address(), num_bytes_);
