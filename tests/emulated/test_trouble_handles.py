@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
@@ -85,6 +88,16 @@ def has_other_rows(session: Session, rows: torch.Tensor) -> bool:
     )
 
 
+@contextmanager
+def queueing_behind_a_dispatch(
+    group: LocalGroup, case: Case, oracle: Oracle
+) -> Iterator[tuple[Session, RunningAhead, DispatchOutput]]:
+    """Run ahead of a first dispatch, one that will run out of time if a peer is too late."""
+    options = {**HIGH_THROUGHPUT_ONLY, "timeout_s": TIMEOUT_S}
+    with Session(group, case, oracle, **options) as session, RunningAhead(session) as ahead:
+        yield session, ahead, dispatch_ahead(session)
+
+
 @pytest.mark.parametrize("late", LATE_NS)
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("layout", RecvLayout)
@@ -95,9 +108,7 @@ def test_operation_queued_behind_a_timeout_meets_nobody(
     case, oracle = layout_case(layout, nodes), Oracle()
 
     def queue(group: LocalGroup) -> None:
-        options = {**HIGH_THROUGHPUT_ONLY, "timeout_s": TIMEOUT_S}
-        with Session(group, case, oracle, **options) as session, RunningAhead(session) as ahead:
-            output = dispatch_ahead(session)
+        with queueing_behind_a_dispatch(group, case, oracle) as (session, ahead, output):
             if group.rank != AT_FAULT:
                 for _ in range(NUM_QUEUED):
                     dispatch_ahead(session, 1)
@@ -120,9 +131,7 @@ def test_handle_of_a_dispatch_that_ran_out_of_time_is_not_read(
     case, oracle = layout_case(layout, nodes), Oracle()
 
     def queue(group: LocalGroup) -> None:
-        options = {**HIGH_THROUGHPUT_ONLY, "timeout_s": TIMEOUT_S}
-        with Session(group, case, oracle, **options) as session, RunningAhead(session) as ahead:
-            output = dispatch_ahead(session)
+        with queueing_behind_a_dispatch(group, case, oracle) as (session, ahead, output):
             if group.rank != AT_FAULT:
                 use_handle(session, output, use)
             assert isinstance(ahead.look(reads_views=False), CommTimeout)
