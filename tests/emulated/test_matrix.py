@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from collective.case import Case
+from collective.case import Case, Inputs
 from collective.scenario import low_latency_exchange
 from collective.session import Oracle, Session
 from emulated.cluster import RankStopped
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
-from emulated.operations import exchange_emulated, exchange_until_failure
+from emulated.operations import (
+    HIGH_THROUGHPUT_ONLY,
+    exchange_emulated,
+    exchange_until_failure,
+)
 from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
 from deepcomm import RecvLayout
@@ -27,6 +31,9 @@ from deepcomm.errors import CommError, CommTimeout, InvalidArgument
 from deepcomm.jit import KERNELS
 from deepcomm.testing import LocalGroup
 from deepcomm.testing.oracle import ROUTING_KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.emulated_backend
 
@@ -100,6 +107,33 @@ def test_warps_count_more_tokens_than_they_have_lanes(
     oracle = Oracle()
     for settings in itertools.islice(schedules(num_sms=1), 1):
         exchange_emulated(settings, case, oracle)
+
+
+class FewTravel(Oracle):
+    """Inputs of which only some early tokens and the last ones have experts."""
+
+    def get(self, key: Any, compute: Callable[[], Any]) -> Any:
+        return super().get(key, lambda: self._thin_out(compute()))
+
+    @staticmethod
+    def _thin_out(result: Any) -> Any:
+        if isinstance(result, Inputs):
+            for ids in result.ids:
+                ids[:64] = -1
+                ids[192:-64] = -1
+        return result
+
+
+def test_warps_pass_more_empty_chunks_than_they_have_lanes(schedules: Schedules) -> None:
+    case = Case(num_ranks=2, num_tokens=2400, even=True, hidden=16, num_topk=1, layout=EXPERT)
+    settings = next(iter(schedules(num_sms=1)))
+
+    def exchange_once(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            session.combine(session.dispatch(0), apply_weights=True)
+
+    oracle = FewTravel()
+    run_emulated(exchange_once, case.num_ranks, settings)
 
 
 SLOW = {

@@ -11,11 +11,11 @@ namespace deepcomm::kernels {
 /// after this one.
 template <typename Spec>
 struct LandedCursor {
-    using Queue = WorkQueue<1>;
+    using Queue = FoundPieces<1>;
 
     const SendBlock<Spec>& my;
     Queue& queue;
-    int32_t num_chunks = 0;  ///< taken
+    int32_t num_chunks = 0;  ///< that had rows
     int32_t row = 0;
     int32_t end = 0;  ///< rows of the chunk at hand are [row, end)
     bool has_failed = false;
@@ -43,21 +43,29 @@ struct LandedCursor {
         return !has_failed;
     }
 
+    /// Where a piece of the queue lies; false beyond the last.
+    DEEPCOMM_DEVICE bool locate(int32_t piece, int32_t* src, int32_t* chunk) const {
+        *chunk = piece;
+        for (int32_t step = 1; step < Spec::kNumRanks; ++step) {
+            *src = (my.rank() + step) % Spec::kNumRanks;
+            const int32_t num_tokens = my.smem.meet.headers[*src].num_tokens;
+            const int32_t num_here = (num_tokens + layout::kSendChunk - 1) / layout::kSendChunk;
+            if (*chunk < num_here) return true;
+            *chunk -= num_here;
+        }
+        return false;
+    }
+
     /// Moves to the next row; false when there is none, or when a source did not come.
     DEEPCOMM_DEVICE bool find_row() {
-        while (row == end) {
-            int32_t chunk = queue.at(num_chunks);
-            int32_t step = 0, src = 0;
-            for (; step < Spec::kNumRanks - 1; ++step) {
-                src = (my.rank() + 1 + step) % Spec::kNumRanks;
-                const int32_t num_tokens = my.smem.meet.headers[src].num_tokens;
-                const int32_t num_here = (num_tokens + layout::kSendChunk - 1) / layout::kSendChunk;
-                if (chunk < num_here) break;
-                chunk -= num_here;
-            }
-            if (step == Spec::kNumRanks - 1 || !open_chunk(src, chunk)) return false;
-            ++num_chunks;
-        }
+        if (row != end) return true;
+        int32_t src = 0, chunk = 0;
+        const int32_t piece = queue.at(num_chunks, [&](int32_t other) {
+            return !locate(other, &src, &chunk) || !open_chunk(src, chunk) || row != end;
+        });
+        if (has_failed || !locate(piece, &src, &chunk)) return false;
+        if (row == end && !open_chunk(src, chunk)) return false;  // another cursor has found it
+        ++num_chunks;
         return true;
     }
 
@@ -116,8 +124,8 @@ DEEPCOMM_DEVICE bool expand_row(const SendBlock<Spec>& my, typename Spec::Landed
 /// All rows of this warp. False when a wait has run out.
 template <typename Spec>
 DEEPCOMM_DEVICE bool expand_rows(const SendBlock<Spec>& my, typename Spec::LandedPipe& pipe) {
-    typename LandedCursor<Spec>::Queue queue(my.params.meet.taken + 1, my.worker(),
-                                             my.num_workers());
+    typename LandedCursor<Spec>::Queue queue(
+        {my.params.meet.taken + 1, my.worker(), my.num_workers()});
     LandedCursor<Spec> loads(my, queue);
     LandedCursor<Spec> rows(my, queue);
     const bool is_complete = move_rows(pipe, loads, [&]() {

@@ -50,6 +50,32 @@ struct WorkQueue {
     }
 };
 
+/// A queue of whose pieces only some hold anything, read by two cursors of a warp: the one that is behind
+/// finds again what the other has found, however many empty pieces lay between.
+template <int32_t kStatic>
+struct FoundPieces {
+    WorkQueue<kStatic> queue;
+    int32_t num_read = 0;
+    int32_t num_found = 0;
+    int32_t recent = 0;  ///< as in the queue
+
+    DEEPCOMM_DEVICE explicit FoundPieces(const WorkQueue<kStatic>& pieces) : queue(pieces) {}
+
+    /// The warp's piece number n of those that are wanted, none of which is 32 behind the latest. All
+    /// pieces beyond the end must be wanted.
+    template <typename IsWanted>
+    DEEPCOMM_DEVICE int32_t at(int32_t n, IsWanted&& is_wanted) {
+        const device::Warp warp;
+        while (num_found <= n) {
+            const int32_t piece = queue.at(num_read++);
+            if (!is_wanted(piece)) continue;
+            if (warp.thread_idx() == num_found % warp.size()) recent = piece;
+            ++num_found;
+        }
+        return device::warp_shuffle(recent, n % device::kWarpSize);
+    }
+};
+
 /// By the last block of an operation, once all others have taken their last piece.
 DEEPCOMM_DEVICE void end_work(uint32_t* taken) {
     for (int32_t queue = 0; queue < kNumQueues; ++queue) {
