@@ -3,38 +3,16 @@
 // time. PROTOCOLS.md: combine.
 #pragma once
 
-#include "kernels/combine/push.cuh"
-#include "kernels/combine/reduce.cuh"
+#include "kernels/combine/expert_sums.cuh"
 
 namespace deepcomm::kernels {
 
-/// TOKEN rows go through the warp's stages.
+/// The stages of this warp; those that push have some.
 template <typename Spec>
-struct PushRole {
-    static DEEPCOMM_DEVICE void prepare(const CombineBlock<Spec>& my) {
-        if (my.warp.warp_idx() < Spec::kPushWarps && my.warp.is_leader()) pipe(my).init();
-    }
-    static DEEPCOMM_DEVICE typename Spec::Pipe pipe(const CombineBlock<Spec>& my) {
-        const int32_t w = my.warp.warp_idx();
-        return {my.smem.bank.bytes[w], my.smem.bank.full[w]};
-    }
-    static DEEPCOMM_DEVICE bool run(const CombineBlock<Spec>& my) {
-        typename Spec::Pipe stages = pipe(my);
-        return push_rows(my, stages);
-    }
-};
-
-/// Sums by experts go from registers to the peer.
-template <int32_t kNumRanks, int32_t kHidden, int32_t kOrigins>
-struct PushRole<CombineSpec<kNumRanks, kHidden, true, kOrigins>> {
-    using Block = CombineBlock<CombineSpec<kNumRanks, kHidden, true, kOrigins>>;
-
-    static DEEPCOMM_DEVICE void prepare(const Block& /*my*/) {}
-    static DEEPCOMM_DEVICE bool run(const Block& my) {
-        push_sums(my);
-        return true;
-    }
-};
+DEEPCOMM_DEVICE typename Spec::Pipe pipe_of(const CombineBlock<Spec>& my) {
+    const int32_t w = my.warp.warp_idx() % Spec::kPushWarps;
+    return {my.smem.bank.bytes[w], my.smem.bank.full[w]};
+}
 
 /// By one thread: the rows that this rank pushes, all of them known beforehand.
 template <typename Spec>
@@ -53,7 +31,7 @@ DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
     for (int32_t i = my.block.thread_idx(); i < kNumWords; i += my.block.size()) {
         my.smem.tables.plan[i] = my.params.table.plan[i];
     }
-    PushRole<Spec>::prepare(my);
+    if (my.warp.warp_idx() < Spec::kPushWarps && my.warp.is_leader()) pipe_of(my).init();
     if (my.block.block_idx() == 0) {
         const uint32_t refusal = refusal_of_plan(my.params.table.plan, Spec::kWords);
         publish_header(my.params.meet, my.block, my.epoch, {refusal, my.params.num_tokens});
@@ -65,14 +43,20 @@ DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
 /// What this warp does once the ranks have met.
 template <typename Spec>
 DEEPCOMM_DEVICE bool push_and_reduce(const CombineBlock<Spec>& my) {
-    bool is_complete = true;
-    if (my.is_pusher()) is_complete = PushRole<Spec>::run(my);
-    if (!my.are_roles_apart()) {
-        if (my.is_pusher()) return is_complete;
-    } else if (my.pushes()) {
-        is_complete = my.block.sync_and(is_complete);  // no warp reduces while others still push
+    typename Spec::Pipe pipe = pipe_of(my);
+    if constexpr (Spec::kByExpert) {
+        return sum_by_experts(my, pipe);
+    } else {
+        bool is_complete = true;
+        if (my.is_pusher()) is_complete = push_rows(my, pipe);
+        if (!my.are_roles_apart()) {
+            if (my.is_pusher()) return is_complete;
+        } else if (my.pushes()) {
+            is_complete =
+                my.block.sync_and(is_complete);  // no warp reduces while others still push
+        }
+        return is_complete && reduce_tokens(my);
     }
-    return is_complete && reduce_tokens(my);
 }
 
 /// Ends the operation for this block; the last one lets later stages begin.

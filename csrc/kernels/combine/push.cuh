@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Role push: rows that came from peers go back to them, in the order in which they came: copied
-// (TOKEN), or summed over the experts of this rank. PROTOCOLS.md: combine.
+// Role push: rows that came from peers go back to them, in the order in which they came. TOKEN: copied.
+// PROTOCOLS.md: combine.
 #pragma once
 
 #include "kernels/combine/shared.cuh"
@@ -13,12 +13,12 @@ template <typename Spec>
 struct PushCursor {
     static constexpr int32_t kNumPeers = Spec::kNumRanks - 1;
     static constexpr int32_t kNumBlocks = Spec::kRowOrigins * kNumPeers;
-    using Queue = WorkQueue<1>;
+    using Queue = FoundPieces<1>;
 
     const CombineBlock<Spec>& my;
     Queue& queue;       ///< pieces over all blocks: chunk * blocks + step
     int32_t end_chunk;  ///< of the longest block
-    int32_t taken = 0;  ///< pieces
+    int32_t taken = 0;  ///< pieces that have rows
     int32_t block = 0;  ///< of a peer: layout/plan.hpp
     int32_t chunk = 0;
     int32_t row = 0;  ///< in the block
@@ -36,8 +36,8 @@ struct PushCursor {
 
     DEEPCOMM_DEVICE static Queue queue_of(const CombineBlock<Spec>& my) {
         const int32_t num_blocks = my.are_roles_apart() ? my.num_pushing() : my.block.num_blocks();
-        return {my.params.meet.taken, my.block.block_idx() * Spec::kPushWarps + my.warp.warp_idx(),
-                num_blocks * Spec::kPushWarps};
+        const int32_t worker = my.block.block_idx() * Spec::kPushWarps + my.warp.warp_idx();
+        return Queue({my.params.meet.taken, worker, num_blocks * Spec::kPushWarps});
     }
     DEEPCOMM_DEVICE int32_t block_of(int32_t step) const {
         return step / kNumPeers * Spec::kNumRanks +
@@ -49,20 +49,26 @@ struct PushCursor {
         return Spec::kRowOrigins == 1 ? block : block % Spec::kNumRanks;
     }
 
+    DEEPCOMM_DEVICE bool is_end(int32_t piece) const { return piece / kNumBlocks >= end_chunk; }
+
     /// Moves to the next chunk that has rows; false when there is none.
     DEEPCOMM_DEVICE bool open_chunk() {
-        while (kNumPeers > 0 && queue.at(taken) / kNumBlocks < end_chunk) {
-            block = block_of(queue.at(taken) % kNumBlocks);
-            chunk = queue.at(taken) / kNumBlocks;
+        if constexpr (kNumPeers == 0) {
+            return false;
+        } else {
+            const int32_t piece = queue.at(taken, [&](int32_t other) {
+                const int32_t begin = other / kNumBlocks * layout::kPushChunk;
+                return is_end(other) || begin < my.num_rows_of(block_of(other % kNumBlocks));
+            });
+            if (is_end(piece)) return false;
             ++taken;
+            block = block_of(piece % kNumBlocks);
+            chunk = piece / kNumBlocks;
+            row = chunk * layout::kPushChunk;
             const int32_t num_rows = my.num_rows_of(block);
-            const int32_t begin = chunk * layout::kPushChunk;
-            if (begin >= num_rows) continue;
-            row = begin;
-            end = begin + layout::kPushChunk < num_rows ? begin + layout::kPushChunk : num_rows;
+            end = row + layout::kPushChunk < num_rows ? row + layout::kPushChunk : num_rows;
             return true;
         }
-        return false;
     }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         if (row == end && !open_chunk()) return false;
@@ -142,39 +148,6 @@ DEEPCOMM_DEVICE bool push_rows(const CombineBlock<Spec>& my, typename Spec::Pipe
     if (!is_complete) return false;
     if (last.block >= 0) announce_pushed(my, last);
     return true;
-}
-
-/// Expert layouts: one row, summed over this rank's experts, straight to the peer.
-template <typename Spec>
-DEEPCOMM_DEVICE void push_sum(const CombineBlock<Spec>& my, const PushCursor<Spec>& rows) {
-    const int32_t k = my.warp.thread_idx();
-    const ExpertOutputs& outputs = my.params.outputs;
-    Term term = {nullptr, -1, 0.0f, false};
-    if (k < my.params.num_topk) {
-        const int64_t index =
-            static_cast<int64_t>(my.rows_from(rows.block) + rows.row) * my.params.num_topk + k;
-        term.key = outputs.row_slots[index];
-        if (term.key >= 0) {
-            term.row = my.output_row(term.key);
-            if (outputs.row_weights != nullptr) term.weight = outputs.row_weights[index];
-        }
-    }
-    push_carried(my, rows, term.key);
-    const TermOrder order = order_terms(term.key);
-    term.ends_rank = order.position == order.count - 1;
-    unsigned char* out = my.combine_row(rows.peer(), my.push_base(rows.block) + rows.row);
-    sum_terms<Spec::kHidden, kSumExperts>(term, order, outputs.row_weights != nullptr,
-                                          {out, nullptr, nullptr, false});
-}
-
-template <typename Spec>
-DEEPCOMM_DEVICE void push_sums(const CombineBlock<Spec>& my) {
-    auto queue = PushCursor<Spec>::queue_of(my);
-    PushCursor<Spec> rows(my, queue);
-    while (rows.open_chunk()) {
-        for (; rows.row < rows.end; ++rows.row) push_sum(my, rows);
-        announce_pushed(my, {rows.block, rows.chunk});
-    }
 }
 
 }  // namespace deepcomm::kernels

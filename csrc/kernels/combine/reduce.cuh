@@ -29,7 +29,7 @@ DEEPCOMM_DEVICE const unsigned char* own_row(const CombineBlock<Spec>& my, int32
 
 template <typename Spec>
 DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token) {
-    ReducePair pair = {{nullptr, -1, 0.0f, false}, -1, -1, -1, -1, false, false};
+    ReducePair pair = {{nullptr, -1, 1.0f}, -1, -1, -1, -1, false, false};
     const int32_t k = my.warp.thread_idx();
     if (k >= my.params.num_topk) return pair;
     const RoutingTable& table = my.params.table;
@@ -52,7 +52,6 @@ DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token
         pair.row_back = token_slot - my.sent_base(pair.block) + my.combine_base(pair.block);
         pair.term.key = expert;
         pair.term.row = my.combine_row(my.rank(), pair.row_back);
-        pair.term.weight = 1.0f;
     }
     return pair;
 }
@@ -120,24 +119,17 @@ DEEPCOMM_DEVICE SumTarget sum_target(const CombineBlock<Spec>& my, int32_t token
     return sum;
 }
 
+/// TOKEN.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
     ReducePair pair = load_pair(my, token);
     const TermOrder order = order_terms(pair.term.key);
-    // The own rank's terms are neighbours; the others are alone with their rank.
-    const int32_t num_lower =
-        device::popcount(device::warp_ballot(pair.term.key >= 0 && pair.dst < my.rank()));
-    const int32_t num_own = device::popcount(device::warp_ballot(pair.slot >= 0));
-    pair.term.ends_rank = pair.slot < 0 || order.position == num_lower + num_own - 1;
     const bool is_lost = device::warp_ballot(pair.is_lost) != 0;
     if (!await_rows(my, pair)) return false;
     bring_weights(my, pair, token);
     pair.term.is_sum = Spec::kStage == kStageBetweenNodes && pair.slot >= 0;
-    constexpr SumKind kKind = Spec::kByExpert                      ? kSumExperts
-                              : Spec::kStage == kStageBetweenNodes ? kSumNodes
-                                                                   : kSumRanks;
-    sum_terms<Spec::kHidden, kKind>(pair.term, order, my.params.topk_weights != nullptr,
-                                    sum_target(my, token, is_lost));
+    constexpr SumKind kKind = Spec::kStage == kStageBetweenNodes ? kSumNodes : kSumRanks;
+    sum_terms<Spec::kHidden, kKind>(pair.term, order, sum_target(my, token, is_lost));
     return true;
 }
 
@@ -147,15 +139,17 @@ DEEPCOMM_DEVICE WorkQueue<1> tokens_to_reduce(const CombineBlock<Spec>& my) {
     uint32_t* word = my.params.meet.taken + 1;
     const int32_t num_blocks = my.block.num_blocks(), w = my.warp.warp_idx();
     if (!my.are_roles_apart()) {
-        const int32_t first = my.block.block_idx() * Spec::kReduceWarps;
-        return {word, first + w - Spec::kPushWarps, num_blocks * Spec::kReduceWarps};
+        const int32_t num_others = Spec::kByExpert ? 0 : Spec::kPushWarps;
+        const int32_t num_reducing = Spec::kWarps - num_others;
+        return {word, my.block.block_idx() * num_reducing + w - num_others,
+                num_blocks * num_reducing};
     }
     const int32_t num_reducing = num_blocks - my.num_pushing();
     const int32_t reducer = (my.block.block_idx() - my.num_pushing()) * Spec::kWarps + w;
     return {word, my.pushes() ? -1 : reducer, num_reducing * Spec::kWarps};
 }
 
-/// This warp's tokens. False when a rank did not come.
+/// TOKEN: this warp's tokens. False when a rank did not come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
     WorkQueue<1> queue = tokens_to_reduce(my);

@@ -15,6 +15,7 @@ namespace deepcomm::kernels {
 /// added between nodes as they are.
 enum CombineStage { kStageAlone, kStageInNode, kStageBetweenNodes };
 
+constexpr int32_t kPieceUnroll = 2;  ///< vectors of a lane in a piece of a row
 constexpr int32_t kMaxPushing = 12;  ///< blocks: more do not fill the link better
 
 /// Nodes whose tokens a rank sends on; 1 where there is one node, 0 between nodes.
@@ -32,17 +33,34 @@ struct CombineSpec {
     /// Blocks of rows that go to a rank; those of the expert layouts hold rows of all origins.
     static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
-    // TOKEN rows are pushed by bulk copies, which take few warps; sums by experts take many.
-    static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageAlone ? 20 : 16;
-    static constexpr int32_t kStageBytes = static_cast<int32_t>(round_up(kRowBytes, 128));
+    // TOKEN rows are pushed by a few warps; all others reduce, and all of an expert layout do both.
+    static constexpr int32_t kWarps = kByExpert ? 16 : kStage == kStageAlone ? 20 : 16;
+    // What a stage holds: a row, or one part of the rows of several terms.
+    static constexpr int32_t kRowVectors = kHidden / kChannelsOfVector;
+    static constexpr int32_t kPieceVectors = clamp(kRowVectors, 1, kPieceUnroll* device::kWarpSize);
+    static constexpr int32_t kPieceBytes = kPieceVectors * 16;
+    static constexpr int32_t kNumParts = static_cast<int32_t>(ceil_div(kRowVectors, kPieceVectors));
+    static constexpr int32_t kTermsAtOnce = 6;
+    static constexpr int32_t kStageBytes =
+        static_cast<int32_t>(round_up(kByExpert ? kTermsAtOnce * kPieceBytes : kRowBytes, 128));
     static constexpr int32_t kPushWarps =
-        kByExpert ? 6 : clamp(kStageBudgetBytes / (2 * kStageBytes), 1, 4);
-    static constexpr int32_t kReduceWarps = kWarps - kPushWarps;
+        kByExpert ? kWarps : clamp(kStageBudgetBytes / (2 * kStageBytes), 1, 4);
     static constexpr int32_t kStages =
         clamp(kStageBudgetBytes / (kPushWarps * kStageBytes), 1, kMaxStages);
+    // Sums leave from registers: no store reads a stage.
+    static constexpr int32_t kMaxUnread = kByExpert ? 0 : kUnreadOf<kStages>;
 
     using Bank = StageBank<kPushWarps, kStages, kStageBytes>;
-    using Pipe = RowPipe<kStages, kStageBytes, kRowBytes, kRowBytes>;
+    using Pipe = RowPipe<kStages, kStageBytes, kRowBytes, kRowBytes, kMaxUnread>;
+
+    DEEPCOMM_DEVICE static constexpr int32_t vectors_of(int32_t part) {
+        constexpr int32_t kLast = kRowVectors - (kNumParts - 1) * kPieceVectors;
+        return part + 1 == kNumParts ? kLast : kPieceVectors;
+    }
+    /// Terms [begin, end) share a stage.
+    DEEPCOMM_DEVICE static constexpr int32_t end_of_round(int32_t begin, int32_t count) {
+        return begin + kTermsAtOnce < count ? begin + kTermsAtOnce : count;
+    }
 };
 
 /// The handle's plan, and the meeting.
@@ -58,13 +76,6 @@ struct CombineShared {
 
     CombineTables<Spec> tables;
     typename Spec::Bank bank;
-};
-
-template <int32_t kNumRanks, int32_t kHidden, int32_t kOrigins>
-struct CombineShared<kNumRanks, kHidden, true, kOrigins> {
-    using Spec = CombineSpec<kNumRanks, kHidden, true, kOrigins>;
-
-    CombineTables<Spec> tables;
 };
 
 /// What all warps of a block share.

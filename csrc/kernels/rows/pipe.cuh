@@ -30,11 +30,15 @@ struct RowPiece {
     uint32_t scale_bytes;
 };
 
+/// Stages whose stores may still read them. Loads queue behind the stores of their SM, so most stages
+/// hold rows that come.
+template <int32_t kStages>
+constexpr int32_t kUnreadOf = kStages > 4 ? 2 : 1;
+
 /// One warp's stages, used in turn.
-template <int32_t kStages, int32_t kBytes, int32_t kLoadBytes, int32_t kScalesAt>
+template <int32_t kStages, int32_t kBytes, int32_t kLoadBytes, int32_t kScalesAt,
+          int32_t kMaxUnread = kUnreadOf<kStages>>
 struct RowPipe {
-    // Loads queue behind the stores of their SM, so most stages hold rows that come.
-    static constexpr int32_t kMaxUnread = kStages > 4 ? 2 : 1;
     static constexpr int32_t kLoadsAhead = kStages - kMaxUnread;
 
     unsigned char (*stages)[kBytes];
@@ -53,15 +57,22 @@ struct RowPipe {
     DEEPCOMM_DEVICE unsigned char* current() const { return stages[num_used % kStages]; }
 
     DEEPCOMM_DEVICE void load(const RowPiece& piece) {
+        load_with([&](unsigned char* stage, device::Mbarrier* barrier) -> uint32_t {
+            if (!device::Warp{}.is_leader()) return 0;
+            device::bulk_load(stage, piece.row, kLoadBytes, barrier);
+            if (piece.scales == nullptr) return kLoadBytes;
+            device::bulk_load(stage + kScalesAt, piece.scales, piece.scale_bytes, barrier);
+            return kLoadBytes + piece.scale_bytes;
+        });
+    }
+
+    /// issue(stage, mbarrier) loads what the stage shall hold, by any lanes, and tells the leader how
+    /// many bytes that is.
+    template <typename Issue>
+    DEEPCOMM_DEVICE void load_with(Issue&& issue) {
         const uint32_t stage = num_loaded++ % kStages;
+        const uint32_t num_bytes = issue(stages[stage], &full[stage]);
         if (!device::Warp{}.is_leader()) return;
-        uint32_t num_bytes = kLoadBytes;
-        device::bulk_load(stages[stage], piece.row, kLoadBytes, &full[stage]);
-        if (piece.scales != nullptr) {
-            device::bulk_load(stages[stage] + kScalesAt, piece.scales, piece.scale_bytes,
-                              &full[stage]);
-            num_bytes += piece.scale_bytes;
-        }
         device::mbarrier_arrive_expect_tx(&full[stage], num_bytes);
     }
 

@@ -7,6 +7,8 @@
 namespace deepcomm::kernels {
 
 constexpr int32_t kSumUnroll = 4;  ///< vectors of each lane that are summed together
+constexpr int32_t kVectorsAtOnce = kSumUnroll * device::kWarpSize;
+constexpr int32_t kChannelsOfVector = 8;
 constexpr uint32_t kNanPair = 0x7FFF7FFFu;
 
 /// A lane's row to add, if it has one; terms are added in ascending order of their keys.
@@ -14,12 +16,11 @@ struct Term {
     const unsigned char* row;
     int32_t key;  ///< -1: none
     float weight;
-    bool ends_rank;       ///< the last of its rank
     bool is_sum = false;  ///< FP32: what a node has summed already
 };
 
-/// What is added up: rows of experts and of other ranks, rows of ranks, or rows and sums of nodes.
-enum SumKind { kSumExperts, kSumRanks, kSumNodes };
+/// What is added up: rows of ranks, or rows and sums of nodes.
+enum SumKind { kSumRanks, kSumNodes };
 
 /// Lanes of the terms in their order.
 struct TermOrder {
@@ -43,9 +44,7 @@ DEEPCOMM_DEVICE Term term_at(const Term& own, const TermOrder& order, int32_t po
     const int32_t lane = device::lowest_bit(device::warp_ballot(order.position == position));
     const auto bits = reinterpret_cast<uint64_t>(own.row);
     const uint64_t row = device::warp_shuffle(bits, lane);
-    const uint32_t ends = device::warp_ballot(own.ends_rank);
-    Term term = {reinterpret_cast<const unsigned char*>(row), 0,
-                 device::warp_shuffle(own.weight, lane), (ends >> lane & 1) != 0};
+    Term term = {reinterpret_cast<const unsigned char*>(row), 0, 1.0f};
     if (kKind == kSumNodes) term.is_sum = (device::warp_ballot(own.is_sum) >> lane & 1) != 0;
     return term;
 }
@@ -94,26 +93,6 @@ DEEPCOMM_DEVICE void scale_by(Floats8* floats, float weight) {
     for (int32_t i = 0; i < 8; ++i) floats->values[i] = device::fmul_rn(weight, floats->values[i]);
 }
 
-/// Partial sums of a rank, when it may have several terms, and of all ranks.
-template <SumKind kKind>
-struct Accumulator {
-    Floats8 total;
-    Floats8 partial;
-
-    DEEPCOMM_DEVICE void add(const device::Vec128& vector, const Term& term, bool has_weights) {
-        Floats8 floats = floats_of(vector);
-        if (kKind != kSumExperts) {
-            add_to(&total, floats);
-            return;
-        }
-        if (has_weights) scale_by(&floats, term.weight);
-        add_to(&partial, floats);
-        if (!term.ends_rank) return;
-        add_to(&total, floats_of(bf16_of(partial)));  // rounded to the wire's type
-        partial = Floats8{};
-    }
-};
-
 template <int32_t kNumVectors>
 struct RowVectors {
     device::Vec128 vectors[kSumUnroll];
@@ -130,9 +109,8 @@ struct RowVectors {
 };
 
 /// Adds vectors first, first + 32, ... of a sum that is FP32 already.
-template <int32_t kNumVectors, SumKind kKind>
-DEEPCOMM_DEVICE void add_sum(Accumulator<kKind> (&sums)[kSumUnroll], const unsigned char* row,
-                             int32_t first) {
+template <int32_t kNumVectors>
+DEEPCOMM_DEVICE void add_sum(Floats8 (&sums)[kSumUnroll], const unsigned char* row, int32_t first) {
     const auto* from = reinterpret_cast<const device::Vec128*>(row);
     DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kSumUnroll; ++i) {
@@ -145,24 +123,24 @@ DEEPCOMM_DEVICE void add_sum(Accumulator<kKind> (&sums)[kSumUnroll], const unsig
         for (int32_t j = 0; j < 8; ++j) {
             floats.values[j] = device::float_from_bits(halves[j / 4].words[j % 4]);
         }
-        add_to(&sums[i].total, floats);
+        add_to(&sums[i], floats);
     }
 }
 
 /// Stores vectors first, first + 32, ... of the sum unrounded.
-template <int32_t kNumVectors, SumKind kKind>
-DEEPCOMM_DEVICE void store_floats(const Accumulator<kKind> (&sums)[kSumUnroll],
-                                  const SumTarget& target, int32_t first) {
+template <int32_t kNumVectors, int32_t kUnroll>
+DEEPCOMM_DEVICE void store_floats(const Floats8 (&sums)[kUnroll], const SumTarget& target,
+                                  int32_t first) {
     auto* out = reinterpret_cast<device::Vec128*>(target.floats);
     DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kSumUnroll; ++i) {
+    for (int32_t i = 0; i < kUnroll; ++i) {
         const int32_t index = first + i * device::kWarpSize;
         if (index >= kNumVectors) continue;
         device::Vec128 halves[2];
         DEEPCOMM_UNROLL
         for (int32_t j = 0; j < 8; ++j) {
             halves[j / 4].words[j % 4] =
-                target.is_lost ? kNanBits : device::float_bits(sums[i].total.values[j]);
+                target.is_lost ? kNanBits : device::float_bits(sums[i].values[j]);
         }
         out[2 * index] = halves[0];
         out[2 * index + 1] = halves[1];
@@ -170,9 +148,8 @@ DEEPCOMM_DEVICE void store_floats(const Accumulator<kKind> (&sums)[kSumUnroll],
 }
 
 /// Finishes and stores vectors first, first + 32, ... of the sum.
-template <int32_t kNumVectors, SumKind kKind>
-DEEPCOMM_DEVICE void store_sum(Accumulator<kKind> (&sums)[kSumUnroll], const SumTarget& target,
-                               int32_t first) {
+template <int32_t kNumVectors, int32_t kUnroll>
+DEEPCOMM_DEVICE void store_sum(Floats8 (&sums)[kUnroll], const SumTarget& target, int32_t first) {
     if (target.floats != nullptr) {
         store_floats<kNumVectors>(sums, target, first);
         return;
@@ -180,11 +157,11 @@ DEEPCOMM_DEVICE void store_sum(Accumulator<kKind> (&sums)[kSumUnroll], const Sum
     auto* out = reinterpret_cast<device::Vec128*>(target.out);
     const auto* bias = reinterpret_cast<const device::Vec128*>(target.bias);
     DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kSumUnroll; ++i) {
+    for (int32_t i = 0; i < kUnroll; ++i) {
         const int32_t index = first + i * device::kWarpSize;
         if (index >= kNumVectors) continue;
-        if (bias != nullptr) add_to(&sums[i].total, floats_of(bias[index]));
-        device::Vec128 vector = bf16_of(sums[i].total);
+        if (bias != nullptr) add_to(&sums[i], floats_of(bias[index]));
+        device::Vec128 vector = bf16_of(sums[i]);
         if (target.is_lost) vector = {{kNanPair, kNanPair, kNanPair, kNanPair}};
         device::st_weak_streaming(out + index, vector);
     }
@@ -201,31 +178,26 @@ DEEPCOMM_DEVICE void load_term(const Term& term, int32_t first, RowVectors<kNumV
 }
 
 template <SumKind kKind, int32_t kNumVectors>
-DEEPCOMM_DEVICE void add_term(Accumulator<kKind> (&sums)[kSumUnroll], const Term& term,
-                              const RowVectors<kNumVectors>& vectors, bool has_weights,
-                              int32_t first) {
+DEEPCOMM_DEVICE void add_term(Floats8 (&sums)[kSumUnroll], const Term& term,
+                              const RowVectors<kNumVectors>& vectors, int32_t first) {
     if (is_sum<kKind>(term)) {
         add_sum<kNumVectors>(sums, term.row, first);
         return;
     }
     DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kSumUnroll; ++i) {
-        sums[i].add(vectors.vectors[i], term, has_weights);
-    }
+    for (int32_t i = 0; i < kSumUnroll; ++i) add_to(&sums[i], floats_of(vectors.vectors[i]));
 }
 
 /// All lanes of a warp. Two terms are loaded together: what a warp has in flight, not its arithmetic,
 /// decides how fast rows are read.
 template <int32_t kHidden, SumKind kKind>
-DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has_weights,
-                               const SumTarget& target) {
-    constexpr int32_t kNumVectors = kHidden / 8;
-    constexpr int32_t kPart = kSumUnroll * device::kWarpSize;
+DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, const SumTarget& target) {
+    constexpr int32_t kNumVectors = kHidden / kChannelsOfVector;
     const int32_t lane = device::Warp{}.thread_idx();
     const int32_t count = target.is_lost ? 0 : order.count;
-    for (int32_t begin = 0; begin < kNumVectors; begin += kPart) {
+    for (int32_t begin = 0; begin < kNumVectors; begin += kVectorsAtOnce) {
         const int32_t first = begin + lane;
-        Accumulator<kKind> sums[kSumUnroll] = {};
+        Floats8 sums[kSumUnroll] = {};
         for (int32_t j = 0; j < count; j += 2) {
             RowVectors<kNumVectors> vectors[2]{};
             const Term one = term_at<kKind>(own, order, j);
@@ -236,8 +208,8 @@ DEEPCOMM_DEVICE void sum_terms(const Term& own, const TermOrder& order, bool has
                 two = term_at<kKind>(own, order, j + 1);
                 load_term<kKind>(two, first, &vectors[1]);
             }
-            add_term(sums, one, vectors[0], has_weights, first);
-            if (are_two) add_term(sums, two, vectors[1], has_weights, first);
+            add_term<kKind>(sums, one, vectors[0], first);
+            if (are_two) add_term<kKind>(sums, two, vectors[1], first);
         }
         store_sum<kNumVectors>(sums, target, first);
     }
