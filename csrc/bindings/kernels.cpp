@@ -173,12 +173,13 @@ void bind_send(py::module_& module) {
     def_address(send, "round", &SendParams::round);
     def_address(send, "counts", &SendParams::counts);
     auto scales = kernel_params<ScaleParams>(module, "ScaleParams");
-    scales.def_readwrite("num_rows", &ScaleParams::num_rows)
+    scales.def_readwrite("num_blocks", &ScaleParams::num_blocks)
         .def_readwrite("block_rows", &ScaleParams::block_rows)
         .def_readwrite("column_words", &ScaleParams::column_words)
         .def_readwrite("scale_words", &ScaleParams::scale_words);
     def_address(scales, "rows", &ScaleParams::rows);
     def_address(scales, "columns", &ScaleParams::columns);
+    def_address(scales, "used_rows", &ScaleParams::used_rows);
 }
 
 void bind_combine(py::module_& module) {

@@ -297,9 +297,10 @@ class ScaleParams:
     block_rows: int
     column_words: int
     columns: int
-    num_rows: int
+    num_blocks: int
     rows: int
     scale_words: int
+    used_rows: int
     def __init__(self) -> None: ...
     @property
     def address(self) -> int: ...

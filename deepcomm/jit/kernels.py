@@ -77,7 +77,7 @@ KERNELS: tuple[Kernel, ...] = (
         shared="SendShared",
         spec=(NUM_RANKS, HIDDEN, SpecParameter("wire", (0, 1, 2)), BY_EXPERT),
     ),
-    Kernel("dispatch_scales", "kernels/dispatch/scales.cuh", shared="ScaleShared"),
+    Kernel("dispatch_scales", "kernels/dispatch/scales.cuh"),
     Kernel(
         "combine",
         "kernels/combine/kernel.cuh",

@@ -94,9 +94,10 @@ struct SendParams {
 
 /// dispatch_scales: scales of the expert layouts, from rows to columns.
 struct ScaleParams {
-    const uint32_t* rows;  ///< [num_rows, scale_words]
-    uint32_t* columns;     ///< [blocks, scale_words, column_words]
-    int64_t num_rows;      ///< of all blocks
+    const uint32_t* rows;      ///< [blocks, block_rows, scale_words]
+    uint32_t* columns;         ///< [blocks, scale_words, column_words]
+    const int32_t* used_rows;  ///< [blocks]: rows to turn, the first ones of each block
+    int32_t num_blocks;
     int32_t block_rows;
     int32_t column_words;  ///< a block's rows, rounded up
     int32_t scale_words;

@@ -131,7 +131,7 @@ class Dispatch:
             record = self._with_row_records(record, counted)
             self._send(landing, record, outputs)
             if outputs.scales is not None:
-                self._turn_scales(outputs.scales)
+                self._turn_scales(outputs.scales, record.counts)
         else:
             self._send(landing, record, None)
             if (counted := self._learn_counts(exchange)) is None:
@@ -319,7 +319,9 @@ class Dispatch:
     ) -> None:
         target.rows = address_of(outputs.x)
         if outputs.scales is not None:
-            make = torch.zeros if self._request.zero_padding else torch.empty
+            # Between the experts of EXPERT; rows after the used ones stay as they were allocated.
+            has_gaps = self._request.zero_padding and not self.is_padded
+            make = torch.zeros if has_gaps else torch.empty
             self._scale_rows = make(
                 outputs.scales.shape, dtype=outputs.scales.dtype, device=outputs.scales.device
             )
@@ -328,14 +330,17 @@ class Dispatch:
         target.row_slots = address_of(record.row_slots)
         target.row_weights = address_of(record.row_weights)
 
-    def _turn_scales(self, scales: torch.Tensor) -> None:
+    def _turn_scales(self, scales: torch.Tensor, counts: torch.Tensor) -> None:
         """Launch dispatch_scales, from the rows that dispatch_send has written."""
         assert self._scale_rows is not None
         block_rows, words = scales.shape[-2:]
         params = kernels.ScaleParams()
         params.rows = address_of(self._scale_rows)
         params.columns = address_of(scales)
-        params.num_rows = scales.numel() // words
+        # Rows of each expert, or the end of the last one's: the last of the offsets.
+        num_local = self._domain.num_local_experts
+        params.used_rows = address_of(counts if self.is_padded else counts[2 * num_local :])
+        params.num_blocks = num_local if self.is_padded else 1
         params.block_rows = block_rows
         params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
         params.scale_words = words
