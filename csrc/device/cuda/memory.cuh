@@ -1,86 +1,91 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loads, stores and atomics with order and scope in their names, and fences. gpu and sys scope act
-// on global memory; block scope takes any address. One instruction a function.
+// on global memory, block scope on shared memory: by generic addresses, atomics there take long. One
+// instruction a function.
 #pragma once
 
 #include "device/cuda/platform.cuh"
 
 namespace deepcomm::device {
 
+// What an instruction that names its state space takes for an address.
+#define DEEPCOMM_IN_GLOBAL(address) address
+#define DEEPCOMM_IN_SHARED(address) __cvta_generic_to_shared(address)
+
 // ORDER: an acquire load pairs with a release store, red or atomic of a scope that reaches it; the
 // "memory" clobber keeps the compiler from moving plain accesses across.
-#define DEEPCOMM_DEFINE_LOAD(name, order, type, constraint, suffix) \
-    DEEPCOMM_DEVICE type name(const type* address) {                \
-        type value;                                                 \
-        asm volatile("ld." order suffix " %0, [%1];"                \
-                     : "=" constraint(value)                        \
-                     : "l"(address)                                 \
-                     : "memory");                                   \
-        return value;                                               \
+#define DEEPCOMM_DEFINE_LOAD(name, order, type, constraint, suffix, place) \
+    DEEPCOMM_DEVICE type name(const type* address) {                       \
+        type value;                                                        \
+        asm volatile("ld." order suffix " %0, [%1];"                       \
+                     : "=" constraint(value)                               \
+                     : "l"(place(address))                                 \
+                     : "memory");                                          \
+        return value;                                                      \
     }
 
-#define DEEPCOMM_DEFINE_STORE(name, order, type, constraint, suffix)                   \
-    DEEPCOMM_DEVICE void name(type* address, type value) {                             \
-        asm volatile("st." order suffix " [%0], %1;" ::"l"(address), constraint(value) \
-                     : "memory");                                                      \
+#define DEEPCOMM_DEFINE_STORE(name, order, type, constraint, suffix, place)                   \
+    DEEPCOMM_DEVICE void name(type* address, type value) {                                    \
+        asm volatile("st." order suffix " [%0], %1;" ::"l"(place(address)), constraint(value) \
+                     : "memory");                                                             \
     }
 
-#define DEEPCOMM_DEFINE_RED(name, order, type, constraint, suffix)                      \
-    DEEPCOMM_DEVICE void name(type* address, type value) {                              \
-        asm volatile("red." order suffix " [%0], %1;" ::"l"(address), constraint(value) \
-                     : "memory");                                                       \
+#define DEEPCOMM_DEFINE_RED(name, order, type, constraint, suffix, place)                      \
+    DEEPCOMM_DEVICE void name(type* address, type value) {                                     \
+        asm volatile("red." order suffix " [%0], %1;" ::"l"(place(address)), constraint(value) \
+                     : "memory");                                                              \
     }
 
-#define DEEPCOMM_DEFINE_ATOM(name, order, type, constraint, suffix) \
-    DEEPCOMM_DEVICE type name(type* address, type value) {          \
-        type before;                                                \
-        asm volatile("atom." order suffix " %0, [%1], %2;"          \
-                     : "=" constraint(before)                       \
-                     : "l"(address), constraint(value)              \
-                     : "memory");                                   \
-        return before;                                              \
+#define DEEPCOMM_DEFINE_ATOM(name, order, type, constraint, suffix, place) \
+    DEEPCOMM_DEVICE type name(type* address, type value) {                 \
+        type before;                                                       \
+        asm volatile("atom." order suffix " %0, [%1], %2;"                 \
+                     : "=" constraint(before)                              \
+                     : "l"(place(address)), constraint(value)              \
+                     : "memory");                                          \
+        return before;                                                     \
     }
 
-#define DEEPCOMM_DEFINE_CAS(name, order, type, constraint, suffix)             \
-    DEEPCOMM_DEVICE type name(type* address, type expected, type desired) {    \
-        type before;                                                           \
-        asm volatile("atom." order suffix " %0, [%1], %2, %3;"                 \
-                     : "=" constraint(before)                                  \
-                     : "l"(address), constraint(expected), constraint(desired) \
-                     : "memory");                                              \
-        return before;                                                         \
+#define DEEPCOMM_DEFINE_CAS(name, order, type, constraint, suffix, place)             \
+    DEEPCOMM_DEVICE type name(type* address, type expected, type desired) {           \
+        type before;                                                                  \
+        asm volatile("atom." order suffix " %0, [%1], %2, %3;"                        \
+                     : "=" constraint(before)                                         \
+                     : "l"(place(address)), constraint(expected), constraint(desired) \
+                     : "memory");                                                     \
+        return before;                                                                \
     }
 
-#define DEEPCOMM_DEFINE_SCOPE(scope, ptx, type, constraint, bits)                                 \
-    DEEPCOMM_DEFINE_LOAD(ld_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)         \
-    DEEPCOMM_DEFINE_LOAD(ld_acquire_##scope, "acquire." ptx, type, constraint, ".u" bits)         \
-    DEEPCOMM_DEFINE_STORE(st_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits)        \
-    DEEPCOMM_DEFINE_STORE(st_release_##scope, "release." ptx, type, constraint, ".u" bits)        \
+#define DEEPCOMM_DEFINE_SCOPE(scope, ptx, type, constraint, bits, place)                          \
+    DEEPCOMM_DEFINE_LOAD(ld_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits, place)  \
+    DEEPCOMM_DEFINE_LOAD(ld_acquire_##scope, "acquire." ptx, type, constraint, ".u" bits, place)  \
+    DEEPCOMM_DEFINE_STORE(st_relaxed_##scope, "relaxed." ptx, type, constraint, ".u" bits, place) \
+    DEEPCOMM_DEFINE_STORE(st_release_##scope, "release." ptx, type, constraint, ".u" bits, place) \
     DEEPCOMM_DEFINE_RED(red_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,         \
-                        ".u" bits)                                                                \
+                        ".u" bits, place)                                                         \
     DEEPCOMM_DEFINE_RED(red_add_release_##scope, "release." ptx ".add", type, constraint,         \
-                        ".u" bits)                                                                \
+                        ".u" bits, place)                                                         \
     DEEPCOMM_DEFINE_ATOM(atom_add_relaxed_##scope, "relaxed." ptx ".add", type, constraint,       \
-                         ".u" bits)                                                               \
+                         ".u" bits, place)                                                        \
     DEEPCOMM_DEFINE_ATOM(atom_add_acquire_##scope, "acquire." ptx ".add", type, constraint,       \
-                         ".u" bits)                                                               \
+                         ".u" bits, place)                                                        \
     DEEPCOMM_DEFINE_ATOM(atom_add_release_##scope, "release." ptx ".add", type, constraint,       \
-                         ".u" bits)                                                               \
+                         ".u" bits, place)                                                        \
     DEEPCOMM_DEFINE_ATOM(atom_add_acq_rel_##scope, "acq_rel." ptx ".add", type, constraint,       \
-                         ".u" bits)                                                               \
+                         ".u" bits, place)                                                        \
     DEEPCOMM_DEFINE_ATOM(atom_or_relaxed_##scope, "relaxed." ptx ".or", type, constraint,         \
-                         ".b" bits)                                                               \
+                         ".b" bits, place)                                                        \
     DEEPCOMM_DEFINE_ATOM(atom_exchange_acq_rel_##scope, "acq_rel." ptx ".exch", type, constraint, \
-                         ".b" bits)                                                               \
+                         ".b" bits, place)                                                        \
     DEEPCOMM_DEFINE_CAS(atom_cas_relaxed_##scope, "relaxed." ptx ".cas", type, constraint,        \
-                        ".b" bits)                                                                \
+                        ".b" bits, place)                                                         \
     DEEPCOMM_DEFINE_CAS(atom_cas_acq_rel_##scope, "acq_rel." ptx ".cas", type, constraint,        \
-                        ".b" bits)
+                        ".b" bits, place)
 
-#define DEEPCOMM_DEFINE_TYPE(type, constraint, bits)                 \
-    DEEPCOMM_DEFINE_SCOPE(block, "cta", type, constraint, bits)      \
-    DEEPCOMM_DEFINE_SCOPE(gpu, "gpu.global", type, constraint, bits) \
-    DEEPCOMM_DEFINE_SCOPE(sys, "sys.global", type, constraint, bits)
+#define DEEPCOMM_DEFINE_TYPE(type, constraint, bits)                                       \
+    DEEPCOMM_DEFINE_SCOPE(block, "cta.shared", type, constraint, bits, DEEPCOMM_IN_SHARED) \
+    DEEPCOMM_DEFINE_SCOPE(gpu, "gpu.global", type, constraint, bits, DEEPCOMM_IN_GLOBAL)   \
+    DEEPCOMM_DEFINE_SCOPE(sys, "sys.global", type, constraint, bits, DEEPCOMM_IN_GLOBAL)
 
 DEEPCOMM_DEFINE_TYPE(uint32_t, "r", "32")
 DEEPCOMM_DEFINE_TYPE(uint64_t, "l", "64")
@@ -92,6 +97,8 @@ DEEPCOMM_DEFINE_TYPE(uint64_t, "l", "64")
 #undef DEEPCOMM_DEFINE_RED
 #undef DEEPCOMM_DEFINE_STORE
 #undef DEEPCOMM_DEFINE_LOAD
+#undef DEEPCOMM_IN_SHARED
+#undef DEEPCOMM_IN_GLOBAL
 
 // ---- strong vectors: 16 bytes in one single-copy atomic access, for flags that travel with data
 
