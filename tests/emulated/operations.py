@@ -127,6 +127,12 @@ SCENARIOS: dict[str, Scenario] = {
         small(TOKEN, num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3, capacity=4),
         exchange_once,
     ),
+    # Warps count more than one batch of tokens.
+    "batches": Scenario(
+        small(TOKEN, num_ranks=1, num_tokens=264, even=True, num_topk=1, hidden=16, capacity=4),
+        exchange_once,
+        num_sms=1,
+    ),
     # Waits run out in the middle of things.
     "hasty": Scenario(
         full(EXPERT, num_tokens=136, experts_per_rank=4),

@@ -58,68 +58,104 @@ DEEPCOMM_DEVICE int32_t limit_of(const Header& header) {
     return header.capacity == kNoCapacity ? kNoLimit : header.capacity;
 }
 
-/// A token's row of a table, written four at a time where rows are whole vectors: a lane's rows are
-/// far apart, so that each store takes long.
-struct IdRow {
-    int32_t* row;
-    bool has_vectors;
-    device::Vec128 vector{};
-
-    DEEPCOMM_DEVICE IdRow(int32_t* to, int32_t num_topk)
-        : row(to), has_vectors(num_topk % 4 == 0) {}
-
-    /// In ascending order of k, known to the compiler modulo 4.
-    DEEPCOMM_DEVICE void put(int32_t k, int32_t value) {
-        if (!has_vectors) {
-            row[k] = value;
-            return;
-        }
-        vector.words[k % 4] = static_cast<uint32_t>(value);
-        if (k % 4 == 3) *reinterpret_cast<device::Vec128*>(row + k - 3) = vector;
-    }
+/// Where a lane's pairs are in a batch, of which it takes lane, lane + 32, ...: tokens in turn, and k
+/// in a token.
+struct PairPlaces {
+    int32_t token_lanes[kIdsAtOnce];
+    uint32_t firsts = 0;  ///< bit i: pair i is its token's first for its rank
 };
 
-/// The slots of a lane's token.
-template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
-DEEPCOMM_DEVICE void assign_token(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
-                                  const Walk& walk, const WalkedToken& walked) {
-    const RoutingTable& table = my.params.table;
-    const bool by_expert = my.params.recv_layout != RecvLayout::kToken;
-    uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
-    const int64_t first = static_cast<int64_t>(walked.token) * my.params.num_topk;
-    IdRow experts(table.topk_idx + first, walk.num_topk);
-    IdRow token_slots(table.token_slot + first, walk.num_topk);
-    IdRow pair_slots(table.pair_slot + first, walk.num_topk);
-    walk.for_each_pair(walked.token, [&](int32_t k, int64_t, const Pair& pair) {
-        int32_t token_slot = -1, pair_slot = -1;
-        if (pair.expert >= 0) {
-            const int32_t row = my.next_slot(pair.token_counter);
-            if ((walked.firsts >> k & 1) != 0) token_slot = row;
-            pair_slot = by_expert ? my.next_slot(pair.pair_counter) : row;
-            if (pair_slot >= limit_of(my.smem.meet.headers[pair.dst])) {
-                device::atom_or_relaxed_gpu(lost + pair.pair_counter / my.kNumTotals, 1u);
-            }
-        }
-        experts.put(k, pair.expert);
-        token_slots.put(k, token_slot);
-        if (by_expert) pair_slots.put(k, pair_slot);
-    });
+/// All lanes, from a token's lane and k on, which move on.
+DEEPCOMM_DEVICE PairPlaces find_places(int32_t num_topk, uint32_t firsts_of_lane,
+                                       int32_t* token_lane, int32_t* k) {
+    PairPlaces places;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+        places.token_lanes[i] = *token_lane % device::kWarpSize;
+        const uint32_t firsts = device::warp_shuffle(firsts_of_lane, places.token_lanes[i]);
+        places.firsts |= (firsts >> *k & 1) << i;
+        *k += device::kWarpSize % num_topk;
+        *token_lane += device::kWarpSize / num_topk + (*k >= num_topk);
+        if (*k >= num_topk) *k -= num_topk;
+    }
+    return places;
 }
 
-/// Walks again and writes every pair's slot.
+/// What is stored of a pair.
+struct AssignedPair {
+    int32_t expert;      ///< or -1, and then all are
+    int32_t token_slot;  ///< or -1: not its token's first for its rank
+    int32_t pair_slot;
+    int32_t lost_from;  ///< its origin if it is lost, or -1
+};
+
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE AssignedPair assign_pair(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                         const Pair& pair, int32_t token_lane, bool is_first) {
+    // Without branches, so that the loads of several pairs fly together: any counter stands for none.
+    const int32_t row = my.slot_of(pair.token_counter, token_lane);
+    const int32_t of_expert = my.slot_of(pair.pair_counter, token_lane);
+    const int32_t limit = limit_of(my.smem.meet.headers[pair.dst < 0 ? 0 : pair.dst]);
+    const bool is_there = pair.expert >= 0;
+    const int32_t slot = my.params.recv_layout == RecvLayout::kToken ? row : of_expert;
+    return {pair.expert, is_there && is_first ? row : -1, is_there ? slot : -1,
+            is_there && slot >= limit ? pair.pair_counter / my.kNumTotals : -1};
+}
+
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void store_pair(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                int64_t index, const AssignedPair& assigned) {
+    const RoutingTable& table = my.params.table;
+    table.topk_idx[index] = assigned.expert;
+    table.token_slot[index] = assigned.token_slot;
+    if (my.params.recv_layout != RecvLayout::kToken) table.pair_slot[index] = assigned.pair_slot;
+    if (assigned.lost_from < 0) return;
+    uint32_t* lost = kNumOrigins > 1 ? my.params.lost : my.params.overflow;
+    device::atom_or_relaxed_gpu(lost + assigned.lost_from, 1u);
+}
+
+/// The slots of a batch that is marked, a lane a pair, so that ids are loaded and slots stored in a
+/// row; firsts are those of the lane's token.
+template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
+DEEPCOMM_DEVICE void assign_batch(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
+                                  const Walk& walk, int32_t first_token, uint32_t firsts) {
+    const int32_t lane = device::Warp{}.thread_idx(), left = walk.end - first_token;
+    const int32_t count = (left < device::kWarpSize ? left : device::kWarpSize) * walk.num_topk;
+    const int64_t first = static_cast<int64_t>(first_token) * walk.num_topk;
+    int32_t token_lane = lane / walk.num_topk, k = lane % walk.num_topk;
+    for (int32_t begin = 0; begin < count; begin += kIdsAtOnce * device::kWarpSize) {
+        int64_t ids[kIdsAtOnce];
+        walk.load_every<device::kWarpSize>(first + begin + lane, count - begin - lane, ids);
+        const PairPlaces places = find_places(walk.num_topk, firsts, &token_lane, &k);
+        AssignedPair assigned[kIdsAtOnce];
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+            const int32_t counters = walk.counters_of(first_token + places.token_lanes[i]);
+            assigned[i] = assign_pair(my, walk.name(counters, ids[i]), places.token_lanes[i],
+                                      (places.firsts >> i & 1) != 0);
+        }
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kIdsAtOnce; ++i) {
+            const int32_t at = begin + i * device::kWarpSize + lane;
+            if (at < count) store_pair(my, first + at, assigned[i]);
+        }
+    }
+}
+
+/// Goes through the batches again and writes every pair's slot.
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
     if (!my.walks()) return;
     const Walk walk = my.walk(warp.warp_idx());
-    // The masks of a walk's only batch are still there.
-    const bool is_marked = walk.end - walk.begin <= warp.size();
+    if (walk.begin == walk.end) return;
+    if (walk.end - walk.begin <= warp.size()) {  // the masks of the only batch are still there
+        assign_batch(my, walk, walk.begin, my.smem.firsts[warp.warp_idx()][warp.thread_idx()]);
+        return;
+    }
     for (int32_t first = walk.begin; first < walk.end; first += warp.size()) {
-        const WalkedToken walked =
-            is_marked ? WalkedToken{walk.token_of(first),
-                                    my.smem.firsts[warp.warp_idx()][warp.thread_idx()], 0}
-                      : walk.mark(first, my.masks(), my.kNumCounters);
-        if (walked.token >= 0) assign_token(my, walk, walked);
+        const WalkedToken walked = walk.mark(first, my.masks(), my.kNumCounters);
+        assign_batch(my, walk, first, walked.firsts);
         warp.sync();  // ORDER: the counters are read before they move on
         add_marks(my.masks(), my.counters(), my.kNumCounters);
     }

@@ -56,9 +56,10 @@ struct CountBlock {
     DEEPCOMM_DEVICE bool walks() const { return device::Warp{}.warp_idx() < kWalkWarps; }
     DEEPCOMM_DEVICE uint32_t* counters() const { return smem.counters[device::Warp{}.warp_idx()]; }
     DEEPCOMM_DEVICE uint32_t* masks() const { return smem.masks[device::Warp{}.warp_idx()]; }
-    /// Of this lane's token, where its batch is marked.
-    DEEPCOMM_DEVICE int32_t next_slot(int32_t counter) const {
-        return static_cast<int32_t>(counters()[counter]) + num_before(masks()[counter]);
+    /// Of a token of the batch that is marked: its lane is the bit.
+    DEEPCOMM_DEVICE int32_t slot_of(int32_t counter, int32_t token_lane) const {
+        const uint32_t before = masks()[counter] & ((1u << token_lane) - 1);
+        return static_cast<int32_t>(counters()[counter]) + device::popcount(before);
     }
 
     DEEPCOMM_DEVICE Walk walk(int32_t warp_idx) const {
