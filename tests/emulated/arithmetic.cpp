@@ -38,6 +38,10 @@ void deepcomm_bf16_single(int64_t count, const uint16_t* bits, uint16_t* result)
     for (int64_t i = 0; i < count; ++i) result[i] = bf16_from_float(float_from_bf16(bits[i]));
 }
 
+void deepcomm_max_halves(int64_t count, const uint32_t* a, const uint32_t* b, uint32_t* result) {
+    for (int64_t i = 0; i < count; ++i) result[i] = max_u16x2(a[i], b[i]);
+}
+
 /// The FP8 cast of tiles of 128, one scale each.
 void deepcomm_cast_tiles(bool ue8m0, int64_t count, const uint32_t* x, uint32_t* data,
                          uint32_t* scales) {

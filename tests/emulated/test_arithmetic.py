@@ -88,6 +88,13 @@ def test_operations_round_once(library: ctypes.CDLL, index: int, operation: obje
     assert_same(result, expected, nan_above=0x7F800000)
 
 
+def test_larger_halves_are_numpys(library: ctypes.CDLL) -> None:
+    a, b = pairs()
+    result = np.empty_like(a)
+    call(library.deepcomm_max_halves, size(a), a, b, result)
+    assert np.array_equal(result.view(np.uint16), np.maximum(a.view(np.uint16), b.view(np.uint16)))
+
+
 def test_bf16_rounds_as_torch(library: ctypes.CDLL) -> None:
     other = np.roll(PATTERNS, 12345)
     packed = np.empty_like(PATTERNS)

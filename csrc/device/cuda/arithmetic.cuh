@@ -15,6 +15,9 @@ DEEPCOMM_DEVICE float fadd_rn(float a, float b) { return __fadd_rn(a, b); }
 DEEPCOMM_DEVICE float fmul_rn(float a, float b) { return __fmul_rn(a, b); }
 DEEPCOMM_DEVICE float fdiv_rn(float a, float b) { return __fdiv_rn(a, b); }
 
+/// The larger of both low halves and of both high halves, as unsigned integers.
+DEEPCOMM_DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
 /// Two BF16, low half first, rounded to nearest even.
 DEEPCOMM_DEVICE uint32_t bf16x2_from_floats(float low, float high) {
     uint32_t packed;

@@ -24,6 +24,13 @@ inline float fadd_rn(float a, float b) { return a + b; }
 inline float fmul_rn(float a, float b) { return a * b; }
 inline float fdiv_rn(float a, float b) { return a / b; }
 
+inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+    constexpr uint32_t kHigh = 0xFFFF0000u;
+    const uint32_t low = (a & ~kHigh) > (b & ~kHigh) ? a : b;
+    const uint32_t high = (a & kHigh) > (b & kHigh) ? a : b;
+    return (high & kHigh) | (low & ~kHigh);
+}
+
 inline uint32_t bf16x2_from_floats(float low, float high) {
     return bf16_from_float_bits(float_bits(low)) | bf16_from_float_bits(float_bits(high)) << 16;
 }
