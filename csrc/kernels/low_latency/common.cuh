@@ -159,18 +159,44 @@ struct PacketBatch {
         }
     }
 
-    /// Polls those that had not arrived.
-    DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
-                                 const PacketRange& range, int32_t first, uint32_t tag) {
-        Arrival arrival = Arrival::kHere;
+    /// Whether packet i, which a load has brought, is not of this turn yet.
+    DEEPCOMM_DEVICE bool is_missing(int32_t i, const PacketRange& range, int32_t first,
+                                    uint32_t tag) const {
+        return first + i * range.stride < range.num && packets[i].words[3] != tag;
+    }
+
+    /// Loads those again that had not arrived: all loads fly before the first is tested.
+    DEEPCOMM_DEVICE void reload(const PacketRange& range, int32_t first, uint32_t tag) {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * range.stride;
-            if (index >= range.num || packets[i].words[3] == tag) continue;
-            if (arrival != Arrival::kHere) continue;
-            arrival = wait_packet(params, site, range.packets + index, tag, &packets[i]);
+            const Vec128* packet = range.packets + first + i * range.stride;
+            if (is_missing(i, range, first, tag)) packets[i] = device::ld_relaxed_sys(packet);
         }
-        return arrival;
+    }
+
+    /// Polls those that had not arrived, all of them together: one after the other, each would cost
+    /// the latency of a load, although it has arrived meanwhile.
+    DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
+                                 const PacketRange& range, int32_t first, uint32_t tag) {
+        while (true) {
+            int32_t awaited = kCount;
+            DEEPCOMM_UNROLL
+            for (int32_t i = kCount - 1; i >= 0; --i) {
+                if (is_missing(i, range, first, tag)) awaited = i;
+            }
+            if (awaited == kCount) return Arrival::kHere;
+            const Vec128* address = range.packets + first + awaited * range.stride;
+            const Arrival arrival = wait_for(params, site, tag, address, [&]() -> device::Observed {
+                reload(range, first, tag);
+                uint32_t observed = tag;
+                DEEPCOMM_UNROLL
+                for (int32_t i = 0; i < kCount; ++i) {
+                    if (i == awaited) observed = packets[i].words[3];
+                }
+                return {observed, observed == tag};
+            });
+            if (arrival != Arrival::kHere) return arrival;
+        }
     }
 };
 
