@@ -16,11 +16,11 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
-    const layout::LowLatencyTurn turn =
-        kSends ? low_latency::take_turn(params.base) : *params.base.turn;
+    layout::LowLatencyTurn turn;
     if constexpr (kSends) {
-        if (!low_latency::send_dispatch(params, block, turn, shared)) return;
+        if (!low_latency::send_dispatch(params, block, &turn, shared)) return;
     } else {
+        turn = *params.base.turn;
         low_latency::find_peers(params.base, block, &shared.peers);
     }
     if constexpr (kReceives) {

@@ -9,22 +9,38 @@ namespace deepcomm::kernels::low_latency {
 
 // ---- sending
 
-/// Looks at the ids of one token; the first thread that finds a wrong one says which.
-DEEPCOMM_DEVICE layout::RefusalKind check_id(const LowLatencyDispatchParams& params, int32_t token,
-                                             int32_t k) {
-    const int64_t first = static_cast<int64_t>(token) * params.base.num_topk;
-    const int64_t id = id_at(params, first + k);
-    if (id < -1 || id >= params.num_experts) return layout::RefusalKind::kIdRange;
-    if (id == -1) return layout::RefusalKind::kNone;
-    for (int32_t before = 0; before < k; ++before) {
-        if (id_at(params, first + before) == id) return layout::RefusalKind::kIdTwice;
+/// The ids that a lane looks at for the header. A warp takes whole tokens, so that its lanes see
+/// which ids of a token are alike; lanes behind the last whole one have none.
+struct HeaderIds {
+    int32_t token;   ///< of the first id
+    int32_t stride;  ///< tokens from one id to the next
+    int32_t k;
+    int32_t row;  ///< of the token among those of the warp
+    int32_t num_tokens;
+
+    DEEPCOMM_DEVICE explicit HeaderIds(const LowLatencyDispatchParams& params,
+                                       const device::Block& block) {
+        const device::Warp warp;
+        const int32_t num_topk = params.base.num_topk;
+        const int32_t num_rows = device::kWarpSize / num_topk;
+        row = warp.thread_idx() / num_topk;
+        k = warp.thread_idx() % num_topk;
+        stride = block.size() / device::kWarpSize * num_rows;
+        num_tokens = params.base.num_tokens;
+        token = row < num_rows ? warp.warp_idx() * num_rows + row : num_tokens;
     }
-    return layout::RefusalKind::kNone;
-}
+
+    DEEPCOMM_DEVICE IdRange range(int32_t num_topk, int32_t round) const {
+        return {(token + round * stride) * num_topk + k, stride * num_topk, num_tokens * num_topk};
+    }
+};
+
+constexpr int32_t kHeaderIdsAtOnce = 4;
+using HeaderIdBatch = IdBatch<kHeaderIdsAtOnce>;
 
 /// Fills this rank's status: its host raises InvalidArgument.
 DEEPCOMM_DEVICE void report_id(const LowLatencyDispatchParams& params, layout::RefusalKind kind,
-                               int32_t token, int32_t k) {
+                               int32_t token, int32_t k, int64_t id) {
     if (!claim_status(params.base)) return;
     layout::LowLatencyStatus* status = params.base.status;
     status->kind = kind;
@@ -32,13 +48,12 @@ DEEPCOMM_DEVICE void report_id(const LowLatencyDispatchParams& params, layout::R
     status->culprit = params.base.comm.rank;
     status->token = token;
     status->topk = k;
-    status->value = id_at(params, static_cast<int64_t>(token) * params.base.num_topk + k);
+    status->value = id;
     release_status(params.base);
 }
 
-/// Counts this rank's tokens by expert and marks them by destination.
 template <typename Shared>
-DEEPCOMM_DEVICE void count_tokens(const LowLatencyDispatchParams& params,
+DEEPCOMM_DEVICE void clear_counts(const LowLatencyDispatchParams& params,
                                   const device::Block& block, Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
     for (int32_t i = block.thread_idx(); i < params.num_experts; i += block.size()) {
@@ -48,21 +63,43 @@ DEEPCOMM_DEVICE void count_tokens(const LowLatencyDispatchParams& params,
         shared.token_bits[i] = 0;
     }
     if (block.is_leader()) shared.refusal = 0;
-    block.sync();  // ORDER: the zeros before the counts
-    const int32_t num_ids = params.base.num_tokens * params.base.num_topk;
-    for (int32_t i = block.thread_idx(); i < num_ids; i += block.size()) {
-        const int32_t token = i / params.base.num_topk;
-        const layout::RefusalKind kind = check_id(params, token, i % params.base.num_topk);
-        if (kind != layout::RefusalKind::kNone) {
-            device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
-            report_id(params, kind, token, i % params.base.num_topk);
-            continue;
-        }
-        const int32_t expert = expert_at(params, i);
-        if (expert < 0) continue;
+}
+
+/// Counts an id for each lane of a warp and marks its token for its destination; the first thread
+/// that finds a wrong one says which.
+template <typename Shared>
+DEEPCOMM_DEVICE void count_id(const LowLatencyDispatchParams& params, const HeaderIds& mine,
+                              int32_t token, int64_t id, Shared& shared) {
+    const layout::LowLatencyLayout& map = params.base.map;
+    const device::Warp warp;
+    const int32_t expert = expert_of(params, id);
+    const auto key = static_cast<uint32_t>(mine.row * layout::kMaxLowLatencyExperts + expert);
+    const uint32_t alike = device::warp_match(expert < 0 ? kNoExpert : key);
+    const bool is_twice = expert >= 0 && device::lowest_bit(alike) != warp.thread_idx();
+    const bool is_expert = expert >= 0 || id == -1;
+    if (is_twice || !is_expert) {
+        const auto kind = is_twice ? layout::RefusalKind::kIdTwice : layout::RefusalKind::kIdRange;
+        device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
+        report_id(params, kind, token, mine.k, id);
+    } else if (expert >= 0) {
         device::red_add_relaxed_block(&shared.counts[expert], 1u);
         const int32_t word = expert / map.num_local_experts * map.token_words + token / 32;
         device::atom_or_relaxed_block(&shared.token_bits[word], 1u << token % 32);
+    }
+}
+
+/// Counts this rank's tokens by expert and marks them by destination; batch: the first ids.
+template <typename Shared>
+DEEPCOMM_DEVICE void count_tokens(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, const HeaderIds& mine,
+                                  HeaderIdBatch batch, Shared& shared) {
+    const int32_t num_rounds = (mine.num_tokens + mine.stride - 1) / mine.stride;
+    for (int32_t round = 0; round < num_rounds; round += kHeaderIdsAtOnce) {
+        if (round > 0) batch.load(params, mine.range(params.base.num_topk, round));
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kHeaderIdsAtOnce; ++i) {
+            count_id(params, mine, mine.token + (round + i) * mine.stride, batch.ids[i], shared);
+        }
     }
     block.sync();  // ORDER: all counts before they are read
 }
@@ -81,13 +118,11 @@ DEEPCOMM_DEVICE uint32_t header_word(const LowLatencyDispatchParams& params, con
     return bits < map.token_words ? shared.token_bits[dst * map.token_words + bits] : 0;
 }
 
-/// Sends the headers; the peers are found and their credits are there.
 template <typename Shared>
-DEEPCOMM_DEVICE void send_headers(const LowLatencyDispatchParams& params,
-                                  const device::Block& block, const LowLatencyTurn& turn,
-                                  Shared& shared) {
+DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
+                                   const device::Block& block, const LowLatencyTurn& turn,
+                                   const Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
-    count_tokens(params, block, shared);
     for (int32_t i = block.thread_idx(); i < map.num_ranks * map.header_packets;
          i += block.size()) {
         const int32_t dst = i / map.header_packets, packet = i % map.header_packets;
@@ -99,6 +134,27 @@ DEEPCOMM_DEVICE void send_headers(const LowLatencyDispatchParams& params,
             {{header_word(params, shared, dst, word), header_word(params, shared, dst, word + 1),
               header_word(params, shared, dst, word + 2), turn.tag}});
     }
+}
+
+/// Finds the peers and sends the headers, for which everybody waits: the ids are on their way while
+/// the turn and the credits are. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, LowLatencyTurn* turn,
+                                  Shared& shared) {
+    const HeaderIds mine(params, block);
+    HeaderIdBatch batch;
+    batch.load(params, mine.range(params.base.num_topk, 0));
+    const LowLatencyTurn last = params.base.state->last;
+    clear_counts(params, block, shared);
+    *turn = layout::next_turn(last, params.base.map.num_slots);
+    const bool goes_on =
+        open_peers(params.base, Operation::kLowLatencyDispatch, *turn, block, &shared.peers);
+    // ORDER: the zeros before the counts, the credits before the headers; all leave as one
+    if (!block.sync_and(goes_on)) return false;
+    count_tokens(params, block, mine, batch, shared);
+    store_headers(params, block, *turn, shared);
+    return true;
 }
 
 // ---- receiving

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Role: a block sends tokens. It casts the row into shared memory while its last warp finds the
-// destinations and their credits and the others count where the token's copies will lie, and then
-// stores packets to every destination at once. PROTOCOLS.md: low_latency_dispatch.
+// Role: a block sends tokens. It counts where the token's copies will lie and casts the row into
+// shared memory, while its last warp finds the destinations and their credits, and then stores
+// packets to every destination at once. PROTOCOLS.md: low_latency_dispatch.
 #pragma once
 
 #include "kernels/low_latency/dispatch_header.cuh"
@@ -82,32 +82,60 @@ DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const de
     }
 }
 
-/// What a lane of the last warp knows of its column of a token.
-struct Column {
-    int32_t expert;  ///< or -1
-    float weight;
+/// What the threads of a block load of a token, ahead of its turn.
+template <typename Shared>
+struct TokenInput {
+    static constexpr int32_t kEarlier =
+        4;  ///< ids in flight at once: all of them at T = 128, K = 8
+
+    int32_t token;
+    RowInput<Shared> row;
+    IdBatch<1> own;             ///< of a lane's column
+    IdBatch<kEarlier> earlier;  ///< of tokens before this one
+    float weight;               ///< of a lane's column; in the last warp
+
+    DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const device::Block& block,
+                              int32_t token_idx) {
+        const int32_t num_topk = params.base.num_topk, lane = device::Warp{}.thread_idx();
+        const int32_t first = token_idx * num_topk;
+        token = token_idx;
+        row.load(params.x + token * params.x_stride, block.thread_idx());
+        own.load(params, {first + lane, 0, first + num_topk});
+        earlier.load(params, earlier_ids(params, block, 0));
+        weight = 0;
+        if (params.topk_weights != nullptr && is_in_last_warp(block) && lane < num_topk) {
+            weight = params.topk_weights[first + lane];
+        }
+    }
+
+    /// The ids before the token that a thread compares, from a round on.
+    DEEPCOMM_DEVICE IdRange earlier_ids(const LowLatencyDispatchParams& params,
+                                        const device::Block& block, int32_t round) const {
+        return {block.thread_idx() + round * block.size(), block.size(),
+                token * params.base.num_topk};
+    }
 };
 
-/// The last warp: reads the token's columns, and writes the handle's copies.
-DEEPCOMM_DEVICE Column read_column(const LowLatencyDispatchParams& params, int32_t k,
-                                   int32_t token) {
-    if (k >= params.base.num_topk) return {-1, 0};
-    const int64_t index = static_cast<int64_t>(token) * params.base.num_topk + k;
-    const Column column = {expert_at(params, index),
-                           params.topk_weights != nullptr ? params.topk_weights[index] : 0.0f};
-    params.handle_topk_idx[index] = column.expert;
-    if (params.topk_weights != nullptr) params.handle_topk_weights[index] = column.weight;
-    return column;
+/// The last warp: writes the handle's copies.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_handle(const LowLatencyDispatchParams& params, const device::Warp& warp,
+                                  const TokenInput<Shared>& input) {
+    const int32_t k = warp.thread_idx();
+    if (k >= params.base.num_topk) return;
+    const int64_t index = static_cast<int64_t>(input.token) * params.base.num_topk + k;
+    params.handle_topk_idx[index] = expert_of(params, input.own.ids[0]);
+    if (params.topk_weights != nullptr) params.handle_topk_weights[index] = input.weight;
 }
 
 /// The last warp: destinations of the token, in the order of their first columns.
 template <typename Shared>
 DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
-                                       const device::Warp& warp, const Column& column,
+                                       const device::Warp& warp, const TokenInput<Shared>& input,
                                        Shared& shared) {
     const int32_t k = warp.thread_idx();
+    const int32_t expert = expert_of(params, input.own.ids[0]);
     const int32_t num_local = params.base.map.num_local_experts;
-    const int32_t dst = column.expert < 0 ? -1 : column.expert / num_local;
+    const int32_t dst = expert < 0 ? -1 : expert / num_local;
     const bool is_sent = dst >= 0 && !shared.peers.masked[dst];
     const uint32_t alike = device::warp_match(is_sent ? static_cast<uint32_t>(dst) : kNoExpert);
     const int32_t first = device::lowest_bit(alike);
@@ -115,26 +143,33 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     const int32_t dst_idx = device::popcount(firsts & ((1u << first) - 1u));
     if (is_sent && first == k) shared.destinations[dst_idx] = dst;
     if (k < params.base.num_topk) {
-        shared.entries[k] = {is_sent ? dst_idx : -1, is_sent ? column.expert - dst * num_local : 0,
-                             column.weight};
+        shared.entries[k] = {is_sent ? dst_idx : -1, is_sent ? expert - dst * num_local : 0,
+                             input.weight};
     }
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
 
-/// The other warps: how many tokens of this rank before this one have each of its experts.
+/// How many tokens of this rank before this one have each of its experts. Each of the ids before is
+/// read once and compared with all of the token's.
+template <typename Shared>
 DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
-                                     const device::Block& block, int32_t token,
+                                     const device::Block& block, TokenInput<Shared>& input,
                                      uint32_t* positions) {
-    const int64_t num_ids = static_cast<int64_t>(token) * params.base.num_topk;
-    const int32_t num_threads = block.size() - device::kWarpSize;
-    for (int32_t k = 0; k < params.base.num_topk; ++k) {
-        const int32_t expert = expert_at(params, num_ids + k);
-        if (expert < 0) continue;
-        uint32_t count = 0;
-        for (int64_t i = block.thread_idx(); i < num_ids; i += num_threads) {
-            count += id_at(params, i) == expert ? 1 : 0;
+    constexpr int32_t kCount = TokenInput<Shared>::kEarlier;
+    const int32_t num_topk = params.base.num_topk, num_ids = input.token * num_topk;
+    const int32_t mine = expert_of(params, input.own.ids[0]);
+    for (int32_t round = 0; round * block.size() < num_ids; round += kCount) {
+        if (round > 0) input.earlier.load(params, input.earlier_ids(params, block, round));
+        int32_t experts[kCount];
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) experts[i] = expert_of(params, input.earlier.ids[i]);
+        for (int32_t k = 0; k < num_topk; ++k) {
+            const int32_t expert = device::warp_shuffle(mine, k);
+            uint32_t count = 0;
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kCount; ++i) count += experts[i] == expert ? 1 : 0;
+            if (count > 0 && expert >= 0) device::red_add_relaxed_block(&positions[k], count);
         }
-        if (count > 0) device::red_add_relaxed_block(&positions[k], count);
     }
 }
 
@@ -167,37 +202,45 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
     }
 }
 
-/// One token. goes_on: what the block's threads know of the credits so far. False: leave.
+/// Stages the row; the vectors that have been loaded first.
+template <typename Shared>
+DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const device::Block& block,
+                               TokenInput<Shared>& input, Shared& shared) {
+    using Input = RowInput<Shared>;
+    const unsigned char* row = params.x + input.token * params.x_stride;
+    input.row.stage(block.thread_idx(), shared);
+    for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
+        input.row.load(row, block.thread_idx() + first * block.size());
+        input.row.stage(block.thread_idx() + first * block.size(), shared);
+    }
+    stage_tail(params, block, input.token, shared);
+}
+
+/// One token, whose input is on its way; then that of the block's next one is. is_first: the peers
+/// are not known yet. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
-                                const LowLatencyTurn& turn, int32_t token, Shared& shared,
-                                bool is_first) {
-    using Input = RowInput<Shared>;
+                                const LowLatencyTurn& turn, TokenInput<Shared>& input,
+                                Shared& shared, bool is_first) {
     const device::Warp warp;
-    const unsigned char* row = params.x + token * params.x_stride;
-    Input input;
-    input.load(row, block.thread_idx());
+    const int32_t token = input.token;
     uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
     if (block.thread_idx() < params.base.num_topk) positions[block.thread_idx()] = 0;
     block.sync();  // ORDER: the token before has left shared memory; the zeros before the counts
     bool goes_on = true;
-    if (block.thread_idx() >= block.size() - device::kWarpSize) {
-        const Column column = read_column(params, warp.thread_idx(), token);
+    if (is_in_last_warp(block)) {
         if (is_first) {
             goes_on =
                 open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp, &shared.peers);
             warp.sync();  // ORDER: the peers before their use by other lanes
         }
-        find_destinations(params, warp, column, shared);
-    } else {
-        count_positions(params, block, token, positions);
+        find_destinations(params, warp, input, shared);
+        write_handle(params, warp, input);
     }
-    input.stage(block.thread_idx(), shared);
-    for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
-        input.load(row, block.thread_idx() + first * block.size());
-        input.stage(block.thread_idx() + first * block.size(), shared);
-    }
-    stage_tail(params, block, token, shared);
+    count_positions(params, block, input, positions);
+    stage_row(params, block, input, shared);
+    const int32_t following = token + block.num_blocks();
+    if (following < params.base.num_tokens) input.load(params, block, following);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the credits and the staged row, to all
     store_packets(params, block, turn, token, positions, shared);
     return true;
@@ -214,26 +257,26 @@ DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::B
     if (block.is_leader()) params.record[params.record_map.tag] = static_cast<int32_t>(turn.tag);
 }
 
-/// The last block also sends the headers, before its tokens. False: leave.
+/// Takes the turn and sends. The last block sends the headers, before its tokens. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, const LowLatencyTurn& turn,
+                                   const device::Block& block, LowLatencyTurn* turn,
                                    Shared& shared) {
     const bool sends_headers = block.block_idx() == block.num_blocks() - 1;
-    const int32_t num_tokens = params.base.num_tokens;
+    const int32_t num_tokens = params.base.num_tokens, first = block.block_idx();
     if (sends_headers) {
-        const bool goes_on =
-            open_peers(params.base, Operation::kLowLatencyDispatch, turn, block, &shared.peers);
-        if (!block.sync_and(goes_on)) return false;  // all leave as one
-        send_headers(params, block, turn, shared);
-        record_send(params.base, block, turn, shared);
-    } else if (block.block_idx() >= num_tokens) {
+        if (!send_headers(params, block, turn, shared)) return false;
+        record_send(params.base, block, *turn, shared);
+    }
+    TokenInput<Shared> input;
+    if (first < num_tokens) input.load(params, block, first);
+    if (!sends_headers) *turn = take_turn(params.base);
+    if (!sends_headers && first >= num_tokens) {
         find_peers(params.base, block, &shared.peers);  // to receive from
     }
-    bool is_first = !sends_headers;
-    for (int32_t token = block.block_idx(); token < num_tokens; token += block.num_blocks()) {
-        if (!send_token(params, block, turn, token, shared, is_first)) return false;
-        is_first = false;
+    for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
+        const bool is_first = !sends_headers && token == first;
+        if (!send_token(params, block, *turn, input, shared, is_first)) return false;
     }
     return true;
 }

@@ -70,16 +70,50 @@ namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
 
+/// The last warp has a role of its own: it has fewer packets than the first.
+DEEPCOMM_DEVICE bool is_in_last_warp(const device::Block& block) {
+    return block.thread_idx() >= block.size() - device::kWarpSize;
+}
+
 DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
     return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
                                     : static_cast<const int32_t*>(params.topk_idx)[index];
 }
 
-/// The id of an expert, -1 for none as for what is no expert: the header tells of those.
-DEEPCOMM_DEVICE int32_t expert_at(const LowLatencyDispatchParams& params, int64_t index) {
-    const int64_t id = id_at(params, index);
+/// The expert of an id, -1 for none as for what is no expert: the header tells of those.
+DEEPCOMM_DEVICE int32_t expert_of(const LowLatencyDispatchParams& params, int64_t id) {
     return id >= 0 && id < params.num_experts ? static_cast<int32_t>(id) : -1;
 }
+
+/// Ids that a thread looks at, stride apart; those from num on are none.
+struct IdRange {
+    int32_t first;
+    int32_t stride;
+    int32_t num;
+};
+
+/// Ids of a range from its first on: all loads fly before the first is used.
+template <int kCount>
+struct IdBatch {
+    int64_t ids[kCount];
+
+    DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const IdRange& range) {
+        if (params.topk_idx_is_int64) {
+            load_from(static_cast<const int64_t*>(params.topk_idx), range);
+        } else {
+            load_from(static_cast<const int32_t*>(params.topk_idx), range);
+        }
+    }
+
+    template <typename Id>
+    DEEPCOMM_DEVICE void load_from(const Id* from, const IdRange& range) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = range.first + i * range.stride;
+            ids[i] = index < range.num ? static_cast<int64_t>(from[index]) : -1;
+        }
+    }
+};
 
 }  // namespace low_latency
 
