@@ -11,7 +11,11 @@ namespace deepcomm::kernels::low_latency {
 struct Pair {
     int32_t source;
     int32_t token;
-    int64_t index;  ///< source * max_tokens + token
+
+    /// Among all pairs of the record.
+    DEEPCOMM_DEVICE int64_t index(const LowLatencyParams& params) const {
+        return static_cast<int64_t>(source) * params.map.max_tokens + token;
+    }
 };
 
 DEEPCOMM_DEVICE void store_id(const LowLatencyDispatchParams& params, int64_t index, int32_t id) {
@@ -79,13 +83,31 @@ DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Bl
     block.sync();  // ORDER: the sums before they are used
 }
 
-template <typename Shared>
-DEEPCOMM_DEVICE int32_t num_token_rows(const LowLatencyParams& params, const Shared& shared) {
-    uint32_t count = 0;
-    for (int32_t word = 0; word < params.map.num_ranks * params.map.token_words; ++word) {
-        count += static_cast<uint32_t>(device::popcount(shared.token_bits[word]));
+/// Sum of what the lanes have.
+DEEPCOMM_DEVICE int32_t warp_sum(int32_t value) {
+    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
+        value += device::warp_shuffle_xor(value, distance);
     }
-    return static_cast<int32_t>(count);
+    return value;
+}
+
+/// Tokens with an expert here: bits of the words before `last`, and those of `mask` in it.
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t count_tokens_here(const device::Warp& warp, const Shared& shared,
+                                          int32_t last, uint32_t mask) {
+    int32_t count = 0;
+    for (int32_t word = warp.thread_idx(); word <= last; word += device::kWarpSize) {
+        const uint32_t counted = word < last ? device::kFullMask : mask;
+        count += device::popcount(shared.token_bits[word] & counted);
+    }
+    return warp_sum(count);
+}
+
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t num_token_rows(const LowLatencyParams& params, const device::Warp& warp,
+                                       const Shared& shared) {
+    const int32_t num_words = params.map.num_ranks * params.map.token_words;
+    return count_tokens_here(warp, shared, num_words - 1, device::kFullMask);
 }
 
 /// Block 0 writes the counts and adds to the statistics.
@@ -104,13 +126,15 @@ DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
             static_cast<int32_t*>(params.expert_token_stats)[expert] += total;
         }
     }
-    if (!block.is_leader()) return;
+    const device::Warp warp;
+    if (warp.warp_idx() != 0) return;
     int32_t num_recv = 0;
-    if (params.is_token_layout) num_recv = num_token_rows(params.base, shared);
-    for (int32_t expert = 0; !params.is_token_layout && expert < num_local; ++expert) {
+    for (int32_t expert = warp.thread_idx(); expert < num_local; expert += device::kWarpSize) {
         num_recv += static_cast<int32_t>(shared.totals[expert]);
     }
-    *params.num_recv = num_recv;
+    num_recv =
+        params.is_token_layout ? num_token_rows(params.base, warp, shared) : warp_sum(num_recv);
+    if (warp.is_leader()) *params.num_recv = num_recv;
 }
 
 /// Rows without a token have weight 0 and ids -1; all blocks share the work.
@@ -122,7 +146,8 @@ DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
     const int32_t first = block.block_idx() * block.size() + block.thread_idx();
     const int32_t stride = block.num_blocks() * block.size();
     if (params.is_token_layout) {
-        const int64_t begin = static_cast<int64_t>(num_token_rows(base, shared)) * base.num_topk;
+        const int64_t num_rows = num_token_rows(base, device::Warp{}, shared);
+        const int64_t begin = num_rows * base.num_topk;
         const int64_t end = static_cast<int64_t>(block_rows) * base.num_topk;
         for (int64_t i = begin + first; i < end; i += stride) {
             store_id(params, i, -1);

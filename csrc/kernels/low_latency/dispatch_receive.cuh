@@ -20,20 +20,12 @@ DEEPCOMM_DEVICE bool comes_here(const LowLatencyParams& params, const Shared& sh
 /// Tokens with an expert here of the sources before this one, and of this one before token.
 template <typename Shared>
 DEEPCOMM_DEVICE int32_t token_slot(const LowLatencyParams& params, const device::Warp& warp,
-                                   const Shared& shared, int32_t source, int32_t token) {
-    const int32_t last = source * params.map.token_words + token / 32;
-    int32_t count = 0;
-    for (int32_t word = warp.thread_idx(); word <= last; word += device::kWarpSize) {
-        const uint32_t before = word < last ? device::kFullMask : (1u << token % 32) - 1u;
-        count += device::popcount(shared.token_bits[word] & before);
-    }
-    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
-        count += device::warp_shuffle_xor(count, distance);
-    }
-    return count;
+                                   const Shared& shared, const Pair& pair) {
+    const int32_t last = pair.source * params.map.token_words + pair.token / 32;
+    return count_tokens_here(warp, shared, last, (1u << pair.token % 32) - 1u);
 }
 
-/// The first warp: polls the head of a row and says where its copies go. EXPERT_PADDED.
+/// The last warp: says by the head of a row where its copies go. EXPERT_PADDED.
 template <typename Shared>
 DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const device::Warp& warp,
                                   const Pair& pair, const Vec128& head, Shared& shared) {
@@ -46,7 +38,7 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const 
     }
     const int32_t num_copies = device::popcount(device::warp_ballot(is_here));
     if (warp.is_leader()) shared.num_copies = num_copies;
-    int32_t* entries = base.record + base.record_map.entries + pair.index * base.num_topk;
+    int32_t* entries = base.record + base.record_map.entries + pair.index(base) * base.num_topk;
     if (is_here) {
         const auto local = static_cast<int32_t>(expert);
         const uint32_t before =
@@ -55,7 +47,7 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const 
             local * base.map.num_ranks * base.map.max_tokens + static_cast<int32_t>(before);
         shared.slots[order] = slot;
         entries[order] = slot | warp.thread_idx() << layout::kEntrySlotBits;
-        base.record[base.record_map.weights + pair.index * base.num_topk + order] =
+        base.record[base.record_map.weights + pair.index(base) * base.num_topk + order] =
             static_cast<int32_t>(head.words[2]);
         if (params.out_topk_weights != nullptr) {
             params.out_topk_weights[slot] = device::float_from_bits(head.words[2]);
@@ -70,14 +62,14 @@ template <typename Shared>
 DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const device::Warp& warp,
                                  const Pair& pair, const Vec128& head, Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const int32_t slot = token_slot(base, warp, shared, pair.source, pair.token);
+    const int32_t slot = token_slot(base, warp, shared, pair);
     const int32_t k = warp.thread_idx();
     if (warp.is_leader()) {
         shared.num_copies = 1;
         shared.slots[0] = slot;
     }
     if (k >= base.num_topk) return;
-    base.record[base.record_map.entries + pair.index * base.num_topk + k] =
+    base.record[base.record_map.entries + pair.index(base) * base.num_topk + k] =
         k == 0 ? slot : layout::kNoEntry;
     const bool is_here = head.words[0] != kNoExpert;
     const int64_t index = static_cast<int64_t>(slot) * base.num_topk + k;
@@ -86,41 +78,76 @@ DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const d
     params.out_topk_weights[index] = is_here ? device::float_from_bits(head.words[2]) : 0.0f;
 }
 
-/// Polls a row and its head; stages it and says where its copies go.
+/// A row's packets and its head, on their way to the threads that stage them.
+template <typename Spec>
+struct RowPackets {
+    static constexpr int32_t kAll = (Spec::kPackets + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int32_t kCount = kAll < 6 ? kAll : 6;  ///< of a thread in flight
+
+    Pair pair;  ///< token -1: none yet
+    PacketBatch<kCount> payload;
+    PacketBatch<1> head;  ///< in the last warp
+
+    static DEEPCOMM_DEVICE PacketRange heads(const LowLatencyParams& params,
+                                             const device::Block& block, const LowLatencyTurn& turn,
+                                             const Pair& pair) {
+        const int64_t offset = params.map.row_offset(turn.slot, pair.source, pair.token);
+        return {packets_at(params.local, offset), device::kWarpSize,
+                is_in_last_warp(block) ? params.num_topk : 0};
+    }
+
+    static DEEPCOMM_DEVICE PacketRange payload_after(const LowLatencyParams& params,
+                                                     const PacketRange& heads) {
+        return {heads.packets + params.num_topk, Spec::kNumThreads, Spec::kPackets};
+    }
+
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const device::Block& block,
+                              const LowLatencyTurn& turn, const Pair& next) {
+        const PacketRange range = heads(params, block, turn, next);
+        pair = next;
+        head.load(range, device::Warp{}.thread_idx());
+        payload.load(payload_after(params, range), block.thread_idx());
+    }
+
+    /// Loads again what has not come.
+    DEEPCOMM_DEVICE void reload(const LowLatencyParams& params, const device::Block& block,
+                                const LowLatencyTurn& turn) {
+        const PacketRange range = heads(params, block, turn, pair);
+        head.reload(range, device::Warp{}.thread_idx(), turn.tag);
+        payload.reload(payload_after(params, range), block.thread_idx(), turn.tag);
+    }
+};
+
+/// Polls what of a row and its head has not come; stages it and says where its copies go.
 template <typename Shared>
 DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn, const Pair& pair, Shared& shared) {
+                                 const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>& row,
+                                 Shared& shared) {
     using Spec = typename Shared::Spec;
-    constexpr int32_t kAll = (Spec::kPackets + Spec::kNumThreads - 1) / Spec::kNumThreads;
-    constexpr int32_t kCount = kAll < 6 ? kAll : 6;  // packets of a thread in flight
+    using Row = RowPackets<Spec>;
     const LowLatencyParams& base = params.base;
-    const Vec128* head =
-        packets_at(base.local, base.map.row_offset(turn.slot, pair.source, pair.token));
-    const PacketRange payload = {head + base.map.num_topk, Spec::kNumThreads, Spec::kPackets};
-    const device::Warp warp;
-    const PacketRange heads = {head, device::kWarpSize, warp.warp_idx() == 0 ? base.num_topk : 0};
+    const PacketRange heads = Row::heads(base, block, turn, row.pair);
+    const PacketRange payload = Row::payload_after(base, heads);
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kReceive,
-                                   pair.source, pair.token};
-    PacketBatch<1> mine;
-    mine.load(heads, warp.thread_idx());
+                                   row.pair.source, row.pair.token};
     Arrival arrival = Arrival::kHere;
-    for (int32_t i = 0; i < kAll; i += kCount) {
+    for (int32_t i = 0; i < Row::kAll; i += Row::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
-        PacketBatch<kCount> batch;
-        batch.load(payload, first);
+        if (i > 0) row.payload.load(payload, first);
         if (arrival == Arrival::kHere) {
-            arrival = batch.wait(base, site, payload, first, turn.tag);
+            arrival = row.payload.wait(base, site, payload, first, turn.tag);
         }
-        stage_packets<Spec>(batch, first, shared);
+        stage_packets<Spec>(row.payload, first, shared);
     }
-    if (warp.warp_idx() != 0) return arrival;
-    const Arrival own = mine.wait(base, site, heads, warp.thread_idx(), turn.tag);
+    if (!is_in_last_warp(block)) return arrival;
+    const device::Warp warp;
+    const Arrival own = row.head.wait(base, site, heads, warp.thread_idx(), turn.tag);
     const bool is_here = own == Arrival::kHere && warp.thread_idx() < base.num_topk;
-    if (!is_here) mine.packets[0] = {{kNoExpert, 0, 0, 0}};
+    if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
     if (params.is_token_layout) {
-        place_token(params, warp, pair, mine.packets[0], shared);
+        place_token(params, warp, row.pair, row.head.packets[0], shared);
     } else {
-        place_copies(params, warp, pair, mine.packets[0], shared);
+        place_copies(params, warp, row.pair, row.head.packets[0], shared);
     }
     return arrival == Arrival::kHere ? own : arrival;
 }
@@ -131,14 +158,15 @@ enum class RowEnd { kStaged, kLost, kFailed };
 /// Waits for one row; the block may then write its copies.
 template <typename Shared>
 DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn, const Pair& pair, Shared& shared) {
+                                 const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>& row,
+                                 Shared& shared) {
     block.sync();  // ORDER: the row before has left shared memory
-    const Arrival arrival = take_row(params, block, turn, pair, shared);
+    const Arrival arrival = take_row(params, block, turn, row, shared);
     // ORDER: the row, to all
     if (!block.sync_and(arrival != Arrival::kFailed)) return RowEnd::kFailed;
     if (!params.base.mask_late || block.sync_and(arrival == Arrival::kHere)) return RowEnd::kStaged;
     // Its source was lost between its header and this row, which stays as it is.
-    if (block.is_leader()) mask_late_peer(params.base, pair.source);
+    if (block.is_leader()) mask_late_peer(params.base, row.pair.source);
     return RowEnd::kLost;
 }
 
@@ -155,8 +183,15 @@ DEEPCOMM_DEVICE void record_receive(const LowLatencyParams& params, const device
     if (block.is_leader()) params.record[params.record_map.is_void] = is_void ? 1 : 0;
 }
 
-/// The pairs of a block, one after the other: rows of this rank's own tokens first, since they are
-/// here before those of the peers. Says on the way which pairs do not exist.
+/// The order of all pairs: rows of this rank's own tokens first, since they are here before those of
+/// the peers; most: tokens of any source.
+DEEPCOMM_DEVICE Pair pair_at(const LowLatencyParams& params, int32_t most, int32_t idx) {
+    const int32_t source = (params.comm.rank + idx / most) % params.map.num_ranks;
+    const int32_t token = idx % most;
+    return {source, token};
+}
+
+/// The pairs of a block, one after the other. Says on the way which pairs do not exist.
 template <typename Shared>
 struct PairWalk {
     const LowLatencyParams& params;
@@ -169,15 +204,14 @@ struct PairWalk {
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Pair* pair) {
         const int32_t num_topk = params.num_topk;
         for (; next < most * params.map.num_ranks; next += block.num_blocks()) {
-            const int32_t source = (params.comm.rank + next / most) % params.map.num_ranks;
-            const int32_t token = next % most;
-            *pair = {source, token, static_cast<int64_t>(source) * params.map.max_tokens + token};
+            *pair = pair_at(params, most, next);
+            const int32_t source = pair->source, token = pair->token;
             if (source != lost_source && comes_here(params, shared, source, token)) {
                 next += block.num_blocks();
                 return true;
             }
             if (block.thread_idx() < num_topk && token < shared.num_tokens[source]) {
-                const int64_t entry = pair->index * num_topk + block.thread_idx();
+                const int64_t entry = pair->index(params) * num_topk + block.thread_idx();
                 params.record[params.record_map.entries + entry] = layout::kNoEntry;
             }
         }
@@ -185,37 +219,58 @@ struct PairWalk {
     }
 };
 
-/// Delivers the block's rows. Its arrival is ahead of the last row's copies, whose way to memory
-/// nobody else waits for.
+/// Loads what is probably the block's first row, before the headers say so.
+template <typename Spec>
+DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Block& block,
+                               const LowLatencyTurn& turn, RowPackets<Spec>* row) {
+    const int32_t most = params.num_tokens;  // ranks have the same number, as a rule
+    row->pair = {0, -1};
+    if (block.block_idx() >= most * params.map.num_ranks) return;
+    row->load(params, block, turn, pair_at(params, most, block.block_idx()));
+}
+
+/// Delivers the block's rows; row: the guess. A row's packets are loaded while the copies of the one
+/// before are written, and the arrival is ahead of the last row's copies, whose way to memory nobody
+/// else waits for.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const LowLatencyTurn& turn,
-                                  Shared& shared) {
+                                  RowPackets<typename Shared::Spec>& row, Shared& shared) {
+    const LowLatencyParams& base = params.base;
     int32_t most = 0;
-    for (int32_t source = 0; source < params.base.map.num_ranks; ++source) {
+    for (int32_t source = 0; source < base.map.num_ranks; ++source) {
         most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
     }
-    PairWalk<Shared> walk = {params.base, shared, most, block.block_idx()};
-    Pair pair, following;
+    PairWalk<Shared> walk = {base, shared, most, block.block_idx()};
+    Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
-    if (!has_pair) finish_receive(params.base, block, turn, kPhases);
+    if (!has_pair) finish_receive(base, block, turn, kPhases);
+    const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
+    if (has_pair && !is_guessed) row.load(base, block, turn, pair);
     while (has_pair) {
-        const RowEnd end = await_row(params, block, turn, pair, shared);
+        const RowEnd end = await_row(params, block, turn, row, shared);
         if (end == RowEnd::kFailed) return;
-        if (end == RowEnd::kLost) walk.lost_source = pair.source;
-        has_pair = walk.advance(block, &following);
-        if (!has_pair) finish_receive(params.base, block, turn, kPhases);
+        if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
+        has_pair = walk.advance(block, &pair);
+        if (has_pair) {
+            row.load(base, block, turn, pair);
+        } else {
+            finish_receive(base, block, turn, kPhases);
+        }
         if (end == RowEnd::kStaged) write_copies(params, block, shared);
-        pair = following;
     }
 }
 
-/// The receive phase and its end, unless it fails.
+/// The receive phase and its end, unless it fails. A row is looked for before and after the headers:
+/// what has come by then costs no trip to memory of its own.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
+    RowPackets<typename Shared::Spec> row;
+    guess_row(params.base, block, turn, &row);
     if (!receive_headers(params, block, turn, shared)) return;
+    if (row.pair.token >= 0) row.reload(params.base, block, turn);
     const int32_t culprit = find_culprit(params.base, shared.refusals);
     const bool is_void = culprit != layout::kNoPeer;
     record_receive(params.base, block, is_void, shared);
@@ -227,7 +282,7 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
     sum_counts(params.base, block, shared);
     write_totals(params, block, shared);
     write_padding(params, block, shared);
-    deliver_rows<kPhases>(params, block, turn, shared);
+    deliver_rows<kPhases>(params, block, turn, row, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency
