@@ -4,8 +4,7 @@
 // PROTOCOLS.md: low_latency_combine.
 #pragma once
 
-#include "kernels/low_latency/combine_spec.cuh"
-#include "kernels/rows/sum.cuh"
+#include "kernels/low_latency/combine_sum.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -57,13 +56,6 @@ struct Summed {
     int32_t token;
 };
 
-/// The rows of a token's experts as one lane sees them: that of its entry.
-struct ExpertRow {
-    const unsigned char* row;  ///< or null
-    float weight;
-    int32_t column;
-};
-
 /// Lane i finds entry i of a token, and the weight recorded for it.
 DEEPCOMM_DEVICE ExpertRow find_row(const LowLatencyCombineParams& params, const device::Warp& warp,
                                    const Summed& summed) {
@@ -101,64 +93,6 @@ DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
     return arrival;
 }
 
-/// Sums vectors first, first + threads, ... of a token's rows in FP32, by ascending expert. The next
-/// row's vectors are loaded while those of the one before are added.
-template <typename Spec>
-struct PartialSum {
-    static constexpr int kAll = (Spec::kRowVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
-    static constexpr int kCount = kAll < 4 ? kAll : 4;
-
-    Floats8 sums[kCount];
-
-    static DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first,
-                                     Vec128 (&vectors)[kCount]) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * Spec::kNumThreads;
-            if (index < Spec::kRowVectors) {
-                vectors[i] =
-                    device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + index);
-            }
-        }
-    }
-
-    DEEPCOMM_DEVICE void run(const ExpertRow& mine, int32_t count, bool has_weights,
-                             int32_t first) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) sums[i] = Floats8{};
-        Vec128 next[kCount] = {};
-        const auto bits = reinterpret_cast<uint64_t>(mine.row);
-        load(reinterpret_cast<const unsigned char*>(device::warp_shuffle(bits, 0)), first, next);
-        for (int32_t j = 0; j < count; ++j) {
-            Vec128 current[kCount];
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kCount; ++i) current[i] = next[i];
-            const float weight = device::warp_shuffle(mine.weight, j);
-            if (j + 1 < count) {
-                const uint64_t row = device::warp_shuffle(bits, j + 1);
-                load(reinterpret_cast<const unsigned char*>(row), first, next);
-            }
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kCount; ++i) {
-                Floats8 terms = floats_of(current[i]);
-                if (has_weights) scale_by(&terms, weight);
-                add_to(&sums[i], terms);
-            }
-        }
-    }
-
-    template <typename Shared>
-    DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * Spec::kNumThreads;
-            if (index < Spec::kRowVectors) {
-                reinterpret_cast<Vec128*>(shared.row)[index] = bf16_of(sums[i]);
-            }
-        }
-    }
-};
-
 /// The value to bring back for one column of a token; entries: those of the token here.
 DEEPCOMM_DEVICE float carried_value(const LowLatencyCombineParams& params, const int32_t* entries,
                                     int32_t column) {
@@ -192,7 +126,6 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
                                   const LowLatencyTurn& turn, const Summed& summed, ExpertRow mine,
                                   Shared& shared) {
     using Spec = typename Shared::Spec;
-    using Sum = PartialSum<Spec>;
     const LowLatencyParams& base = params.base;
     const Arrival arrival = await_weight(params, turn, summed, &mine);
     const int32_t count = device::popcount(device::warp_ballot(mine.row != nullptr));
@@ -200,12 +133,7 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
     const bool is_here = !base.mask_late || block.sync_and(arrival == Arrival::kHere);
     if (!is_here && block.is_leader()) mask_late_peer(base, summed.source);
     if (!is_here || count == 0) return true;
-    for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
-        const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
-        Sum sum;
-        sum.run(mine, count, params.apply_weights != 0, first);
-        sum.stage(first, shared);
-    }
+    sum_rows(mine, count, params.apply_weights != 0, block, shared);
     block.sync();  // ORDER: the staged row before its packets
     const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, summed.token);
     Vec128* head = packets_at(shared.peers.bases[summed.source], offset);
