@@ -16,13 +16,13 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
-    const layout::LowLatencyTurn turn =
-        kSends ? low_latency::take_turn(params.base) : *params.base.turn;
-    // All ranks know of a refused dispatch: none of its combines takes a turn.
-    if (params.base.record[params.base.record_map.is_void]) return;
+    layout::LowLatencyTurn turn;
     if constexpr (kSends) {
-        if (!low_latency::send_combine(params, block, turn, shared)) return;
+        if (!low_latency::send_combine(params, block, &turn, shared)) return;
     } else {
+        turn = *params.base.turn;
+        if (low_latency::is_void(params.base)) return;
+        low_latency::read_record(params, block, shared);
         low_latency::find_peers(params.base, block, &shared.peers);
     }
     if constexpr (kReceives) {

@@ -55,40 +55,90 @@ struct TokenSum {
     }
 };
 
-/// The columns of a token: lane k knows the rank of its expert, or -1.
-template <typename Shared>
-DEEPCOMM_DEVICE int32_t find_rank(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                  const Shared& shared, int32_t token) {
-    const int32_t k = warp.thread_idx();
-    if (k >= params.base.num_topk) return -1;
-    const int64_t index = static_cast<int64_t>(token) * params.base.num_topk + k;
-    return rank_of_expert(params, shared, index);
-}
+/// One part of a token's row, from two of its ranks: loaded together, added in their order.
+template <typename Spec>
+struct RankPair {
+    using Batch = PacketBatch<TokenSum<Spec>::kCount>;
 
-/// Sums one part of a token's row over its ranks.
-template <typename Shared>
-DEEPCOMM_DEVICE Arrival sum_part(const LowLatencyCombineParams& params, const LowLatencyTurn& turn,
-                                 int32_t token, int32_t my_rank, int32_t first,
-                                 TokenSum<typename Shared::Spec>* sum) {
-    using Spec = typename Shared::Spec;
-    const LowLatencyParams& base = params.base;
+    int32_t ranks[2];  ///< ascending; num_ranks: none
+    Batch batches[2];
+
+    static DEEPCOMM_DEVICE PacketRange packets_of(const LowLatencyParams& params,
+                                                  const LowLatencyTurn& turn, int32_t rank,
+                                                  int32_t token) {
+        const int64_t offset = params.map.row_offset(turn.slot, rank, token);
+        return {packets_at(params.local, offset) + params.num_topk, Spec::kNumThreads,
+                Spec::kPackets};
+    }
+
+    /// The first rank of the token after one. All lanes call it.
+    static DEEPCOMM_DEVICE int32_t rank_after(const LowLatencyParams& params, int32_t my_rank,
+                                              int32_t rank) {
+        do ++rank;
+        while (rank < params.map.num_ranks && device::warp_ballot(my_rank == rank) == 0);
+        return rank;
+    }
+
+    /// Finds and loads the two after a rank.
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                              int32_t token, int32_t my_rank, int32_t rank, int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < 2; ++i) {
+            ranks[i] = rank = rank_after(params, my_rank, rank);
+            if (rank >= params.map.num_ranks) continue;
+            batches[i].load(packets_of(params, turn, rank, token), first);
+        }
+    }
+
+    /// Waits for both and adds them.
+    DEEPCOMM_DEVICE Arrival add_to(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                   int32_t token, int32_t first, TokenSum<Spec>* sum) {
+        Arrival arrival = Arrival::kHere;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < 2; ++i) {
+            if (ranks[i] >= params.map.num_ranks) continue;
+            const PacketRange range = packets_of(params, turn, ranks[i], token);
+            const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReceive,
+                                           ranks[i], token};
+            const Arrival one = batches[i].wait(params, site, range, first, turn.tag);
+            if (one == Arrival::kHere) {
+                sum->add(batches[i]);
+            } else {
+                arrival = arrival == Arrival::kFailed ? arrival : one;
+                if (one == Arrival::kAbsent) mask_late_peer(params, ranks[i]);
+            }
+        }
+        return arrival;
+    }
+};
+
+/// The token that a block receives, and what of it is on its way.
+template <typename Spec>
+struct Awaited {
+    int32_t token;
+    int32_t my_rank;      ///< of the expert in a lane's column, or -1
+    RankPair<Spec> pair;  ///< the first two ranks, of the first part
+
+    template <typename Shared>
+    DEEPCOMM_DEVICE void load(const LowLatencyCombineParams& params, const device::Block& block,
+                              const LowLatencyTurn& turn, int32_t expert, const Shared& shared) {
+        my_rank = rank_of_expert(params, shared, expert);
+        pair.load(params.base, turn, token, my_rank, -1, block.thread_idx());
+    }
+};
+
+/// Sums one part of a token's row over its ranks; the first two are on their way.
+template <typename Spec>
+DEEPCOMM_DEVICE Arrival sum_part(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                 Awaited<Spec>& awaited, int32_t first, TokenSum<Spec>* sum) {
+    RankPair<Spec>& pair = awaited.pair;
     Arrival arrival = Arrival::kHere;
     sum->clear();
-    for (int32_t rank = 0; rank < base.map.num_ranks; ++rank) {
-        if (device::warp_ballot(my_rank == rank) == 0) continue;
-        const Vec128* head = packets_at(base.local, base.map.row_offset(turn.slot, rank, token));
-        const PacketRange row = {head + base.map.num_topk, Spec::kNumThreads, Spec::kPackets};
-        const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReceive, rank,
-                                       token};
-        PacketBatch<TokenSum<Spec>::kCount> batch{};
-        batch.load(row, first);
-        const Arrival all = batch.wait(base, site, row, first, turn.tag);
-        if (all == Arrival::kHere) {
-            sum->add(batch);
-        } else {
-            arrival = arrival == Arrival::kFailed ? arrival : all;
-            if (all == Arrival::kAbsent) mask_late_peer(base, rank);
-        }
+    while (pair.ranks[0] < params.map.num_ranks) {
+        const Arrival both = pair.add_to(params, turn, awaited.token, first, sum);
+        arrival = arrival == Arrival::kFailed ? arrival : both;
+        if (pair.ranks[1] >= params.map.num_ranks) break;
+        pair.load(params, turn, awaited.token, awaited.my_rank, pair.ranks[1], first);
     }
     return arrival;
 }
@@ -116,17 +166,16 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
 }
 
 /// One token; is_last: of the block, which then has read all that it reads. False: leave.
-template <int kPhases, typename Shared>
+template <int kPhases, typename Spec>
 DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   int32_t token, bool is_last, Shared& shared) {
-    using Spec = typename Shared::Spec;
+                                   Awaited<Spec>& awaited, bool is_last) {
     using Sum = TokenSum<Spec>;
     const device::Warp warp;
-    const int32_t my_rank = find_rank(params, warp, shared, token);
+    const int32_t token = awaited.token;
     Arrival arrival = Arrival::kHere;
     if (params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
-        arrival = receive_carried(params, warp, turn, token, my_rank);
+        arrival = receive_carried(params, warp, turn, token, awaited.my_rank);
     }
     const unsigned char* bias =
         params.bias == nullptr ? nullptr : params.bias + token * params.bias_stride;
@@ -134,7 +183,8 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         Sum sum;
-        const Arrival all = sum_part<Shared>(params, turn, token, my_rank, first, &sum);
+        if (i > 0) awaited.pair.load(params.base, turn, token, awaited.my_rank, -1, first);
+        const Arrival all = sum_part(params.base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
         if (is_last && i + Sum::kCount >= Sum::kAll) {
@@ -145,7 +195,8 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
     return true;
 }
 
-/// The receive phase and its end, unless it fails.
+/// The receive phase and its end, unless it fails. The packets of the block's first token are looked
+/// for before the headers: what has come by then costs no trip to memory of its own.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,
@@ -153,6 +204,10 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     const LowLatencyParams& base = params.base;
     const uint64_t start_ns = start_of_waits(base, block);
     block.sync();  // ORDER: headers read before the weights were sent have been acted on
+    const device::Warp warp;
+    Awaited<typename Shared::Spec> awaited{};
+    awaited.token = block.block_idx();
+    awaited.load(params, block, turn, shared.experts[warp.thread_idx()], shared);
     if (!receive_combine_headers(base, block, turn, start_ns, shared)) return;
     const int32_t culprit = find_culprit(base, shared.refusals);
     if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {
@@ -160,9 +215,15 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     }
     const int32_t num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
     if (block.block_idx() >= num_tokens) finish_receive(base, block, turn, kPhases);
-    for (int32_t token = block.block_idx(); token < num_tokens; token += block.num_blocks()) {
-        const bool is_last = token + block.num_blocks() >= num_tokens;
-        if (!receive_token<kPhases>(params, block, turn, token, is_last, shared)) return;
+    bool is_loaded = !base.mask_late;  // else some ranks may take no part any more
+    for (; awaited.token < num_tokens; awaited.token += block.num_blocks()) {
+        const bool is_last = awaited.token + block.num_blocks() >= num_tokens;
+        if (!is_loaded) {
+            const int32_t own = load_expert(params, warp, awaited.token);
+            awaited.load(params, block, turn, own, shared);
+        }
+        if (!receive_token<kPhases>(params, block, turn, awaited, is_last)) return;
+        is_loaded = false;
     }
 }
 

@@ -8,15 +8,13 @@
 
 namespace deepcomm::kernels::low_latency {
 
-/// Rank of the expert in column k of a token, -1 where there is none or it takes no part.
+/// Rank of an expert, -1 where there is none or it takes no part.
 template <typename Shared>
 DEEPCOMM_DEVICE int32_t rank_of_expert(const LowLatencyCombineParams& params, const Shared& shared,
-                                       int64_t index) {
-    const int32_t expert = params.topk_idx[index];
+                                       int32_t expert) {
     if (expert < 0) return -1;
     const int32_t rank = expert / params.base.map.num_local_experts;
-    const int32_t* connected = params.base.record + params.base.record_map.connected;
-    return shared.peers.masked[rank] || !connected[rank] ? -1 : rank;
+    return shared.peers.masked[rank] || !shared.connected[rank] ? -1 : rank;
 }
 
 /// Sends the weights of this rank's tokens to each of their ranks; all blocks share the work.
@@ -32,10 +30,11 @@ DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const d
         const int32_t packet = i % num_packets, k = i / num_packets % num_topk;
         const int32_t token = i / num_packets / num_topk;
         const int64_t first = static_cast<int64_t>(token) * num_topk;
-        const int32_t dst = rank_of_expert(params, shared, first + k);
+        const int32_t dst = rank_of_expert(params, shared, params.topk_idx[first + k]);
         bool is_first = dst >= 0;
         for (int32_t before = 0; before < k && is_first; ++before) {
-            is_first = rank_of_expert(params, shared, first + before) != dst;
+            const int32_t expert = params.topk_idx[first + before];
+            is_first = rank_of_expert(params, shared, expert) != dst;
         }
         if (!is_first) continue;
         uint32_t words[layout::kPacketWords];
@@ -56,24 +55,34 @@ struct Summed {
     int32_t token;
 };
 
-/// Lane i finds entry i of a token, and the weight recorded for it.
-DEEPCOMM_DEVICE ExpertRow find_row(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                   const Summed& summed) {
+/// Entry i of a token and the weight recorded for it, in lane i.
+struct Entry {
+    int32_t bits;  ///< or kNoEntry
+    float weight;
+};
+
+/// Nothing here waits for the loads.
+DEEPCOMM_DEVICE Entry load_entry(const LowLatencyCombineParams& params, const device::Warp& warp,
+                                 const Summed& summed) {
     const LowLatencyParams& base = params.base;
     const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
-    if (lane >= num_topk) return {nullptr, 1.0f, 0};
+    Entry entry = {layout::kNoEntry, 1.0f};
+    if (lane >= num_topk) return entry;
     const int64_t index =
         (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk +
         lane;
-    const int32_t entry = base.record[base.record_map.entries + index];
-    if (entry < 0) return {nullptr, 1.0f, 0};
-    const int32_t slot = entry & ((1 << layout::kEntrySlotBits) - 1);
-    ExpertRow mine = {params.y + slot * params.y_stride, 1.0f, entry >> layout::kEntrySlotBits};
+    entry.bits = base.record[base.record_map.entries + index];
     if (params.apply_weights && params.source_weights == nullptr) {
-        mine.weight = device::float_from_bits(
+        entry.weight = device::float_from_bits(
             static_cast<uint32_t>(base.record[base.record_map.weights + index]));
     }
-    return mine;
+    return entry;
+}
+
+DEEPCOMM_DEVICE ExpertRow row_of(const LowLatencyCombineParams& params, const Entry& entry) {
+    if (entry.bits < 0) return {nullptr, 1.0f, 0};
+    const int32_t slot = entry.bits & ((1 << layout::kEntrySlotBits) - 1);
+    return {params.y + slot * params.y_stride, entry.weight, entry.bits >> layout::kEntrySlotBits};
 }
 
 /// Waits for the weight that the token's rank has sent for a lane's entry.
@@ -160,21 +169,20 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
 
 /// The tokens that a block sums, one after the other: those of the peers first, which have the
 /// longer way.
+template <typename Shared>
 struct SummedWalk {
     const LowLatencyParams& params;
+    const Shared& shared;
     int32_t most;  ///< tokens of any source
     int32_t next;
 
-    DEEPCOMM_DEVICE explicit SummedWalk(const LowLatencyParams& of, const device::Block& block)
-        : params(of), most(0), next(block.block_idx()) {
+    DEEPCOMM_DEVICE SummedWalk(const LowLatencyParams& of, const device::Block& block,
+                               const Shared& in)
+        : params(of), shared(in), most(0), next(block.block_idx()) {
         for (int32_t source = 0; source < params.map.num_ranks; ++source) {
-            const int32_t num = num_tokens(source);
+            const int32_t num = shared.num_tokens[source];
             most = num > most ? num : most;
         }
-    }
-
-    DEEPCOMM_DEVICE int32_t num_tokens(int32_t source) const {
-        return params.record[params.record_map.num_tokens + source];
     }
 
     /// False: none is left.
@@ -182,7 +190,7 @@ struct SummedWalk {
         while (next < most * params.map.num_ranks) {
             *summed = {(params.comm.rank + 1 + next / most) % params.map.num_ranks, next % most};
             next += block.num_blocks();
-            if (summed->token < num_tokens(summed->source)) return true;
+            if (summed->token < shared.num_tokens[summed->source]) return true;
         }
         return false;
     }
@@ -201,32 +209,39 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
     return true;
 }
 
-/// False: leave. The first token is looked up while the credits are.
+/// Takes the turn and sends. What the record says is read in two steps, the first beside the turn,
+/// the second beside the credits. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
-                                  const LowLatencyTurn& turn, Shared& shared) {
+                                  LowLatencyTurn* turn, Shared& shared) {
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
-    SummedWalk walk(base, block);
+    const LowLatencyTurn last = base.state->last;
+    const bool is_refused = is_void(base);
+    read_record(params, block, shared);
+    *turn = layout::next_turn(last, base.map.num_slots);
+    if (is_refused) return false;
+    block.sync();  // ORDER: what the record says, to all
+    SummedWalk<Shared> walk(base, block, shared);
     Summed summed = {0, 0};
     bool has_token = walk.advance(block, &summed);
-    ExpertRow mine = has_token ? find_row(params, warp, summed) : ExpertRow{};
+    Entry entry = has_token ? load_entry(params, warp, summed) : Entry{};
     const bool has_peers =
-        open_peers(base, Operation::kLowLatencyCombine, turn, block, &shared.peers);
+        open_peers(base, Operation::kLowLatencyCombine, *turn, block, &shared.peers);
     clear_tail(block, shared);
     if (!block.sync_and(has_peers)) return false;  // ORDER: the credits before all that is sent
     if (block.block_idx() == block.num_blocks() - 1) {
-        send_combine_headers(base, block, turn, shared);
+        send_combine_headers(base, block, *turn, shared);
     }
     bool has_ended;
-    if (!exchange_weights(params, block, turn, shared, &has_ended)) return false;
+    if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
     while (has_token && !has_ended) {
         const Summed current = summed;
-        const ExpertRow row = mine;
+        const ExpertRow row = row_of(params, entry);
         has_token = walk.advance(block, &summed);
-        if (has_token) mine = find_row(params, warp, summed);
+        if (has_token) entry = load_entry(params, warp, summed);
         if (shared.peers.masked[current.source]) continue;
-        if (!send_partial(params, block, turn, current, row, shared)) return false;
+        if (!send_partial(params, block, *turn, current, row, shared)) return false;
     }
     return true;
 }

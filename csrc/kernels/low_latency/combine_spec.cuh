@@ -28,9 +28,42 @@ struct LowLatencyCombineShared {
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< of the partial sum that is sent
     low_latency::Peers peers;
     low_latency::Refusals refusals;
+    int32_t num_tokens[layout::kMaxLowLatencyRanks];  ///< of each source, of the record
+    int32_t connected[layout::kMaxLowLatencyRanks];   ///< of the record
+    int32_t experts[device::kWarpSize];  ///< of the first token that the block receives
 };
 
 namespace low_latency {
+
+/// Whether the dispatch was refused. All ranks know: none of its combines takes a turn.
+DEEPCOMM_DEVICE bool is_void(const LowLatencyParams& params) {
+    return params.record[params.record_map.is_void] != 0;
+}
+
+/// The expert in a lane's column of a token of this rank; -1: none, as for a token that is none.
+DEEPCOMM_DEVICE int32_t load_expert(const LowLatencyCombineParams& params, const device::Warp& warp,
+                                    int32_t token) {
+    const int32_t k = warp.thread_idx();
+    if (k >= params.base.num_topk || token >= params.base.num_tokens) return -1;
+    return params.topk_idx[static_cast<int64_t>(token) * params.base.num_topk + k];
+}
+
+/// Reads what the dispatch has left of the ranks, and of the first token that the block receives.
+/// The block meets before it is used.
+template <typename Shared>
+DEEPCOMM_DEVICE void read_record(const LowLatencyCombineParams& params, const device::Block& block,
+                                 Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const device::Warp warp;
+    const int32_t expert = load_expert(params, warp, block.block_idx());
+    for (int32_t rank = block.thread_idx(); rank < base.map.num_ranks; rank += block.size()) {
+        const int32_t num_tokens = base.record[base.record_map.num_tokens + rank];
+        const int32_t connected = base.record[base.record_map.connected + rank];
+        shared.num_tokens[rank] = num_tokens;
+        shared.connected[rank] = connected;
+    }
+    if (warp.warp_idx() == 0) shared.experts[warp.thread_idx()] = expert;
+}
 
 /// Tells every peer that this rank takes part, with what, and of which dispatch.
 template <typename Shared>
