@@ -169,7 +169,7 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
 template <int kPhases, typename Spec>
 DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   Awaited<Spec>& awaited, bool is_last) {
+                                   Awaited<Spec>& awaited, bool is_last, const Peers& peers) {
     using Sum = TokenSum<Spec>;
     const device::Warp warp;
     const int32_t token = awaited.token;
@@ -187,10 +187,10 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
         const Arrival all = sum_part(params.base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
-        if (is_last && i + Sum::kCount >= Sum::kAll) {
-            finish_receive(params.base, block, turn, kPhases);
-        }
+        const bool is_end = is_last && i + Sum::kCount >= Sum::kAll;
+        const uint32_t num_before = is_end ? arrive_receive(params.base, block, turn) : 0;
         sum.store(reinterpret_cast<const uint32_t*>(bias), reinterpret_cast<uint32_t*>(out), first);
+        if (is_end) end_receive<kPhases>(params.base, block, turn, peers, num_before);
     }
     return true;
 }
@@ -214,7 +214,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
     const int32_t num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
-    if (block.block_idx() >= num_tokens) finish_receive(base, block, turn, kPhases);
+    if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn, shared.peers);
     bool is_loaded = !base.mask_late;  // else some ranks may take no part any more
     for (; awaited.token < num_tokens; awaited.token += block.num_blocks()) {
         const bool is_last = awaited.token + block.num_blocks() >= num_tokens;
@@ -222,7 +222,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
             const int32_t own = load_expert(params, warp, awaited.token);
             awaited.load(params, block, turn, own, shared);
         }
-        if (!receive_token<kPhases>(params, block, turn, awaited, is_last)) return;
+        if (!receive_token<kPhases>(params, block, turn, awaited, is_last, shared.peers)) return;
         is_loaded = false;
     }
 }

@@ -202,12 +202,14 @@ struct PacketBatch {
 
 // ---- ends
 
-/// Tells every peer, masked ones too, that this rank has read what came in this turn.
-DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn) {
+/// Tells every peer, masked ones too, that this rank has read what came in this turn. The peers'
+/// addresses are in shared memory: loaded one after the other, they would be what a launch ends with.
+DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                     const Peers& peers) {
     device::fence_acq_rel_sys();  // ORDER: acquires all blocks' arrivals, releases the credits
     const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
     for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
-        auto* credit = reinterpret_cast<uint64_t*>(params.comm.bases[peer] + offset);
+        auto* credit = reinterpret_cast<uint64_t*>(peers.bases[peer] + offset);
         device::st_relaxed_sys(credit, turn.number);
     }
 }
@@ -226,19 +228,40 @@ DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::B
     *params.turn = turn;
 }
 
-/// Called once all threads of the block have met after their last read of the operation; what the
-/// block still writes is the kernel's end's to publish. phases: whether the launch has sent as well.
-DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
-                                    const LowLatencyTurn& turn, int32_t phases) {
-    if (!block.is_leader()) return;
-    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
+/// The thread that ends the receive phase of its block: in the warp that has the fewest packets.
+DEEPCOMM_DEVICE bool ends_receive(const device::Block& block) {
+    return block.thread_idx() == block.size() - 1;
+}
+
+/// Called once all threads of the block have met after their last read of the operation. Gives how
+/// many blocks have arrived before, which end_receive needs: the answer takes a trip to memory.
+DEEPCOMM_DEVICE uint32_t arrive_receive(const LowLatencyParams& params, const device::Block& block,
+                                        const LowLatencyTurn& turn) {
+    if (!ends_receive(block)) return 0;
     uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
     // ORDER: this block's reads; pairs with the fence of the last block, in pass_on_credits
-    const bool is_last = device::atom_add_release_gpu(num_finished, 1u) == last;
-    if (!is_last) return;
-    device::st_relaxed_gpu(num_finished, 0u);  // the slot's next turn starts after this one
-    pass_on_credits(params, turn);
-    if (phases & kSendPhase) params.state->last = turn;
+    return device::atom_add_release_gpu(num_finished, 1u);
+}
+
+/// The block's last step of a launch that receives; what it has written since its arrival is the
+/// kernel's end's to publish. The last block's passes on the credits.
+template <int kPhases>
+DEEPCOMM_DEVICE void end_receive(const LowLatencyParams& params, const device::Block& block,
+                                 const LowLatencyTurn& turn, const Peers& peers,
+                                 uint32_t num_before) {
+    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
+    if (!ends_receive(block) || num_before != last) return;
+    // The slot's next turn starts after this one.
+    device::st_relaxed_gpu(&params.state->num_receive_finished[turn.slot], 0u);
+    pass_on_credits(params, turn, peers);
+    if (kPhases & kSendPhase) params.state->last = turn;
+}
+
+/// Both, for a block that has nothing to write meanwhile.
+template <int kPhases>
+DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
+                                    const LowLatencyTurn& turn, const Peers& peers) {
+    end_receive<kPhases>(params, block, turn, peers, arrive_receive(params, block, turn));
 }
 
 }  // namespace deepcomm::kernels::low_latency

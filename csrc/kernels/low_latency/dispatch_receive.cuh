@@ -236,6 +236,8 @@ template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const LowLatencyTurn& turn,
                                   RowPackets<typename Shared::Spec>& row, Shared& shared) {
+    // Larger rows leave no register for the answer to the arrival.
+    constexpr bool kDefers = RowPackets<typename Shared::Spec>::kCount <= 4;
     const LowLatencyParams& base = params.base;
     int32_t most = 0;
     for (int32_t source = 0; source < base.map.num_ranks; ++source) {
@@ -244,9 +246,10 @@ DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
     PairWalk<Shared> walk = {base, shared, most, block.block_idx()};
     Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
-    if (!has_pair) finish_receive(base, block, turn, kPhases);
+    if (!has_pair) finish_receive<kPhases>(base, block, turn, shared.peers);
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
     if (has_pair && !is_guessed) row.load(base, block, turn, pair);
+    uint32_t num_before = 0;
     while (has_pair) {
         const RowEnd end = await_row(params, block, turn, row, shared);
         if (end == RowEnd::kFailed) return;
@@ -254,10 +257,15 @@ DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
         has_pair = walk.advance(block, &pair);
         if (has_pair) {
             row.load(base, block, turn, pair);
+        } else if (kDefers) {
+            num_before = arrive_receive(base, block, turn);
         } else {
-            finish_receive(base, block, turn, kPhases);
+            finish_receive<kPhases>(base, block, turn, shared.peers);
         }
         if (end == RowEnd::kStaged) write_copies(params, block, shared);
+        if (kDefers && !has_pair) {
+            end_receive<kPhases>(base, block, turn, shared.peers, num_before);
+        }
     }
 }
 
@@ -276,7 +284,7 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
     record_receive(params.base, block, is_void, shared);
     if (is_void) {
         end_without_rows(params, block, turn, culprit, shared);
-        finish_receive(params.base, block, turn, kPhases);
+        finish_receive<kPhases>(params.base, block, turn, shared.peers);
         return;
     }
     sum_counts(params.base, block, shared);

@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(256)
         device::st_relaxed_sys(packets_at(shared.peers.bases[peer], offset) + packet,
                                refusal_packet(params, packet, turn.tag));
     }
-    finish_receive(base, block, turn, kBothPhases);
+    finish_receive<kBothPhases>(base, block, turn, shared.peers);
 }
 
 }  // namespace deepcomm::kernels
