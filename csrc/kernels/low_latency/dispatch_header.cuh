@@ -150,8 +150,7 @@ DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
     *turn = layout::next_turn(last, params.base.map.num_slots);
     const bool goes_on =
         open_peers(params.base, Operation::kLowLatencyDispatch, *turn, block, &shared.peers);
-    // ORDER: the zeros before the counts, the credits before the headers; all leave as one
-    if (!block.sync_and(goes_on)) return false;
+    if (!block.sync_and(goes_on)) return false;  // ORDER: the zeros and the credits, to all
     count_tokens(params, block, mine, batch, shared);
     store_headers(params, block, *turn, shared);
     return true;
