@@ -132,22 +132,27 @@ struct TermLoads {
 
     Units units;
     SumUnit unit{};
-    int32_t num_summed = 0;  ///< units; told by who sums
-    int32_t num_opened = 0;
+    int32_t num_ahead = 0;  ///< units that are not yet summed; told by who sums
     int32_t part = Spec::kNumParts;
     int32_t term = 0;
 
     DEEPCOMM_DEVICE explicit TermLoads(const Units& first) : units(first) {}
 
-    /// Loads the next terms for as long as there are any, and room. False when a rank did not come.
+    /// Loads terms for as long as there are any, and room. False when a rank did not come.
     DEEPCOMM_DEVICE bool run(typename Spec::Pipe& pipe) {
-        while (pipe.may_load()) {
-            while (part == Spec::kNumParts) {
-                if (num_opened - num_summed == kMostAhead || !units.next(&unit)) return true;
-                ++num_opened;
-                if (!units.await()) return false;
-                part = unit.count == 0 ? Spec::kNumParts : 0;
-            }
+        while (true) {
+            run_in_unit(pipe);
+            if (!pipe.may_load()) return true;
+            if (num_ahead == kMostAhead || !units.next(&unit)) return true;
+            ++num_ahead;
+            if (!units.await()) return false;
+            part = unit.count == 0 ? Spec::kNumParts : 0;
+        }
+    }
+
+    /// The same within the unit at hand. Between the rounds of a part: sums leave no registers for more.
+    DEEPCOMM_DEVICE void run_in_unit(typename Spec::Pipe& pipe) {
+        while (part != Spec::kNumParts && pipe.may_load()) {
             pipe.load_with([&](unsigned char* stage, device::Mbarrier* full) {
                 return load_terms(stage, full);
             });
@@ -156,7 +161,6 @@ struct TermLoads {
             term = 0;
             ++part;
         }
-        return true;
     }
 
     /// A lane a term. Returns how many bytes will arrive.
@@ -223,13 +227,13 @@ DEEPCOMM_DEVICE bool sum_part(const CombineBlock<Spec>& my, typename Spec::Pipe&
                               TermLoads<Spec, Units>& loads, const SumUnit& unit, int32_t part,
                               PartSum* sum) {
     const device::WaitSite site = {device::Operation::kCombine, device::Role::kSend, my.rank()};
-    for (int32_t begin = 0;; begin += Spec::kTermsAtOnce) {
-        if (!loads.run(pipe)) return false;
-        if (begin >= unit.count) return true;
+    for (int32_t begin = 0; begin < unit.count; begin += Spec::kTermsAtOnce) {
         if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
         add_terms<Spec, Units>(pipe.current(), unit, begin, Spec::vectors_of(part), sum);
         pipe.advance();
+        loads.run_in_unit(pipe);
     }
+    return true;
 }
 
 /// Sums all units of this warp. False when a wait has run out; nothing is in flight then.
@@ -238,14 +242,16 @@ DEEPCOMM_DEVICE bool sum_units(const CombineBlock<Spec>& my, typename Spec::Pipe
                                Units units) {
     TermLoads<Spec, Units> loads(units);
     SumUnit unit{};
-    for (; units.next(&unit); ++loads.num_summed) {
+    for (; units.next(&unit); --loads.num_ahead) {
         for (int32_t part = 0; part < Spec::kNumParts; ++part) {
+            bool is_complete = loads.run(pipe);
+            if (part == 0 && is_complete) units.carry();  // what the loads have waited for is here
             PartSum sum = {};
-            if (!sum_part(my, pipe, loads, unit, part, &sum)) {
+            is_complete = is_complete && sum_part(my, pipe, loads, unit, part, &sum);
+            if (!is_complete) {
                 pipe.drain();
                 return false;
             }
-            if (part == 0) units.carry();  // what the loads have waited for is here
             const int32_t first = part * Spec::kPieceVectors + my.warp.thread_idx();
             store_sum<Spec::kRowVectors>(Units::kHasPeers ? sum.total : sum.own, units.target(),
                                          first);

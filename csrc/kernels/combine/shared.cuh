@@ -15,7 +15,7 @@ namespace deepcomm::kernels {
 /// added between nodes as they are.
 enum CombineStage { kStageAlone, kStageInNode, kStageBetweenNodes };
 
-constexpr int32_t kPieceUnroll = 2;  ///< vectors of a lane in a piece of a row
+constexpr int32_t kPieceUnroll = 4;  ///< vectors of a lane in a piece of a row
 constexpr int32_t kMaxPushing = 12;  ///< blocks: more do not fill the link better
 
 /// Nodes whose tokens a rank sends on; 1 where there is one node, 0 between nodes.
@@ -34,13 +34,13 @@ struct CombineSpec {
     static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
     // TOKEN rows are pushed by a few warps; all others reduce, and all of an expert layout do both.
-    static constexpr int32_t kWarps = kByExpert ? 16 : kStage == kStageAlone ? 20 : 16;
+    static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageAlone ? 20 : 16;
     // What a stage holds: a row, or one part of the rows of several terms.
     static constexpr int32_t kRowVectors = kHidden / kChannelsOfVector;
     static constexpr int32_t kPieceVectors = clamp(kRowVectors, 1, kPieceUnroll* device::kWarpSize);
     static constexpr int32_t kPieceBytes = kPieceVectors * 16;
     static constexpr int32_t kNumParts = static_cast<int32_t>(ceil_div(kRowVectors, kPieceVectors));
-    static constexpr int32_t kTermsAtOnce = 6;
+    static constexpr int32_t kTermsAtOnce = 4;
     static constexpr int32_t kStageBytes =
         static_cast<int32_t>(round_up(kByExpert ? kTermsAtOnce * kPieceBytes : kRowBytes, 128));
     static constexpr int32_t kPushWarps =
