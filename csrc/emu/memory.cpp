@@ -32,7 +32,7 @@ void Memory::reset(bool allow_foreign) {
     split_cells_.clear();
     regions_.clear();
     foreign_pages_.clear();
-    last_page_ = {0, nullptr};
+    recent_pages_.fill({});
 }
 
 size_t Memory::alloc(int rank, const std::string& name, size_t num_bytes, bool define_zero) {
@@ -98,16 +98,18 @@ static void check_mapped(size_t address) {
 
 Memory::Cell& Memory::foreign_cell_at(size_t offset) {
     const size_t key = offset / (kWord * std::tuple_size<Page>::value);
-    if (last_page_.first != key) {
+    // The heaps of threads begin at multiples of large powers of two: the low bits tell too little.
+    CachedPage& recent = recent_pages_[key * 0x9E3779B97F4A7C15ull >> (64 - kRecentPagesLog2)];
+    if (recent.key != key) {
         std::unique_ptr<Page>& page = foreign_pages_[key];
         if (!page) {
             check_mapped(offset - kForeign);
             page = std::make_unique<Page>();
             for (Cell& cell : *page) cell.state = State::kDefined;
         }
-        last_page_ = {key, page.get()};
+        recent = {key, page.get()};
     }
-    return (*last_page_.second)[offset / kWord % std::tuple_size<Page>::value];
+    return (*recent.page)[offset / kWord % std::tuple_size<Page>::value];
 }
 
 /// Accesses of ended kernels to memory of the host are past: see is_foreign.

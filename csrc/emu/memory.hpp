@@ -9,7 +9,6 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "emu/clock.hpp"
@@ -116,6 +115,10 @@ class Memory {
     };
 
     using Page = std::array<Cell, 1024>;
+    struct CachedPage {
+        size_t key = 0;  ///< offset / page size; no page of the host has 0
+        Page* page = nullptr;
+    };
 
     Cell& cell_at(size_t offset) {
         return is_foreign(offset) ? foreign_cell_at(offset) : cells_[offset / kWord];
@@ -138,6 +141,7 @@ class Memory {
     static constexpr size_t kWord = 4;
     static constexpr size_t kAlign = 128;
     static constexpr size_t kGuardBytes = 128;
+    static constexpr int kRecentPagesLog2 = 10;
 
     char* base_ = nullptr;
     size_t num_used_ = 0;
@@ -146,7 +150,7 @@ class Memory {
     std::vector<std::array<Cell, 4>> split_cells_;
     std::vector<Region> regions_;
     std::unordered_map<size_t, std::unique_ptr<Page>> foreign_pages_;  ///< by offset / page size
-    std::pair<size_t, Page*> last_page_;
+    std::array<CachedPage, 1 << kRecentPagesLog2> recent_pages_;  ///< by a hash of the key
 };
 
 }  // namespace deepcomm::emu
