@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "emu/clock.hpp"
 
-#include <algorithm>
+#include <cstring>
 
 namespace deepcomm::emu {
 
-std::vector<Clock::Node*>& Clock::free_nodes() {
+Clock::Pool& Clock::pool() {
     // Clocks come and go at every strong operation. Never destroyed: static clocks end later.
-    static auto* nodes = new std::vector<Node*>;
-    return *nodes;
+    static auto* pool = new Pool;
+    return *pool;
 }
 
 Clock::Node* Clock::new_node() {
-    std::vector<Node*>& nodes = free_nodes();
+    std::vector<Node*>& nodes = pool().nodes;
     if (nodes.empty()) return new Node{1, {}};
     Node* node = nodes.back();
     nodes.pop_back();
@@ -20,28 +20,92 @@ Clock::Node* Clock::new_node() {
     return node;
 }
 
+/// Its epochs are left to the caller.
+Clock::Chunk* Clock::new_chunk() {
+    std::vector<Chunk*>& chunks = pool().chunks;
+    if (chunks.empty()) return new Chunk{1, {}};
+    Chunk* chunk = chunks.back();
+    chunks.pop_back();
+    chunk->num_owners = 1;
+    return chunk;
+}
+
+void Clock::release_chunk(Chunk* chunk) {
+    if (chunk && --chunk->num_owners == 0) pool().chunks.push_back(chunk);
+}
+
 void Clock::release() {
-    if (node_ && --node_->num_owners == 0) free_nodes().push_back(node_);
+    if (node_ && --node_->num_owners == 0) {
+        for (Chunk* chunk : node_->chunks) release_chunk(chunk);
+        node_->chunks.clear();
+        pool().nodes.push_back(node_);
+    }
     node_ = nullptr;
 }
 
-std::vector<uint32_t>& Clock::writable(size_t min_size) {
+std::vector<Clock::Chunk*>& Clock::writable_chunks(size_t min_size) {
     if (!node_) {
         node_ = new_node();
-        node_->epochs.clear();
     } else if (node_->num_owners > 1) {
         Node* copy = new_node();
-        copy->epochs = node_->epochs;
+        copy->chunks = node_->chunks;
+        for (Chunk* chunk : copy->chunks) {
+            if (chunk) ++chunk->num_owners;
+        }
         --node_->num_owners;
         node_ = copy;
     }
-    if (node_->epochs.size() < min_size) node_->epochs.resize(min_size, 0);
-    return node_->epochs;
+    if (node_->chunks.size() < min_size) node_->chunks.resize(min_size, nullptr);
+    return node_->chunks;
+}
+
+uint32_t* Clock::writable_epochs(size_t chunk_idx) {
+    Chunk*& chunk = writable_chunks(chunk_idx + 1)[chunk_idx];
+    if (!chunk || chunk->num_owners > 1) {
+        Chunk* copy = new_chunk();
+        if (chunk) {
+            std::memcpy(copy->epochs, chunk->epochs, sizeof copy->epochs);
+            --chunk->num_owners;
+        } else {
+            std::memset(copy->epochs, 0, sizeof copy->epochs);
+        }
+        chunk = copy;
+    }
+    return chunk->epochs;
 }
 
 void Clock::raise(size_t index, uint32_t epoch) {
     if ((*this)[index] >= epoch) return;
-    writable(index + 1)[index] = epoch;
+    writable_epochs(index / kChunkEntries)[index % kChunkEntries] = epoch;
+}
+
+void Clock::replace_chunk(size_t chunk_idx, Chunk* chunk) {
+    ++chunk->num_owners;
+    Chunk*& mine = writable_chunks(chunk_idx + 1)[chunk_idx];
+    release_chunk(mine);
+    mine = chunk;
+}
+
+/// Takes the other's chunk where that holds the result, so that later joins find them equal.
+void Clock::join_chunk(size_t chunk_idx, Chunk* other) {
+    const Chunk* mine = chunk_idx < node_->chunks.size() ? node_->chunks[chunk_idx] : nullptr;
+    if (!other || mine == other) return;
+    if (!mine) return replace_chunk(chunk_idx, other);
+    // Signs of differences, as every x86-64 compares vectors of them; epochs stay below 2^31.
+    uint32_t behind = 0;
+    uint32_t ahead = 0;
+    for (size_t i = 0; i < kChunkEntries; ++i) {
+        behind |= mine->epochs[i] - other->epochs[i];
+        ahead |= other->epochs[i] - mine->epochs[i];
+    }
+    if (!(behind >> 31)) return;
+    if (!(ahead >> 31)) return replace_chunk(chunk_idx, other);
+    uint32_t* target = writable_epochs(chunk_idx);
+    const uint32_t* source = other->epochs;
+    for (size_t i = 0; i < kChunkEntries; ++i) {
+        const uint32_t difference = source[i] - target[i];
+        target[i] += difference & ((difference >> 31) - 1);  // unless it is negative
+    }
 }
 
 void Clock::join(const Clock& other) {
@@ -50,11 +114,9 @@ void Clock::join(const Clock& other) {
         *this = other;
         return;
     }
-    const std::vector<uint32_t>& from = other.node_->epochs;
-    std::vector<uint32_t>& into = writable(from.size());
-    uint32_t* target = into.data();
-    const uint32_t* source = from.data();
-    for (size_t i = 0; i < from.size(); ++i) target[i] = std::max(target[i], source[i]);
+    const std::vector<Chunk*>& from = other.node_->chunks;
+    for (size_t i = 0; i < from.size(); ++i) join_chunk(i, from[i]);
+    if (node_->chunks == from) *this = other;
 }
 
 }  // namespace deepcomm::emu

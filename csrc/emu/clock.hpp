@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vector clocks, shared until written: after a barrier a whole block holds one of them.
+// Vector clocks, shared until written: after a barrier a whole block holds one of them, and clocks
+// that differ share the chunks in which they agree, so that a join looks at the others only.
 //
 //   index   0 .. A-1             | A ..  threads and views, on demand
 //   holds   asynchronous agents  | a thread      | a view, one a strong location
@@ -29,7 +30,9 @@ class Clock {
     ~Clock() { release(); }
 
     uint32_t operator[](size_t index) const {
-        return node_ && index < node_->epochs.size() ? node_->epochs[index] : 0;
+        const size_t at = index / kChunkEntries;
+        if (!node_ || at >= node_->chunks.size() || !node_->chunks[at]) return 0;
+        return node_->chunks[at]->epochs[index % kChunkEntries];
     }
     bool is_zero() const { return node_ == nullptr; }
     bool shares_with(const Clock& other) const { return node_ == other.node_; }
@@ -40,15 +43,31 @@ class Clock {
     void join(const Clock& other);
 
   private:
+    // Small enough that the threads of one warp dirty one or two, and that 4,000 threads have few.
+    static constexpr size_t kChunkEntries = 128;
+
+    struct Chunk {
+        uint32_t num_owners;
+        uint32_t epochs[kChunkEntries];
+    };
     struct Node {
         uint32_t num_owners;
-        std::vector<uint32_t> epochs;
+        std::vector<Chunk*> chunks;  ///< null: all zeros
+    };
+    struct Pool {
+        std::vector<Node*> nodes;
+        std::vector<Chunk*> chunks;
     };
 
     void release();
-    std::vector<uint32_t>& writable(size_t min_size);
+    std::vector<Chunk*>& writable_chunks(size_t min_size);
+    uint32_t* writable_epochs(size_t chunk_idx);
+    void join_chunk(size_t chunk_idx, Chunk* other);
+    void replace_chunk(size_t chunk_idx, Chunk* chunk);
     static Node* new_node();
-    static std::vector<Node*>& free_nodes();
+    static Chunk* new_chunk();
+    static void release_chunk(Chunk* chunk);
+    static Pool& pool();
 
     Node* node_ = nullptr;
 };
