@@ -150,7 +150,7 @@ class Memory {
     std::vector<std::array<Cell, 4>> split_cells_;
     std::vector<Region> regions_;
     std::unordered_map<size_t, std::unique_ptr<Page>> foreign_pages_;  ///< by offset / page size
-    std::array<CachedPage, 1 << kRecentPagesLog2> recent_pages_;  ///< by a hash of the key
+    std::array<CachedPage, 1 << kRecentPagesLog2> recent_pages_;       ///< by a hash of the key
 };
 
 }  // namespace deepcomm::emu
