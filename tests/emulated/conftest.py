@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -47,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--trace-operations", action="store_true", help="print every emulated event to stderr"
     )
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what imports have left: torch's objects were 5 % of a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
