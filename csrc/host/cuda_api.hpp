@@ -133,6 +133,7 @@ struct FabricHandle {
     X(cuMemSetAccess,                                                                             \
       (DevicePtr address, size_t num_bytes, const AccessDescription* descriptions, size_t count)) \
     X(cuStreamCreateWithPriority, (Stream * stream, unsigned flags, int priority))                \
+    X(cuCtxSynchronize, ())                                                                       \
     X(cuStreamSynchronize, (Stream stream))                                                       \
     X(cuStreamDestroy, (Stream stream))                                                           \
     X(cuModuleLoadDataEx,                                                                         \

@@ -43,7 +43,7 @@ void Function::load(const KernelImage& image) {
 }
 
 Function::~Function() {
-    put_off([device = device_, module = module_] {
+    put_off(device_, [device = device_, module = module_] {
         const Device::Current current(*device, std::nothrow);
         DEEPCOMM_CUDA_LOG(device->driver(), cuModuleUnload(module));
     });

@@ -20,18 +20,18 @@ DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes)
     try {
         device_->zero(address_, num_bytes);
     } catch (const Error&) {
-        free();
+        free(*device_, address_);
         throw;
     }
 }
 
 DeviceMemory::~DeviceMemory() {
-    const Device::Current current(*device_, std::nothrow);
-    free();
+    put_off(device_, [device = device_, address = address_] { free(*device, address); });
 }
 
-void DeviceMemory::free() noexcept {
-    DEEPCOMM_CUDA_LOG(device_->driver(), cuMemFreeAsync(address_, device_->setup_stream()));
+void DeviceMemory::free(const Device& device, cu::DevicePtr address) noexcept {
+    const Device::Current current(device, std::nothrow);
+    DEEPCOMM_CUDA_LOG(device.driver(), cuMemFreeAsync(address, device.setup_stream()));
 }
 
 void DeviceMemory::copy_from_host(const void* from, int64_t num_bytes) {
@@ -58,7 +58,7 @@ HostMemory::HostMemory(std::shared_ptr<Device> device, int64_t num_bytes)
 }
 
 HostMemory::~HostMemory() {
-    put_off([device = device_, address = address_] { free(*device, address); });
+    put_off(device_, [device = device_, address = address_] { free(*device, address); });
 }
 
 void HostMemory::free(const Device& device, void* address) noexcept {

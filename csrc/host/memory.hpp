@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Owners of memory that one rank uses alone: of the device, and of the host for both to see. Both
-// are zeroed.
+// are zeroed. They are freed when symmetric memory is reserved next: host/put_off.hpp.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,13 @@ class DeviceMemory {
     void copy_from_host(const void* from, int64_t num_bytes);
 
   private:
-    void free() noexcept;
+    static void free(const Device& device, cu::DevicePtr address) noexcept;
 
     std::shared_ptr<Device> device_;
     int64_t num_bytes_;
     cu::DevicePtr address_ = 0;
 };
 
-/// Freed when symmetric memory is reserved next: host/put_off.hpp.
 class HostMemory {
   public:
     HostMemory(std::shared_ptr<Device> device, int64_t num_bytes);

@@ -2,6 +2,7 @@
 #include "host/put_off.hpp"
 
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -9,9 +10,14 @@ namespace deepcomm::host {
 
 namespace {
 
+struct Free {
+    std::shared_ptr<Device> device;
+    std::function<void()> run;
+};
+
 struct PutOff {
     std::mutex mutex;
-    std::vector<std::function<void()>> frees;
+    std::vector<Free> frees;
 };
 
 PutOff& all() {
@@ -22,19 +28,25 @@ PutOff& all() {
 
 }  // namespace
 
-void put_off(std::function<void()> free) {
+void put_off(std::shared_ptr<Device> device, std::function<void()> free) {
     const std::lock_guard<std::mutex> lock(all().mutex);
-    all().frees.push_back(std::move(free));
+    all().frees.push_back({std::move(device), std::move(free)});
 }
 
 void free_put_off() {
-    std::vector<std::function<void()>> now;
+    std::vector<Free> now;
     {
         const std::lock_guard<std::mutex> lock(all().mutex);
         now.swap(all().frees);
     }
-    for (const auto& free : now) {
-        free();
+    std::set<const Device*> awaited;
+    for (const Free& free : now) {
+        if (!awaited.insert(free.device.get()).second) continue;
+        const Device::Current current(*free.device, std::nothrow);
+        DEEPCOMM_CUDA_LOG(free.device->driver(), cuCtxSynchronize());
+    }
+    for (const Free& free : now) {
+        free.run();
     }
 }
 

@@ -19,6 +19,8 @@ struct SymmetricHeap::Mappings {
         for (const cu::Stream stream : streams) {
             DEEPCOMM_CUDA_LOG(device->driver(), cuStreamSynchronize(stream));
         }
+        // A heap that nobody has closed is dropped while kernels may still use it, on any stream.
+        if (!is_closed) put_off(device, [own = own, peers = peers] {});
     }
 };
 
@@ -95,7 +97,7 @@ SymmetricHeap::Lease::Lease(std::shared_ptr<Mappings> mappings, std::shared_ptr<
 SymmetricHeap::Lease::~Lease() {
     // The end of the mappings waits for streams.
     if (mappings_->is_closed) {
-        put_off([mappings = mappings_] {});
+        put_off(mappings_->device, [mappings = mappings_] {});
     }
     const std::lock_guard<std::mutex> lock(counts_->mutex);
     if (--counts_->by_generation[generation_] == 0) {

@@ -271,6 +271,7 @@ Result cuStreamCreateWithPriority(Stream* stream, unsigned flags, int) {
     *stream = reinterpret_cast<Stream>(next++);
     return flags == kNonBlocking ? count("stream", 1) : kInvalidValue;
 }
+Result cuCtxSynchronize() { return begin("cuCtxSynchronize"); }
 Result cuStreamSynchronize(Stream) { return begin("cuStreamSynchronize", false); }
 Result cuStreamDestroy(Stream) { return count("stream", -1); }
 

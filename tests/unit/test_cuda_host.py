@@ -294,6 +294,7 @@ def test_nothing_is_left_whatever_call_fails(fake: FakeCuda) -> None:
         fake.fail_after(num_calls)
     assert not fake.has_failed(), "a failure went unnoticed"
     assert num_calls > 35, "each call has failed once"
+    assert fake.live() == {}
     assert open_descriptors() == descriptors
 
 
@@ -318,6 +319,7 @@ def test_destructors_report_failures_and_go_on(
     fake.fail_call("cuStreamSynchronize", 719)
     heap.close([1])
     del memory
+    cuda.free_put_off()
     error = capfd.readouterr().err
     assert "deepcomm: cuCtxPushCurrent(device.context_) failed: 709" in error
     assert "deepcomm: cuStreamSynchronize(stream) failed: 719" in error

@@ -88,6 +88,23 @@ def test_what_waits_for_kernels_is_freed_when_memory_is_reserved(fake: FakeCuda)
     assert "mapping" not in fake.live()
 
 
+def test_heap_that_nobody_closed_stays_until_kernels_are_done(fake: FakeCuda) -> None:
+    runtime = make(fake)
+    heap = cuda.SymmetricHeap(cuda.Device(fake.driver(), 0), 100)
+    memory = runtime.memory(64)
+    del heap, memory
+    live = fake.live(put_off=True)
+    assert (live["mapping"], live["device memory"]) == (1, 1)
+    assert fake.num_calls("cuCtxSynchronize") == 0
+    heap = cuda.SymmetricHeap(cuda.Device(fake.driver(), 0), 100)
+    live = fake.live(put_off=True)
+    assert (live["mapping"], live.get("device memory")) == (1, None)
+    assert fake.num_calls("cuCtxSynchronize") > 0
+    heap.close([])
+    del heap, runtime
+    assert fake.live() == {}
+
+
 @pytest.mark.parametrize(
     ("major", "minor", "arch"), [(9, 0, "sm_90a"), (10, 0, "sm_100a"), (8, 6, "sm_86")]
 )

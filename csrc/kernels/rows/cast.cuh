@@ -55,8 +55,8 @@ DEEPCOMM_DEVICE uint32_t tile_amax(const device::Vec128& values) {
 /// Which step's tile a lane sees to: of each pair of lanes one, the tile of its half of the warp.
 DEEPCOMM_DEVICE int32_t step_of_lane(int32_t lane) { return lane % kLanesPerTile / 2; }
 
-/// Of a round, the largest magnitude of the tile that the lane sees to. Lanes give away half of the steps that they
-/// still have for the other half, so that 8 exchanges do for 8 steps instead of 32.
+/// Of a round, the largest magnitude of the tile that the lane sees to. Lanes give away half of the
+/// steps that they still have for the other half, so that 8 exchanges do for 8 steps instead of 32.
 template <int32_t kSteps>
 DEEPCOMM_DEVICE uint32_t round_amax(const device::Vec128 (&values)[kSteps]) {
     const int32_t lane = device::Warp{}.thread_idx();
