@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
 from emulated.runtime import EmulatedRuntime, run_emulated
@@ -216,3 +218,31 @@ def test_inputs_are_copied_after_the_event_that_says_they_are_written(
 
     for settings in schedules():
         run_emulated(write_late, case.num_ranks, settings)
+
+
+def test_low_latency_operations_follow_asynchronous_ones(schedules: Schedules) -> None:
+    case, oracle = Case(num_ranks=2, num_tokens=4), Oracle()
+
+    def dispatch_thrice(group: LocalGroup) -> None:
+        runtime: Any = group.runtime
+        waited: list[Any] = []
+        with Session(group, case, oracle) as session:
+            arguments = dispatch_arguments(session)
+            inputs = [arguments[name] for name in ("x", "topk_idx", "topk_weights")]
+            dispatch = session.buffer.low_latency_dispatch
+            runtime.wait_event = waited.append
+            first = dispatch(*inputs, async_op=True)
+            assert first.event is not None
+            dispatch(*inputs)
+            assert waited == [first.event]
+            # What ran on the caller's stream has left no event: all of its work is waited for.
+            written = runtime.record_event()
+            dispatch(*inputs, async_op=True, previous_event=written)
+            assert waited == [first.event, written]
+            # A graph cannot wait for what was recorded outside.
+            runtime.is_capturing = lambda: True
+            session.buffer._backend._order_on_current_stream(None)
+            assert waited == [first.event, written]
+
+    for settings in itertools.islice(schedules(), 1):
+        run_emulated(dispatch_thrice, case.num_ranks, settings)

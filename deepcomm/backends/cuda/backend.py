@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["CudaBackend"]
 
 T = TypeVar("T")
+Request = TypeVar("Request", "DispatchRequest", "CombineRequest")
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
@@ -66,6 +67,7 @@ class CudaBackend:
         self._num_dispatches = self._num_combines = self._tokens_sent = 0
         self._low_latency = self._open_low_latency(None)
         self._last_event: Event | None = None
+        self._is_last_captured = False
         self._closed = False
 
     def _check_config(self, config: BufferConfig) -> None:
@@ -189,10 +191,23 @@ class CudaBackend:
 
     def _order_on_current_stream(self, previous_event: Event | None) -> None:
         """Make the current stream wait for an event, and for operations on the own stream."""
-        for event in (previous_event, self._last_event):
+        for event in (previous_event, self._take_last_event()):
             if event is not None:
                 self.runtime.wait_event(event)
-        self._last_event = None
+
+    def _take_last_event(self) -> Event | None:
+        """Return the end of what runs on the own stream, if the current stream can wait for it.
+
+        Inside a graph that is only what was recorded into it, and outside nothing of that.
+        """
+        event, self._last_event = self._last_event, None
+        if event is None or self._is_last_captured != self.runtime.is_capturing():
+            return None
+        return event
+
+    def _keep_last_event(self, event: Event) -> None:
+        self._last_event = event
+        self._is_last_captured = self.runtime.is_capturing()
 
     @contextlib.contextmanager
     def _own_stream(self, previous_event: Event | None) -> Iterator[None]:
@@ -208,8 +223,9 @@ class CudaBackend:
         """Keep what kernels use, and return the operation's end."""
         for tensor in inputs:
             self.runtime.keep_alive(tensor)
-        self._last_event = self.runtime.record_event(self._check_complete)
-        return self._last_event
+        event = self.runtime.record_event(self._check_complete)
+        self._keep_last_event(event)
+        return event
 
     def _check_complete(self) -> None:
         """Raise what an operation that has ended found to be wrong."""
@@ -240,16 +256,33 @@ class CudaBackend:
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
         self._check_open("low_latency_dispatch")
-        self._order_on_current_stream(None)
+        request = self._order_low_latency(request)
         with self.runtime.annotate("low_latency_dispatch"):
-            return self._low_latency.dispatch(request)
+            output = self._low_latency.dispatch(request)
+        if output.event is not None:
+            self._keep_last_event(output.event)
+        return output
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         self._check_open("low_latency_combine")
-        self._order_on_current_stream(None)
+        request = self._order_low_latency(request)
         with self.runtime.annotate("low_latency_combine"):
-            return self._low_latency.combine(request)
+            output = self._low_latency.combine(request)
+        if output.event is not None:
+            self._keep_last_event(output.event)
+        return output
+
+    def _order_low_latency(self, request: Request) -> Request:
+        """Order an operation behind those before it; return it with what it still waits for."""
+        previous_event = request.previous_event
+        if not request.async_op:
+            self._order_on_current_stream(previous_event)
+        elif previous_event is not None and self._last_event is None:
+            self.runtime.wait_event(previous_event)  # as in _own_stream
+        else:
+            return request
+        return request if previous_event is None else replace(request, previous_event=None)
 
     # ---- the rest
 

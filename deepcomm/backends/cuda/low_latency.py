@@ -188,8 +188,6 @@ class LowLatency:
                 runtime.flush()
                 event = runtime.record_event(self.check)
         else:
-            if request.previous_event is not None:
-                runtime.wait_event(request.previous_event)
             runtime.launch(function, grid, operation.params)
             runtime.flush()
         number = slots.open()
