@@ -11,23 +11,14 @@ Clock::Pool& Clock::pool() {
     return *pool;
 }
 
-Clock::Node* Clock::new_node() {
-    std::vector<Node*>& nodes = pool().nodes;
-    if (nodes.empty()) return new Node{1, {}};
-    Node* node = nodes.back();
-    nodes.pop_back();
-    node->num_owners = 1;
-    return node;
-}
-
-/// Its epochs are left to the caller.
-Clock::Chunk* Clock::new_chunk() {
-    std::vector<Chunk*>& chunks = pool().chunks;
-    if (chunks.empty()) return new Chunk{1, {}};
-    Chunk* chunk = chunks.back();
-    chunks.pop_back();
-    chunk->num_owners = 1;
-    return chunk;
+/// One that is free, or a new one; all but its number of owners is left to the caller.
+template <typename T>
+static T* take(std::vector<T*>& pool) {
+    if (pool.empty()) return new T{1, {}};
+    T* taken = pool.back();
+    pool.pop_back();
+    taken->num_owners = 1;
+    return taken;
 }
 
 void Clock::release_chunk(Chunk* chunk) {
@@ -45,9 +36,9 @@ void Clock::release() {
 
 std::vector<Clock::Chunk*>& Clock::writable_chunks(size_t min_size) {
     if (!node_) {
-        node_ = new_node();
+        node_ = take(pool().nodes);
     } else if (node_->num_owners > 1) {
-        Node* copy = new_node();
+        Node* copy = take(pool().nodes);
         copy->chunks = node_->chunks;
         for (Chunk* chunk : copy->chunks) {
             if (chunk) ++chunk->num_owners;
@@ -62,7 +53,7 @@ std::vector<Clock::Chunk*>& Clock::writable_chunks(size_t min_size) {
 uint32_t* Clock::writable_epochs(size_t chunk_idx) {
     Chunk*& chunk = writable_chunks(chunk_idx + 1)[chunk_idx];
     if (!chunk || chunk->num_owners > 1) {
-        Chunk* copy = new_chunk();
+        Chunk* copy = take(pool().chunks);
         if (chunk) {
             std::memcpy(copy->epochs, chunk->epochs, sizeof copy->epochs);
             --chunk->num_owners;

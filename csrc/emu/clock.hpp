@@ -64,8 +64,6 @@ class Clock {
     uint32_t* writable_epochs(size_t chunk_idx);
     void join_chunk(size_t chunk_idx, Chunk* other);
     void replace_chunk(size_t chunk_idx, Chunk* chunk);
-    static Node* new_node();
-    static Chunk* new_chunk();
     static void release_chunk(Chunk* chunk);
     static Pool& pool();
 
