@@ -43,9 +43,9 @@ void Function::load(const KernelImage& image) {
 }
 
 Function::~Function() {
-    put_off(device_, [device = device_, module = module_] {
-        const Device::Current current(*device, std::nothrow);
-        DEEPCOMM_CUDA_LOG(device->driver(), cuModuleUnload(module));
+    put_off(device_, [module = module_](const Device& device) {
+        const Device::Current current(device, std::nothrow);
+        DEEPCOMM_CUDA_LOG(device.driver(), cuModuleUnload(module));
     });
 }
 

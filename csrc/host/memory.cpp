@@ -26,7 +26,7 @@ DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, int64_t num_bytes)
 }
 
 DeviceMemory::~DeviceMemory() {
-    put_off(device_, [device = device_, address = address_] { free(*device, address); });
+    put_off(device_, [address = address_](const Device& device) { free(device, address); });
 }
 
 void DeviceMemory::free(const Device& device, cu::DevicePtr address) noexcept {
@@ -58,7 +58,7 @@ HostMemory::HostMemory(std::shared_ptr<Device> device, int64_t num_bytes)
 }
 
 HostMemory::~HostMemory() {
-    put_off(device_, [device = device_, address = address_] { free(*device, address); });
+    put_off(device_, [address = address_](const Device& device) { free(device, address); });
 }
 
 void HostMemory::free(const Device& device, void* address) noexcept {

@@ -12,7 +12,7 @@ namespace {
 
 struct Free {
     std::shared_ptr<Device> device;
-    std::function<void()> run;
+    std::function<void(const Device&)> run;
 };
 
 struct PutOff {
@@ -28,7 +28,7 @@ PutOff& all() {
 
 }  // namespace
 
-void put_off(std::shared_ptr<Device> device, std::function<void()> free) {
+void put_off(std::shared_ptr<Device> device, std::function<void(const Device&)> free) {
     const std::lock_guard<std::mutex> lock(all().mutex);
     all().frees.push_back({std::move(device), std::move(free)});
 }
@@ -46,7 +46,7 @@ void free_put_off() {
         DEEPCOMM_CUDA_LOG(free.device->driver(), cuCtxSynchronize());
     }
     for (const Free& free : now) {
-        free.run();
+        free.run(*free.device);
     }
 }
 

@@ -11,8 +11,8 @@
 
 namespace deepcomm::host {
 
-/// For destructors.
-void put_off(std::shared_ptr<Device> device, std::function<void()> free);
+/// For destructors: free will be called with the device.
+void put_off(std::shared_ptr<Device> device, std::function<void(const Device&)> free);
 
 /// Frees what was put off, once the devices' work so far is done. By whoever reserves symmetric memory:
 /// that is collective, and all that this rank had to launch for others has been launched.

@@ -20,7 +20,7 @@ struct SymmetricHeap::Mappings {
             DEEPCOMM_CUDA_LOG(device->driver(), cuStreamSynchronize(stream));
         }
         // A heap that nobody has closed is dropped while kernels may still use it, on any stream.
-        if (!is_closed) put_off(device, [own = own, peers = peers] {});
+        if (!is_closed) put_off(device, [own = own, peers = peers](const Device&) {});
     }
 };
 
@@ -97,7 +97,7 @@ SymmetricHeap::Lease::Lease(std::shared_ptr<Mappings> mappings, std::shared_ptr<
 SymmetricHeap::Lease::~Lease() {
     // The end of the mappings waits for streams.
     if (mappings_->is_closed) {
-        put_off(mappings_->device, [mappings = mappings_] {});
+        put_off(mappings_->device, [mappings = mappings_](const Device&) {});
     }
     const std::lock_guard<std::mutex> lock(counts_->mutex);
     if (--counts_->by_generation[generation_] == 0) {
