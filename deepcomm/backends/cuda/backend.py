@@ -36,6 +36,7 @@ __all__ = ["CudaBackend"]
 
 T = TypeVar("T")
 Request = TypeVar("Request", "DispatchRequest", "CombineRequest")
+Output = TypeVar("Output", DispatchOutput, CombineOutput)
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
@@ -209,14 +210,20 @@ class CudaBackend:
         self._last_event = event
         self._is_last_captured = self.runtime.is_capturing()
 
+    def _order_on_own_stream(self, previous_event: Event | None) -> Event | None:
+        """Return what the communication stream waits for; None: for the caller's stream so far.
+
+        Operations on that stream have left no event: then its work is awaited beside the event.
+        """
+        if previous_event is not None and self._last_event is None:
+            self.runtime.wait_event(previous_event)
+            return None
+        return previous_event
+
     @contextlib.contextmanager
     def _own_stream(self, previous_event: Event | None) -> Iterator[None]:
         """Work on the communication stream, after the operations before this one."""
-        # Those on the caller's stream have left no event: then its work so far is awaited as well.
-        if previous_event is not None and self._last_event is None:
-            self.runtime.wait_event(previous_event)
-            previous_event = None
-        with self.runtime.on_stream(previous_event):
+        with self.runtime.on_stream(self._order_on_own_stream(previous_event)):
             yield
 
     def _end_async(self, inputs: list[torch.Tensor]) -> Event:
@@ -255,34 +262,32 @@ class CudaBackend:
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
-        self._check_open("low_latency_dispatch")
-        request = self._order_low_latency(request)
+        request = self._begin_low_latency("low_latency_dispatch", request)
         with self.runtime.annotate("low_latency_dispatch"):
-            output = self._low_latency.dispatch(request)
-        if output.event is not None:
-            self._keep_last_event(output.event)
-        return output
+            return self._end_low_latency(self._low_latency.dispatch(request))
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
-        self._check_open("low_latency_combine")
-        request = self._order_low_latency(request)
+        request = self._begin_low_latency("low_latency_combine", request)
         with self.runtime.annotate("low_latency_combine"):
-            output = self._low_latency.combine(request)
+            return self._end_low_latency(self._low_latency.combine(request))
+
+    def _begin_low_latency(self, operation: str, request: Request) -> Request:
+        """Order an operation behind those before it; return it with what it still waits for."""
+        self._check_open(operation)
+        previous_event: Event | None = None
+        if request.async_op:
+            previous_event = self._order_on_own_stream(request.previous_event)
+        else:
+            self._order_on_current_stream(request.previous_event)
+        if previous_event is request.previous_event:
+            return request
+        return replace(request, previous_event=previous_event)
+
+    def _end_low_latency(self, output: Output) -> Output:
         if output.event is not None:
             self._keep_last_event(output.event)
         return output
-
-    def _order_low_latency(self, request: Request) -> Request:
-        """Order an operation behind those before it; return it with what it still waits for."""
-        previous_event = request.previous_event
-        if not request.async_op:
-            self._order_on_current_stream(previous_event)
-        elif previous_event is not None and self._last_event is None:
-            self.runtime.wait_event(previous_event)  # as in _own_stream
-        else:
-            return request
-        return request if previous_event is None else replace(request, previous_event=None)
 
     # ---- the rest
 
