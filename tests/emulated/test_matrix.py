@@ -61,6 +61,8 @@ OPTION_CASES = [
     *(replace(SMALL, capacity=capacity, layout=layout, num_topk=3) for layout in (TOKEN, EXPERT)
       for capacity in (4, 40)),
     *(replace(SMALL, alignment=alignment, layout=EXPERT, wire="fp8") for alignment in (3, 128)),
+    # Only padding does not fit, which is no loss.
+    replace(SMALL, layout=EXPERT, alignment=16, capacity=12, experts_per_rank=1),
     # More chunks than are announced at once, rows of several vectors a lane, more tiles of scales.
     *(replace(SMALL, num_tokens=70, even=True, layout=layout) for layout in RecvLayout),
     *(replace(SMALL, hidden=1040, num_ranks=2, wire="fp8", layout=layout) for layout in RecvLayout),

@@ -58,6 +58,8 @@ def option_cases(base: Case) -> list[Case]:
           for layout in RecvLayout for wire in ("bf16", "fp8", "scaled")),
         *(replace(base, layout=EXPERT, wire="fp8", alignment=alignment)
           for alignment in (3, 128)),
+        # Only padding does not fit, which is no loss.
+        replace(base, layout=EXPERT, capacity=130, alignment=256, experts_per_rank=1, num_topk=2),
         *(replace(base, layout=layout, num_topk=1, experts_per_rank=1) for layout in RecvLayout),
         *(replace(base, layout=layout, num_tokens=1, even=True) for layout in RecvLayout),
     ]  # fmt: skip

@@ -123,7 +123,10 @@ DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts, kNum
         auto count = static_cast<int32_t>(my.smem.totals[kNumRanks + expert]);
         const int32_t offset = my.smem.offsets[expert];
         const int32_t room = offset < limit ? limit - offset : 0;
-        if (!is_token && count > room) count = room;
+        if (!is_token && count > room) {  // not if only padding is beyond the limit
+            count = room;
+            device::atom_or_relaxed_gpu(my.params.overflow, 1u);
+        }
         my.params.counts[local] = count;
         if (my.params.recv_layout == RecvLayout::kExpert) {
             my.params.offsets[local] = offset < limit ? offset : limit;
@@ -142,7 +145,7 @@ DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts, kNum
         }
     }
     *my.params.num_recv = num_recv;
-    if (num_slots > limit) device::atom_or_relaxed_gpu(my.params.overflow, 1u);
+    if (is_token && num_slots > limit) device::atom_or_relaxed_gpu(my.params.overflow, 1u);
     my.params.report->num_rows = num_slots;
     my.params.report->num_recv = num_recv;
     my.params.report->num_tokens = static_cast<int32_t>(my.smem.totals[rank]);
