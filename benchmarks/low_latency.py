@@ -332,15 +332,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def print_table(figures: list[dict[str, Any]]) -> None:
+def table(figures: list[dict[str, Any]]) -> list[str]:
+    """Return lines of markdown: a row a quantity, a column a size."""
     names = list(dict.fromkeys(figure["name"] for figure in figures))
     sizes = list(dict.fromkeys(figure["tokens"] for figure in figures))
     found = {(figure["name"], figure["tokens"]): figure for figure in figures}
-    print("| p50 / p95, us | " + " | ".join(f"T = {size}" for size in sizes) + " |")
-    print("|---|" + "---:|" * len(sizes))
+    lines = ["| p50 / p95, us | " + " | ".join(f"T = {size}" for size in sizes) + " |"]
+    lines.append("|---|" + "---:|" * len(sizes))
     for name in names:
         cells = [found[name, size] for size in sizes]
-        print(f"| {name} | " + " | ".join(f"{c['p50']:.1f} / {c['p95']:.1f}" for c in cells) + " |")
+        values = " | ".join(f"{c['p50']:.1f} / {c['p95']:.1f}" for c in cells)
+        lines.append(f"| {name} | {values} |")
+    return lines
 
 
 def main() -> None:
@@ -372,7 +375,7 @@ def main() -> None:
     )
     figures = run_processes(on_rank, args.ranks, options, timeout_s=args.timeout_s)[0] or []
     if figures:
-        print_table(figures)
+        print("\n".join(table(figures)))
     if args.out:
         result = {"environment": environment(), "figures": figures}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
