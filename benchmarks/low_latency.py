@@ -41,7 +41,8 @@ from deepcomm.testing.oracle import (
 from deepcomm.testing.spawn import run_processes
 
 TIMEOUT_S = 20.0  # of a wait on the device
-BACKLOG_CYCLES = 400_000
+BACKLOG_CYCLES = 5_000_000
+"""Of a kernel that keeps the GPU busy, 2.5 ms, while the host queues all that a sample times."""
 GEMM_SIZE = 4096
 MOST_FOR_REFERENCE = 128
 """Tokens up to which the reference on the CPU is fast enough; above, torch on the GPU checks."""
@@ -192,6 +193,7 @@ class Work:
         for _ in range(self.options.samples):
             self.start_together()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()  # ends at the same time on all ranks, which the barrier's exits are not
             begin.record()
             graph.replay()
             end.record()
