@@ -23,7 +23,7 @@ MARKERS = (
     "gpu(n=1): needs n CUDA devices, and NVRTC",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
     "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
-    "slow: takes more than 30 s on two cores",
+    "slow: more of what quicker tests try too, many seconds each; --slow",
 )
 NO_REASON = ("", "unconditional skip")
 
@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the CUDA backend's kernels on the emulator: minutes of compiling at first",
     )
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long")
     parser.addoption(
         "--soak-rounds",
         type=int,
@@ -64,6 +65,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         "--emulated-backend"
     ):
         pytest.skip("takes minutes of compiling; asked for by --emulated-backend")
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes long; asked for by --slow")
     if item.get_closest_marker("multi_node"):
         if os.geteuid() != 0:
             pytest.skip("needs root to make network namespaces")

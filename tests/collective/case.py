@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import pytest
 import torch
 
 from deepcomm import Buffer, RecvLayout, ScaledTensor
@@ -23,6 +24,8 @@ from deepcomm.testing.oracle import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deepcomm.types import DispatchOutput
 
 
@@ -141,10 +144,18 @@ class Case:
         return Buffer(group, **(shape | options))
 
 
-def case_params(cases: list[Case]) -> dict[str, Any]:
-    """Return arguments of ``pytest.mark.parametrize`` that run cases on every backend."""
-    all_cases = [replace(case, device=device) for device in DEVICES for case in cases]
-    return {"argnames": "case", "argvalues": all_cases, "ids": [case.id for case in all_cases]}
+def case_params(cases: list[Case], slow: Sequence[Case] = ()) -> dict[str, Any]:
+    """Return arguments of ``pytest.mark.parametrize`` that run cases on every backend.
+
+    ``slow``: those of the cases that are marked so.
+    """
+    params = []
+    for device in DEVICES:
+        for case in cases:
+            marks = [pytest.mark.slow] if case in slow else []
+            here = replace(case, device=device)
+            params.append(pytest.param(here, marks=marks, id=here.id))
+    return {"argnames": "case", "argvalues": params}
 
 
 # ---- Inputs ---------------------------------------------------------------------------------

@@ -81,7 +81,9 @@ LARGE_CASES = [
 ] + [
     Case(num_ranks=2, ranks_per_node=1, num_tokens=320, hidden=7168, even=True, layout=layout)
     for layout in (TOKEN, EXPERT)
-] + [  # cast past the caches where rows are whole lines, with and without a short last tile
+]
+# Cast past the caches where rows are whole lines, with and without a short last tile.
+SLOW_CASES = [
     Case(num_ranks=2, num_tokens=320, hidden=hidden, even=True, wire="fp8", routing="uniform",
          layout=layout)
     for hidden, layout in ((14400, TOKEN), (14400, EXPERT), (14416, TOKEN))
@@ -103,19 +105,20 @@ ALL_CASES = (
     + OPTION_CASES
     + LARGE_CASES
     + RING_CASES
+    + SLOW_CASES
 )
 LOW_LATENCY_CASES = [
     case for case in ALL_CASES if case.layout is not EXPERT and case not in RING_CASES
 ]
 
 
-@pytest.mark.parametrize(**case_params(ALL_CASES))
+@pytest.mark.parametrize(**case_params(ALL_CASES, slow=SLOW_CASES))
 def test_exchange_equals_reference(case: Case) -> None:
     oracle = Oracle()
     LocalCluster(case.num_ranks).run(lambda group: exchange(group, case, oracle))
 
 
-@pytest.mark.parametrize(**case_params(LOW_LATENCY_CASES))
+@pytest.mark.parametrize(**case_params(LOW_LATENCY_CASES, slow=SLOW_CASES))
 def test_low_latency_exchange_equals_reference(case: Case) -> None:
     oracle = Oracle()
     LocalCluster(case.num_ranks).run(lambda group: low_latency_exchange(group, case, oracle))

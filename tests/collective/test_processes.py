@@ -65,7 +65,7 @@ def test_instruction_sets_agree_bit_for_bit() -> None:
             assert f"threads    {rank + 1} of" in text
 
 
-@pytest.mark.parametrize("num_generations", [2, 3])
+@pytest.mark.parametrize("num_generations", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     **case_params(
         [

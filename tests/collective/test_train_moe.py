@@ -66,7 +66,13 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("num_ranks", "arguments"),
-    [(1, ()), (2, ()), (4, ()), (4, ("--ranks-per-node=2",)), (2, ("--layout=expert_padded",))],
+    [
+        (1, ()),
+        (2, ()),
+        pytest.param(4, (), marks=pytest.mark.slow),
+        pytest.param(4, ("--ranks-per-node=2",), marks=pytest.mark.slow),
+        pytest.param(2, ("--layout=expert_padded",), marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_ranks_gives_the_same_losses(
     single: dict[str, Any],

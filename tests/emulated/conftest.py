@@ -13,7 +13,7 @@ import torch
 from emulated.build import PLAIN, Program, Variant, build, prune
 from emulated.cluster import Settings
 
-DEFAULT_SEEDS = 10_000
+DEFAULT_SEEDS = 1_000
 DEFAULT_OPERATION_SEEDS = 2
 DEFAULT_SURVIVOR_ROUNDS = 1
 
@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulated-seeds",
         type=int,
         default=DEFAULT_SEEDS,
-        help="seeds of every correct protocol and shape under the emulator (default: %(default)s); "
-        "known only where tests/emulated is named on the command line",
+        help="seeds of every correct protocol and shape under the emulator (default: %(default)s, "
+        ".ci/run takes 10000); known only where tests/emulated is named on the command line",
     )
     parser.addoption(
         "--operation-seeds",

@@ -46,6 +46,7 @@ def test_litmus_claim_sees_both_outcomes(program: Builder) -> None:
     assert set(notes) == {"nobody entered", "one entered"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PROBES)
 def test_litmus_under_the_address_sanitizer(program: Builder, case: str) -> None:
     result = program("probes", ADDRESS).run(case, range(ADDRESS_SEEDS))

@@ -14,6 +14,8 @@ import pytest
 from emulated.build import Program, Result, build
 from emulated.mutants import HIGH_THROUGHPUT, LOW_LATENCY, Mutant, Twin, mutate
 
+pytestmark = pytest.mark.slow
+
 CATCH_WITHIN = 1_000  # seeds
 RATE_SEEDS = range(200)
 

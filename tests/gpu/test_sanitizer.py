@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.gpu(1), pytest.mark.slow]
+pytestmark = pytest.mark.gpu(1)
 
 TESTS = Path(__file__).resolve().parents[1]
 FOUND_SOMETHING = 86

@@ -93,7 +93,7 @@ def check_combine(
     if weighted:
         factor = _weight_per_rank(workload)
     for part in _chunks(workload.num_tokens):
-        rows = workload.x[part]
+        rows = workload.x[part].cpu()
         total = torch.zeros(rows.shape)
         magnitude = torch.zeros(rows.shape)
         for peer in range(workload.config.ranks):
@@ -112,8 +112,9 @@ def check_combine(
 
 def _weight_per_rank(workload: Workload) -> torch.Tensor:
     """Return the sum of each token's weights on each rank, float32 [T, R]."""
-    owner = workload.routed.topk_idx // workload.num_local_experts
-    weight = workload.routed.topk_weights.masked_fill(owner < 0, 0.0)
+    routed = workload.routed
+    owner = routed.topk_idx.cpu() // workload.num_local_experts
+    weight = routed.topk_weights.cpu().masked_fill(owner < 0, 0.0)
     per_rank = torch.zeros(workload.num_tokens, workload.config.ranks)
     return per_rank.scatter_add_(1, owner.clamp(min=0), weight)
 
