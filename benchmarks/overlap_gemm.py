@@ -21,7 +21,7 @@ from deepcomm.fp8 import quantize_fp8
 from deepcomm.testing.routing import RoutingShape, make_routing
 
 NUM_PAIRS = 2
-FIRST_NUM_OPS = 8
+FIRST_NUM_OPS = 16
 TOLERANCE = 0.05
 
 Operation = Callable[[Event], Event]
