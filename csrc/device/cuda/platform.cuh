@@ -7,6 +7,9 @@
 #define DEEPCOMM_DEVICE __device__ __forceinline__
 /// Before a loop over registers, which must not be indexed at run time.
 #define DEEPCOMM_UNROLL _Pragma("unroll")
+/// Before a loop of a kernel that runs for microseconds: it then waits for its own instructions, and
+/// copies of a body are more of them.
+#define DEEPCOMM_NO_UNROLL _Pragma("unroll 1")
 
 namespace deepcomm::device {
 

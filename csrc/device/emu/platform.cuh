@@ -10,6 +10,7 @@
 
 #define DEEPCOMM_DEVICE inline
 #define DEEPCOMM_UNROLL
+#define DEEPCOMM_NO_UNROLL
 #define __global__
 #define __device__
 #define __host__

@@ -27,19 +27,30 @@ DEEPCOMM_DEVICE const unsigned char* own_row(const CombineBlock<Spec>& my, int32
                                                   index * Spec::kHidden);
 }
 
+/// What the routing table says of a lane's pair.
+struct RoutedPair {
+    int32_t expert = -1;
+    int32_t token_slot = -1;
+};
+
 template <typename Spec>
-DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token) {
-    ReducePair pair = {{nullptr, -1, 1.0f}, -1, -1, -1, -1, false, false};
+DEEPCOMM_DEVICE RoutedPair load_routing(const CombineBlock<Spec>& my, int32_t token) {
     const int32_t k = my.warp.thread_idx();
-    if (k >= my.params.num_topk) return pair;
-    const RoutingTable& table = my.params.table;
+    if (k >= my.params.num_topk || token >= my.num_tokens()) return {};
     const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + k;
-    const int32_t expert = table.topk_idx[index];
+    return {my.params.table.topk_idx[index], my.params.table.token_slot[index]};
+}
+
+template <typename Spec>
+DEEPCOMM_DEVICE ReducePair find_pair(const CombineBlock<Spec>& my, int32_t token,
+                                     const RoutedPair& routed) {
+    ReducePair pair = {{nullptr, -1, 1.0f}, -1, -1, -1, -1, false, false};
+    const int32_t expert = routed.expert, token_slot = routed.token_slot;
     if (expert < 0) return pair;
+    const int64_t index = static_cast<int64_t>(token) * my.params.num_topk + my.warp.thread_idx();
     pair.dst = expert / (my.params.meet.layout.shape.num_experts / Spec::kNumRanks);
     pair.block = my.row_origin(token) * Spec::kNumRanks + pair.dst;
-    const int32_t token_slot = table.token_slot[index];
-    const int32_t pair_slot = Spec::kByExpert ? table.pair_slot[index] : token_slot;
+    const int32_t pair_slot = Spec::kByExpert ? my.params.table.pair_slot[index] : token_slot;
     pair.is_first = token_slot >= 0;
     pair.is_lost = pair_slot >= my.capacity(pair.dst);
     if (pair.dst == my.rank()) {
@@ -54,6 +65,11 @@ DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token
         pair.term.row = my.combine_row(my.rank(), pair.row_back);
     }
     return pair;
+}
+
+template <typename Spec>
+DEEPCOMM_DEVICE ReducePair load_pair(const CombineBlock<Spec>& my, int32_t token) {
+    return find_pair(my, token, load_routing(my, token));
 }
 
 /// Until every rank's row of the token is here; a lane a rank.
@@ -121,8 +137,7 @@ DEEPCOMM_DEVICE SumTarget sum_target(const CombineBlock<Spec>& my, int32_t token
 
 /// TOKEN.
 template <typename Spec>
-DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token) {
-    ReducePair pair = load_pair(my, token);
+DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token, ReducePair pair) {
     const TermOrder order = order_terms(pair.term.key);
     const bool is_lost = device::warp_ballot(pair.is_lost) != 0;
     if (!await_rows(my, pair)) return false;
@@ -149,12 +164,19 @@ DEEPCOMM_DEVICE WorkQueue<1> tokens_to_reduce(const CombineBlock<Spec>& my) {
     return {word, my.pushes() ? -1 : reducer, num_reducing * Spec::kWarps};
 }
 
-/// TOKEN: this warp's tokens. False when a rank did not come.
+/// TOKEN: this warp's tokens; the next one's routing is loaded meanwhile. False when a rank did not
+/// come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
     WorkQueue<1> queue = tokens_to_reduce(my);
-    for (int32_t n = 0; queue.at(n) < my.num_tokens(); ++n) {
-        if (!reduce_token(my, queue.at(n))) return false;
+    int32_t token = queue.at(0);
+    RoutedPair routed = load_routing(my, token);
+    for (int32_t n = 1; token < my.num_tokens(); ++n) {
+        const int32_t following = queue.at(n);
+        const ReducePair pair = find_pair(my, token, routed);
+        routed = load_routing(my, following);
+        if (!reduce_token(my, token, pair)) return false;
+        token = following;
     }
     return true;
 }

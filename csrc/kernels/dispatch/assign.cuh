@@ -15,14 +15,17 @@ DEEPCOMM_DEVICE void place_groups(const CountBlock<kNumRanks, kNumExperts, kNumO
     const bool is_padded = my.params.recv_layout == RecvLayout::kExpertPadded;
     const auto alignment = static_cast<uint32_t>(my.params.meet.header.alignment);
     const int32_t block_rows = kNumRanks * my.params.meet.max_tokens;
+    DEEPCOMM_NO_UNROLL
     for (int32_t rank = warp.warp_idx(); rank < kNumRanks; rank += kCountWarps) {
         int32_t begin = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t first = 0; first < my.kNumLocal; first += device::kWarpSize) {
             const int32_t local = first + lane;
             const int32_t expert = rank * my.kNumLocal + local;
             uint32_t rows = local < my.kNumLocal ? my.smem.totals[kNumRanks + expert] : 0;
             rows = (rows + alignment - 1) / alignment * alignment;
             auto end = static_cast<int32_t>(rows);
+            DEEPCOMM_NO_UNROLL
             for (int32_t distance = 1; distance < device::kWarpSize; distance *= 2) {
                 const int32_t other = device::warp_shuffle_up(end, distance);
                 if (lane >= distance) end += other;
@@ -45,6 +48,7 @@ DEEPCOMM_DEVICE void start_slots(const CountBlock<kNumRanks, kNumExperts, kNumOr
         uint32_t next = my.smem.before[i];
         const int32_t expert = i % my.kNumTotals - kNumRanks;
         if (expert >= 0) next += static_cast<uint32_t>(my.smem.offsets[expert]);
+        DEEPCOMM_NO_UNROLL
         for (int32_t w = 0; w < kWalkWarps; ++w) {
             const uint32_t count = my.smem.counters[w][i];
             my.smem.counters[w][i] = next;
@@ -123,6 +127,7 @@ DEEPCOMM_DEVICE void assign_batch(const CountBlock<kNumRanks, kNumExperts, kNumO
     const int32_t count = (left < device::kWarpSize ? left : device::kWarpSize) * walk.num_topk;
     const int64_t first = static_cast<int64_t>(first_token) * walk.num_topk;
     int32_t token_lane = lane / walk.num_topk, k = lane % walk.num_topk;
+    DEEPCOMM_NO_UNROLL
     for (int32_t begin = 0; begin < count; begin += kIdsAtOnce * device::kWarpSize) {
         int64_t ids[kIdsAtOnce];
         walk.load_every<device::kWarpSize>(first + begin + lane, count - begin - lane, ids);
@@ -153,6 +158,7 @@ DEEPCOMM_DEVICE void assign_slots(const CountBlock<kNumRanks, kNumExperts, kNumO
         assign_batch(my, walk, walk.begin, my.smem.firsts[warp.warp_idx()][warp.thread_idx()]);
         return;
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t first = walk.begin; first < walk.end; first += warp.size()) {
         const WalkedToken walked = walk.mark(first, my.masks(), my.kNumCounters);
         assign_batch(my, walk, first, walked.firsts);

@@ -13,12 +13,14 @@ template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     const device::Warp warp;
     if (my.walks()) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t i = warp.thread_idx(); i < my.kNumCounters; i += warp.size()) {
             my.counters()[i] = 0;
         }
     }
     if (my.block.is_leader()) my.smem.refusal = 0;
     if (kNumOrigins > 1) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
             my.smem.tokens_from[o] = has_input(my.params.meet) ? my.params.tokens_from[o] : 0;
         }
@@ -27,6 +29,7 @@ DEEPCOMM_DEVICE void count_pairs(const CountBlock<kNumRanks, kNumExperts, kNumOr
     uint32_t refusal = 0;
     if (my.walks()) {
         const Walk walk = my.walk(warp.warp_idx());
+        DEEPCOMM_NO_UNROLL
         for (int32_t first = walk.begin; first < walk.end; first += warp.size()) {
             const WalkedToken walked = walk.mark(first, my.masks(), my.kNumCounters);
             refusal |= walked.refusal;
@@ -50,6 +53,7 @@ template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE uint32_t rows_back(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
                                    int32_t src, int32_t dst, int32_t end_origin) {
     uint32_t rows = 0;
+    DEEPCOMM_NO_UNROLL
     for (int32_t origin = 0; origin < end_origin; ++origin) {
         rows += known_tokens(my, origin, src, dst);
     }
@@ -61,6 +65,7 @@ template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE uint32_t region_begin(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my,
                                       int32_t src, int32_t dst) {
     uint32_t rows = 0;
+    DEEPCOMM_NO_UNROLL
     for (int32_t other = 0; other < dst; ++other) {
         if (other != src) rows += rows_back(my, src, other, kNumOrigins);
     }
@@ -75,9 +80,11 @@ DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts, kNumOri
     const auto put = [&](int32_t word, uint32_t value) {
         *my.plan(word) = static_cast<int32_t>(value);
     };
+    DEEPCOMM_NO_UNROLL
     for (int32_t b = my.block.thread_idx(); b < kWords.num_blocks(); b += my.block.size()) {
         const int32_t origin = b / kNumRanks, peer = b % kNumRanks;
         uint32_t rows_before = 0, sent_base = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t other = 0; other < origin * kNumRanks + rank || other < b; ++other) {
             const int32_t o = other / kNumRanks, src = other % kNumRanks;
             if (other < b) rows_before += known_tokens(my, o, src, rank);
@@ -94,6 +101,7 @@ DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts, kNumOri
                 static_cast<uint32_t>(limit_of(my.smem.meet.headers[peer])));
         }
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t o = my.block.thread_idx(); o <= kNumOrigins; o += my.block.size()) {
         const int32_t first = kNumOrigins == 1 ? o * my.params.num_tokens : my.smem.tokens_from[o];
         *my.plan(kWords.tokens_from() + o) = first;
@@ -118,6 +126,7 @@ DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts, kNum
     const int32_t limit = limit_of(my.smem.meet.headers[rank]);
     const int32_t num_slots = slots_here(my);
     const bool is_token = my.params.recv_layout == RecvLayout::kToken;
+    DEEPCOMM_NO_UNROLL
     for (int32_t local = my.block.thread_idx(); local < my.kNumLocal; local += my.block.size()) {
         const int32_t expert = rank * my.kNumLocal + local;
         auto count = static_cast<int32_t>(my.smem.totals[kNumRanks + expert]);
@@ -139,6 +148,7 @@ DEEPCOMM_DEVICE void write_outputs(const CountBlock<kNumRanks, kNumExperts, kNum
     int32_t num_recv = num_slots < limit ? num_slots : limit;
     if (my.params.recv_layout == RecvLayout::kExpertPadded) {
         num_recv = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t local = 0; local < my.kNumLocal; ++local) {
             num_recv +=
                 static_cast<int32_t>(my.smem.totals[kNumRanks + rank * my.kNumLocal + local]);

@@ -14,6 +14,7 @@ DEEPCOMM_DEVICE bool gather_words(int32_t count, uint32_t epoch, Load&& load, Aw
                                   Visit&& visit) {
     uint64_t values[kMaxWords];
     bool are_there = false;
+    DEEPCOMM_NO_UNROLL
     for (int32_t attempt = 0; attempt < device::kOptimisticPolls && !are_there; ++attempt) {
         are_there = true;
         DEEPCOMM_UNROLL
@@ -53,6 +54,7 @@ DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts, 
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_gpu(word); };
     bool is_complete = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t first = 0; first < my.block.block_idx() && is_complete; first += kWordsAtOnce) {
         const int32_t left = my.block.block_idx() - first;
         is_complete = gather_words<kWordsAtOnce>(
@@ -73,9 +75,11 @@ DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts, 
 template <int32_t kNumRanks, int32_t kNumExperts, int32_t kNumOrigins>
 DEEPCOMM_DEVICE bool exchange_partials(const CountBlock<kNumRanks, kNumExperts, kNumOrigins>& my) {
     bool is_complete = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = my.block.thread_idx(); i < my.kNumPartials; i += my.block.size()) {
         const bool is_refusal = i == my.kNumCounters;
         uint32_t own = is_refusal ? device::ld_relaxed_block(&my.smem.refusal) : 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t w = 0; w < kWalkWarps && !is_refusal; ++w) own += my.smem.counters[w][i];
         device::st_relaxed_gpu(my.partial(my.block.block_idx(), i), my.tagged(own));
         uint32_t before = 0;
@@ -99,6 +103,7 @@ DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts, kNu
         device::atom_or_relaxed_block(&my.smem.refusal, earlier_refusal(my.params.meet));
     }
     if (kNumOrigins > 1) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t o = my.block.thread_idx(); o < kNumOrigins; o += my.block.size()) {
             device::st_relaxed_gpu(my.params.lost + o, 0);
         }
@@ -106,9 +111,11 @@ DEEPCOMM_DEVICE void publish_counts(const CountBlock<kNumRanks, kNumExperts, kNu
     my.block.sync();  // ORDER: all of it before the header; who sets a flag has seen that
     publish_header(my.params.meet, my.block, my.epoch,
                    {device::ld_relaxed_block(&my.smem.refusal), my.num_tokens()});
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = 0; peer < kNumRanks; ++peer) {
         auto* words = reinterpret_cast<uint64_t*>(
             comm.bases[peer] + my.params.meet.layout.counts_of(my.epoch, comm.rank));
+        DEEPCOMM_NO_UNROLL
         for (int32_t i = my.block.thread_idx(); i < my.kNumCounters; i += my.block.size()) {
             device::st_relaxed_sys(words + i, my.tagged(my.smem.own[i]));
         }
@@ -133,11 +140,13 @@ DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts, kNum
     const CommParams& comm = my.params.meet.comm;
     const auto load = [](const uint64_t* word) { return device::ld_relaxed_sys(word); };
     bool is_complete = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = my.block.thread_idx(); i < my.kNumTotals; i += my.block.size()) {
         const auto word = [&](int32_t source) {
             return count_words(my, source % kNumRanks) + my.counter(source / kNumRanks, i);
         };
         uint32_t total = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t first = 0; first < kSources && is_complete; first += kAtOnce) {
             const int32_t count = kSources - first < kAtOnce ? kSources - first : kAtOnce;
             is_complete = gather_words<kAtOnce>(

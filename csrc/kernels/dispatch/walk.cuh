@@ -87,6 +87,7 @@ struct Walk {
     /// First counter of a token's origin.
     DEEPCOMM_DEVICE int32_t counters_of(int32_t token) const {
         int32_t first = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t origin = 1; origin < num_origins; ++origin) {
             if (token >= tokens_from[origin]) first = origin * (num_ranks() + num_experts);
         }
@@ -111,11 +112,14 @@ struct Walk {
         WalkedToken walked = {token_of(first_token), 0, 0};
         int64_t ids[kIdsAtOnce];
         load_ids(walked.token, 0, ids);  // on their way while zeros are stored
+        DEEPCOMM_NO_UNROLL
         for (int32_t i = warp.thread_idx(); i < num_counters; i += warp.size()) masks[i] = 0;
         warp.sync();  // ORDER: the zeros before the bits
         const int32_t first_counter = walked.token < 0 ? 0 : counters_of(walked.token);
+        DEEPCOMM_NO_UNROLL
         for (int32_t rank = 0; rank < num_ranks(); rank += kRanksAtOnce) {
             uint64_t ranks = 0;  // the token's, of those from rank on
+            DEEPCOMM_NO_UNROLL
             for (int32_t begin_k = 0; begin_k < num_topk; begin_k += kIdsAtOnce) {
                 if (rank + begin_k > 0) load_ids(walked.token, begin_k, ids);
                 if (rank == 0) walked.refusal |= mark_pairs(first_counter, ids, masks);
@@ -177,9 +181,11 @@ struct Walk {
         const int32_t lane = device::Warp{}.thread_idx();
         const int32_t left = num_ranks() - first_rank;
         const int32_t count = left < kRanksAtOnce ? left : kRanksAtOnce;
+        DEEPCOMM_NO_UNROLL
         for (int32_t origin = 0; origin < (splits_ranks ? num_origins : 1); ++origin) {
             const int32_t begin = origin * (num_ranks() + num_experts);
             const bool is_mine = !splits_ranks || first_counter == begin;
+            DEEPCOMM_NO_UNROLL
             for (int32_t i = 0; i < count; ++i) {
                 const uint32_t mask = device::warp_ballot(is_mine && (ranks >> i & 1) != 0);
                 if (lane == i % device::kWarpSize) masks[begin + first_rank + i] = mask;

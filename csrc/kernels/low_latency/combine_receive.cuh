@@ -75,6 +75,7 @@ struct RankPair {
     static DEEPCOMM_DEVICE int32_t rank_after(const LowLatencyParams& params, int32_t my_rank,
                                               int32_t rank) {
         do ++rank;
+        DEEPCOMM_NO_UNROLL
         while (rank < params.map.num_ranks && device::warp_ballot(my_rank == rank) == 0);
         return rank;
     }
@@ -134,6 +135,7 @@ DEEPCOMM_DEVICE Arrival sum_part(const LowLatencyParams& params, const LowLatenc
     RankPair<Spec>& pair = awaited.pair;
     Arrival arrival = Arrival::kHere;
     sum->clear();
+    DEEPCOMM_NO_UNROLL
     while (pair.ranks[0] < params.map.num_ranks) {
         const Arrival both = pair.add_to(params, turn, awaited.token, first, sum);
         arrival = arrival == Arrival::kFailed ? arrival : both;
@@ -180,6 +182,7 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
     const unsigned char* bias =
         params.bias == nullptr ? nullptr : params.bias + token * params.bias_stride;
     unsigned char* out = params.out + static_cast<int64_t>(token) * Spec::kRowWords * 4;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         Sum sum;
@@ -216,6 +219,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     const int32_t num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
     if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn, shared.peers);
     bool is_loaded = !base.mask_late;  // else some ranks may take no part any more
+    DEEPCOMM_NO_UNROLL
     for (; awaited.token < num_tokens; awaited.token += block.num_blocks()) {
         const bool is_last = awaited.token + block.num_blocks() >= num_tokens;
         if (!is_loaded) {

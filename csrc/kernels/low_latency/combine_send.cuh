@@ -25,6 +25,7 @@ DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const d
     const int32_t num_topk = base.num_topk;
     const auto num_packets = static_cast<int32_t>(layout::packets_of(num_topk));
     const int32_t stride = block.num_blocks() * block.size();
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.block_idx() * block.size() + block.thread_idx();
          i < base.num_tokens * num_topk * num_packets; i += stride) {
         const int32_t packet = i % num_packets, k = i / num_packets % num_topk;
@@ -32,12 +33,14 @@ DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const d
         const int64_t first = static_cast<int64_t>(token) * num_topk;
         const int32_t dst = rank_of_expert(params, shared, params.topk_idx[first + k]);
         bool is_first = dst >= 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t before = 0; before < k && is_first; ++before) {
             const int32_t expert = params.topk_idx[first + before];
             is_first = rank_of_expert(params, shared, expert) != dst;
         }
         if (!is_first) continue;
         uint32_t words[layout::kPacketWords];
+        DEEPCOMM_UNROLL
         for (int32_t part = 0; part < layout::kPacketWords; ++part) {
             const auto column = static_cast<int32_t>(packet * layout::kPacketWords) + part;
             words[part] =
@@ -110,6 +113,7 @@ DEEPCOMM_DEVICE float carried_value(const LowLatencyCombineParams& params, const
     if (params.is_token_layout) {
         return params.carried[static_cast<int64_t>(entries[0]) * num_topk + column];
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < num_topk && entries[i] >= 0; ++i) {
         if (entries[i] >> layout::kEntrySlotBits != column) continue;
         return params.carried[entries[i] & ((1 << layout::kEntrySlotBits) - 1)];
@@ -146,6 +150,7 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
     block.sync();  // ORDER: the staged row before its packets
     const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, summed.token);
     Vec128* head = packets_at(shared.peers.bases[summed.source], offset);
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
         device::st_relaxed_sys(head + base.map.num_topk + i,
@@ -179,6 +184,7 @@ struct SummedWalk {
     DEEPCOMM_DEVICE SummedWalk(const LowLatencyParams& of, const device::Block& block,
                                const Shared& in)
         : params(of), shared(in), most(0), next(block.block_idx()) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t source = 0; source < params.map.num_ranks; ++source) {
             const int32_t num = shared.num_tokens[source];
             most = num > most ? num : most;
@@ -235,6 +241,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     }
     bool has_ended;
     if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
+    DEEPCOMM_NO_UNROLL
     while (has_token && !has_ended) {
         const Summed current = summed;
         const ExpertRow row = row_of(params, entry);

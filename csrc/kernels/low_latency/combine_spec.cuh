@@ -56,6 +56,7 @@ DEEPCOMM_DEVICE void read_record(const LowLatencyCombineParams& params, const de
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
     const int32_t expert = load_expert(params, warp, block.block_idx());
+    DEEPCOMM_NO_UNROLL
     for (int32_t rank = block.thread_idx(); rank < base.map.num_ranks; rank += block.size()) {
         const int32_t num_tokens = base.record[base.record_map.num_tokens + rank];
         const int32_t connected = base.record[base.record_map.connected + rank];
@@ -72,6 +73,7 @@ DEEPCOMM_DEVICE void send_combine_headers(const LowLatencyParams& params,
                                           const Shared& shared) {
     const auto handle = static_cast<uint32_t>(params.record[params.record_map.tag]);
     const int64_t offset = params.map.header_offset(turn.slot, params.comm.rank);
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
         if (shared.peers.masked[peer]) continue;
         device::st_relaxed_sys(packets_at(shared.peers.bases[peer], offset),
@@ -87,6 +89,7 @@ DEEPCOMM_DEVICE bool receive_combine_headers(const LowLatencyParams& params,
                                              uint64_t start_ns, Shared& shared) {
     const auto handle = static_cast<uint32_t>(params.record[params.record_map.tag]);
     bool goes_on = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
         shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
         if (shared.peers.masked[peer]) continue;

@@ -75,9 +75,11 @@ struct PartialSum {
     template <typename Shared>
     static DEEPCOMM_DEVICE void run(const ExpertRow& mine, int32_t count, bool has_weights,
                                     const device::Block& block, Shared& shared) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t i = 0; i < kAll; i += kCount) {
             const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
             PartialSum sum = {};
+            DEEPCOMM_NO_UNROLL
             for (int32_t begin = 0; begin < (kIsOnce ? kTerms : count); begin += kTerms) {
                 sum.add_rows(mine, begin, count, has_weights, first);
             }

@@ -88,6 +88,7 @@ template <typename Group>
 DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
                                 const LowLatencyTurn& turn, const Group& group, Peers* peers) {
     bool goes_on = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
         unsigned char* base = params.comm.bases[peer];
         uint32_t masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
@@ -178,6 +179,7 @@ struct PacketBatch {
     /// the latency of a load, although it has arrived meanwhile.
     DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
                                  const PacketRange& range, int32_t first, uint32_t tag) {
+        DEEPCOMM_NO_UNROLL
         while (true) {
             int32_t awaited = kCount;
             DEEPCOMM_UNROLL
@@ -208,6 +210,7 @@ DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLa
                                      const Peers& peers) {
     device::fence_acq_rel_sys();  // ORDER: acquires all blocks' arrivals, releases the credits
     const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
         auto* credit = reinterpret_cast<uint64_t*>(peers.bases[peer] + offset);
         device::st_relaxed_sys(credit, turn.number);

@@ -56,9 +56,11 @@ template <typename Shared>
 DEEPCOMM_DEVICE void clear_counts(const LowLatencyDispatchParams& params,
                                   const device::Block& block, Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < params.num_experts; i += block.size()) {
         shared.counts[i] = 0;
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < map.num_ranks * map.token_words; i += block.size()) {
         shared.token_bits[i] = 0;
     }
@@ -94,6 +96,7 @@ DEEPCOMM_DEVICE void count_tokens(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const HeaderIds& mine,
                                   HeaderIdBatch batch, Shared& shared) {
     const int32_t num_rounds = (mine.num_tokens + mine.stride - 1) / mine.stride;
+    DEEPCOMM_NO_UNROLL
     for (int32_t round = 0; round < num_rounds; round += kHeaderIdsAtOnce) {
         if (round > 0) batch.load(params, mine.range(params.base.num_topk, round));
         DEEPCOMM_UNROLL
@@ -123,6 +126,7 @@ DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
                                    const Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < map.num_ranks * map.header_packets;
          i += block.size()) {
         const int32_t dst = i / map.header_packets, packet = i % map.header_packets;
@@ -175,6 +179,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE bool await_sources(const LowLatencyParams& params, const device::Block& block,
                                    const LowLatencyTurn& turn, uint64_t start_ns, Shared& shared) {
     bool goes_on = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t source = block.thread_idx(); source < params.map.num_ranks;
          source += block.size()) {
         const bool was_masked = shared.peers.masked[source] != 0;
@@ -225,6 +230,7 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
         goes_on = await_sources(base, block, turn, start_ns, shared);
     if (!goes_on) return false;
     const int32_t num_packets = base.map.header_packets;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < base.map.num_ranks * num_packets; i += block.size()) {
         const int32_t source = i / num_packets, index = i % num_packets;
         Vec128 packet = {{index == 0 ? base.signature : 0, 0, 0, 0}};  // masked: nothing comes
@@ -238,6 +244,7 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
         }
         if (index == 0) note_header(base, &shared.refusals, source, packet);
         const int32_t word = index * static_cast<int32_t>(layout::kPacketWords);
+        DEEPCOMM_UNROLL
         for (int32_t part = 0; part < layout::kPacketWords; ++part) {
             take_header_word(params, shared, source, word + part, packet.words[part]);
         }

@@ -47,8 +47,10 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_copies = shared.num_copies;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < Spec::kRowVectors; i += block.size()) {
         const Vec128 vector = reinterpret_cast<const Vec128*>(shared.row)[i];
+        DEEPCOMM_NO_UNROLL
         for (int32_t copy = 0; copy < num_copies; ++copy) {
             unsigned char* row =
                 params.out_x + static_cast<int64_t>(shared.slots[copy]) * Spec::kRowBytes;
@@ -56,6 +58,7 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
         }
     }
     const int32_t block_rows = params.base.map.num_ranks * params.base.map.max_tokens;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += block.size()) {
         const int32_t slot = shared.slots[i / Spec::kScaleWords], word = i % Spec::kScaleWords;
         const int64_t at = slot / block_rows * params.scale_block_stride +
@@ -70,8 +73,10 @@ template <typename Shared>
 DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Block& block,
                                 Shared& shared) {
     const int32_t num_local = params.map.num_local_experts;
+    DEEPCOMM_NO_UNROLL
     for (int32_t expert = block.thread_idx(); expert < num_local; expert += block.size()) {
         uint32_t total = 0;
+        DEEPCOMM_NO_UNROLL
         for (int32_t source = 0; source < params.map.num_ranks; ++source) {
             uint32_t& count = shared.counts[source * num_local + expert];
             const uint32_t before = total;
@@ -96,6 +101,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE int32_t count_tokens_here(const device::Warp& warp, const Shared& shared,
                                           int32_t last, uint32_t mask) {
     int32_t count = 0;
+    DEEPCOMM_NO_UNROLL
     for (int32_t word = warp.thread_idx(); word <= last; word += device::kWarpSize) {
         const uint32_t counted = word < last ? device::kFullMask : mask;
         count += device::popcount(shared.token_bits[word] & counted);
@@ -116,6 +122,7 @@ DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     if (block.block_idx() != 0) return;
     const int32_t num_local = params.base.map.num_local_experts;
+    DEEPCOMM_NO_UNROLL
     for (int32_t expert = block.thread_idx(); expert < num_local; expert += block.size()) {
         const auto total = static_cast<int32_t>(shared.totals[expert]);
         params.counts[expert] = total;
@@ -129,6 +136,7 @@ DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
     const device::Warp warp;
     if (warp.warp_idx() != 0) return;
     int32_t num_recv = 0;
+    DEEPCOMM_NO_UNROLL
     for (int32_t expert = warp.thread_idx(); expert < num_local; expert += device::kWarpSize) {
         num_recv += static_cast<int32_t>(shared.totals[expert]);
     }
@@ -149,11 +157,13 @@ DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
         const int64_t num_rows = num_token_rows(base, device::Warp{}, shared);
         const int64_t begin = num_rows * base.num_topk;
         const int64_t end = static_cast<int64_t>(block_rows) * base.num_topk;
+        DEEPCOMM_NO_UNROLL
         for (int64_t i = begin + first; i < end; i += stride) {
             store_id(params, i, -1);
             if (params.out_topk_weights != nullptr) params.out_topk_weights[i] = 0;
         }
     } else if (params.out_topk_weights != nullptr) {
+        DEEPCOMM_NO_UNROLL
         for (int32_t i = first; i < base.map.num_local_experts * block_rows; i += stride) {
             const auto total = static_cast<int32_t>(shared.totals[i / block_rows]);
             if (i % block_rows >= total) params.out_topk_weights[i] = 0;
@@ -167,6 +177,7 @@ DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       int32_t culprit, const Shared& shared) {
     if (block.block_idx() != 0) return;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < params.base.map.num_local_experts; i += block.size()) {
         params.counts[i] = 0;
     }

@@ -33,6 +33,7 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const 
     const uint32_t expert = head.words[0];
     const bool is_here = expert != kNoExpert;
     int32_t order = 0;  // copies of smaller experts
+    DEEPCOMM_NO_UNROLL
     for (int32_t k = 0; k < base.num_topk; ++k) {
         order += device::warp_shuffle(expert, k) < expert ? 1 : 0;
     }
@@ -203,6 +204,7 @@ struct PairWalk {
     /// False: none is left.
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Pair* pair) {
         const int32_t num_topk = params.num_topk;
+        DEEPCOMM_NO_UNROLL
         for (; next < most * params.map.num_ranks; next += block.num_blocks()) {
             *pair = pair_at(params, most, next);
             const int32_t source = pair->source, token = pair->token;
@@ -240,6 +242,7 @@ DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
     constexpr bool kDefers = RowPackets<typename Shared::Spec>::kCount <= 4;
     const LowLatencyParams& base = params.base;
     int32_t most = 0;
+    DEEPCOMM_NO_UNROLL
     for (int32_t source = 0; source < base.map.num_ranks; ++source) {
         most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
     }
@@ -250,6 +253,7 @@ DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
     if (has_pair && !is_guessed) row.load(base, block, turn, pair);
     uint32_t num_before = 0;
+    DEEPCOMM_NO_UNROLL
     while (has_pair) {
         const RowEnd end = await_row(params, block, turn, row, shared);
         if (end == RowEnd::kFailed) return;

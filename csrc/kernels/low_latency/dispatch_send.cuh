@@ -70,6 +70,7 @@ DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const de
     constexpr int32_t kGiven = Spec::kCasts ? 0 : Spec::kScaleWords;
     const uint32_t* scales = params.scales + token * params.scale_stride;
     const int32_t first_zero = Spec::kRowWords + Spec::kScaleWords;
+    DEEPCOMM_NO_UNROLL
     for (int32_t word = Spec::kRowWords + block.thread_idx(); word < Spec::kStagedWords;
          word += block.size()) {
         if (word < Spec::kRowWords + kGiven) shared.row[word] = scales[word - Spec::kRowWords];
@@ -78,6 +79,7 @@ DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const de
     // The absent tiles of the last word of exponents.
     if (Spec::kCasts && Spec::kScaleFormat == ScaleFormat::kUe8m0 && block.is_leader()) {
         auto* bytes = reinterpret_cast<uint8_t*>(shared.row + Spec::kRowWords);
+        DEEPCOMM_NO_UNROLL
         for (int32_t tile = Spec::kTiles; tile < 4 * Spec::kScaleWords; ++tile) bytes[tile] = 0;
     }
 }
@@ -158,11 +160,13 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
     constexpr int32_t kCount = TokenInput<Shared>::kEarlier;
     const int32_t num_topk = params.base.num_topk, num_ids = input.token * num_topk;
     const int32_t mine = expert_of(params, input.own.ids[0]);
+    DEEPCOMM_NO_UNROLL
     for (int32_t round = 0; round * block.size() < num_ids; round += kCount) {
         if (round > 0) input.earlier.load(params, input.earlier_ids(params, block, round));
         int32_t experts[kCount];
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) experts[i] = expert_of(params, input.earlier.ids[i]);
+        DEEPCOMM_NO_UNROLL
         for (int32_t k = 0; k < num_topk; ++k) {
             const int32_t expert = device::warp_shuffle(mine, k);
             uint32_t count = 0;
@@ -182,6 +186,7 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
     const int32_t num_topk = params.base.num_topk;
     const int64_t offset = params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
     const int32_t num_destinations = shared.num_destinations;
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < num_destinations * num_topk; i += block.size()) {
         const int32_t dst_idx = i / num_topk, k = i % num_topk;
         const LowLatencyEntry& entry = shared.entries[k];
@@ -192,9 +197,11 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
             packets_at(base, offset) + k,
             {{expert, positions[k], device::float_bits(entry.weight), turn.tag}});
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
         const Vec128 packet = {{words[0], words[1], words[2], turn.tag}};
+        DEEPCOMM_NO_UNROLL
         for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
             unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
             device::st_relaxed_sys(packets_at(base, offset) + params.base.map.num_topk + i, packet);
@@ -209,6 +216,7 @@ DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const dev
     using Input = RowInput<Shared>;
     const unsigned char* row = params.x + input.token * params.x_stride;
     input.row.stage(block.thread_idx(), shared);
+    DEEPCOMM_NO_UNROLL
     for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
         input.row.load(row, block.thread_idx() + first * block.size());
         input.row.stage(block.thread_idx() + first * block.size(), shared);
@@ -251,6 +259,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn, const Shared& shared) {
     int32_t* connected = params.record + params.record_map.connected;
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
         connected[peer] = shared.peers.masked[peer] ? 0 : 1;
     }
@@ -274,6 +283,7 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     if (!sends_headers && first >= num_tokens) {
         find_peers(params.base, block, &shared.peers);  // to receive from
     }
+    DEEPCOMM_NO_UNROLL
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
         const bool is_first = !sends_headers && token == first;
         if (!send_token(params, block, *turn, input, shared, is_first)) return false;

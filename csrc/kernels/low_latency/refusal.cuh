@@ -73,10 +73,12 @@ DEEPCOMM_DEVICE void copy_message(const LowLatencyParams& params, const LowLaten
         packets_at(params.local, params.map.header_offset(turn.slot, culprit)) + 1;
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kCount, culprit,
                                    turn.slot};
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < layout::packets_of(layout::kMessageWords); ++i) {
         Vec128 packet{};
         if (!must_arrive(params, site, packets + i, turn.tag, &packet)) return;
         uint32_t* words = params.status->message + i * layout::kPacketWords;
+        DEEPCOMM_UNROLL
         for (int32_t part = 0; part < layout::kPacketWords; ++part) {
             words[part] = packet.words[part];
         }

@@ -40,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const bool has_peers = open_peers(base, operation, turn, block, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
     const int64_t offset = base.map.header_offset(turn.slot, base.comm.rank);
+    DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < base.map.num_ranks * base.map.header_packets;
          i += block.size()) {
         const int32_t peer = i / base.map.header_packets, packet = i % base.map.header_packets;

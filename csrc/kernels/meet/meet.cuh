@@ -112,6 +112,7 @@ DEEPCOMM_DEVICE void publish_header(const MeetParams& params, const Group& group
     // the header; pairs with the fence of await_headers
     device::fence_acq_rel_sys();
     if (!may_publish) return;
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = group.thread_idx(); peer < params.comm.num_ranks; peer += group.size()) {
         device::Vec128* packets = header_at(params, epoch, peer, params.comm.rank);
         device::st_relaxed_sys(packets, first);
@@ -167,6 +168,7 @@ DEEPCOMM_DEVICE void judge(const MeetParams& params, MeetTable<kNumRanks>* table
     table->culprit = layout::kNoPeer;
     int32_t most_told = 0, most_here = 0;  // tokens of a rank, in a stage before and in this one
     const Header& mine = table->headers[params.comm.rank];
+    DEEPCOMM_NO_UNROLL
     for (int32_t rank = kNumRanks - 1; rank >= 0; --rank) {
         const Header& theirs = table->headers[rank];
         MeetStatus status = told_by(theirs);
@@ -193,6 +195,7 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
                                    device::Operation operation, uint32_t epoch,
                                    MeetTable<kNumRanks>* table) {
     bool is_complete = true;
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
         const device::WaitSite site = {operation, device::Role::kMeet, peer};
         const uint64_t begin_ns = device::globaltimer_ns();
@@ -216,6 +219,7 @@ DEEPCOMM_DEVICE bool await_headers(const MeetParams& params, const device::Block
 template <int32_t kNumRanks>
 DEEPCOMM_DEVICE void recall_headers(const MeetParams& params, const device::Block& block,
                                     uint32_t epoch, MeetTable<kNumRanks>* table) {
+    DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < kNumRanks; peer += block.size()) {
         const device::Vec128* packets = header_at(params, epoch, params.comm.rank, peer);
         const device::Vec128 first = device::ld_relaxed_sys(packets);
