@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import low_latency  # noqa: E402
 from collective.scenario import low_latency_exchange  # noqa: E402
-from exchange import VARIANTS, Figure, Setting, measure, table  # noqa: E402
+from exchange import VARIANTS, Figure, Setting, check_small, measure, table  # noqa: E402
 from gpu import backend_cases, backend_ranks  # noqa: E402
 from machine import environment, link_limits  # noqa: E402
 from nccl import timed_nccl  # noqa: E402
@@ -43,8 +43,9 @@ HIDDEN, NUM_EXPERTS, NUM_TOPK = 7168, 256, 8
 TOKENS = (1024, 4096, 8192)
 NUMS_SMS = (8, 16, 24)
 ROUTINGS = ("uniform", "zipf:1.0", "deepseek-v3")
-LOW_LATENCY_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+LOW_LATENCY_TOKENS = (1, 8, 32, 64, 128, 256, 512)
 NODES_TOKENS, NODES_SMS = 4096, 24
+STAGES = ("correctness", "low latency", "two virtual nodes", "high throughput", "limits")
 
 
 @dataclass
@@ -85,6 +86,7 @@ def check_matrix(group: Any) -> dict[str, int]:
 def measure_exchange(group: Any, settings: list[Setting], repeats: int) -> list[Figure]:
     """Measure all variants of every setting beside NCCL."""
     torch.cuda.set_device(dist.get_rank())
+    check_small(group, HIDDEN, NUM_TOPK)
     nccl = dist.new_group(backend="nccl")
     assert isinstance(nccl, dist.ProcessGroup)
     opponents = functools.partial(timed_nccl, nccl)
@@ -140,19 +142,16 @@ def stages(result: Result, num_ranks: int, repeats: int) -> dict[str, Callable[[
     def limits(_: float) -> None:
         result.limits_gbps = link_limits(10)
 
-    return {
-        "correctness": correctness,
-        "low latency": split_phase,
-        "two virtual nodes": virtual_nodes,
-        "high throughput": high_throughput,
-        "limits": limits,
-    }
+    bodies = (correctness, split_phase, virtual_nodes, high_throughput, limits)
+    return dict(zip(STAGES, bodies, strict=True))
 
 
 def run_stages(result: Result, args: argparse.Namespace) -> None:
     """Run the stages one after the other within the time of all."""
     end = time.monotonic() + args.limit_s
     for name, stage in stages(result, args.ranks, args.repeats).items():
+        if name not in args.stages:
+            continue
         start = time.monotonic()
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
@@ -184,6 +183,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--ranks", type=int, default=torch.cuda.device_count(), help="processes, one a GPU")
+    add("--stages", nargs="+", choices=STAGES, default=STAGES, help="do only these")
     add("--repeats", type=int, default=20, help="replays of a variant and pass")
     add("--limit-s", type=float, default=470.0, help="then the ranks are killed")
     add("--commit", default="unknown", help="goes into the result")
