@@ -85,6 +85,48 @@ py::class_<Struct> operation_params(py::module_& module, const char* name) {
     return params;
 }
 
+/// What changes in every call is set by few calls: each costs as much as ten of its arguments.
+void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
+    params.def(
+        "set_inputs",
+        [](LowLatencyDispatchParams& self, uintptr_t x, uintptr_t scales, uintptr_t topk_idx,
+           uintptr_t topk_weights) {
+            self.x = pointer<unsigned char>(x);
+            self.scales = pointer<uint32_t>(scales);
+            self.topk_idx = pointer<void>(topk_idx);
+            self.topk_weights = pointer<float>(topk_weights);
+        },
+        py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("topk_weights"));
+    params.def(
+        "set_outputs",
+        [](LowLatencyDispatchParams& self, uintptr_t x, uintptr_t scales, uintptr_t topk_idx) {
+            self.out_x = pointer<unsigned char>(x);
+            self.out_scales = pointer<uint32_t>(scales);
+            self.out_topk_idx = pointer<void>(topk_idx);
+        },
+        py::arg("x"), py::arg("scales"), py::arg("topk_idx"));
+    params.def(
+        "set_words",
+        [](LowLatencyDispatchParams& self, uintptr_t words, int64_t counts, int64_t topk_idx,
+           int64_t topk_weights, int64_t out_topk_weights) {
+            auto* const begin = pointer<int32_t>(words);
+            auto* const floats = pointer<float>(words);
+            const bool has_weights = self.topk_weights != nullptr;
+            self.base.record = begin;
+            self.base.turn =
+                reinterpret_cast<layout::LowLatencyTurn*>(begin + self.base.record_map.turn);
+            self.counts = begin + counts;
+            self.num_recv = self.counts + self.base.map.num_local_experts;
+            self.handle_topk_idx = begin + topk_idx;
+            self.handle_topk_weights = has_weights ? floats + topk_weights : nullptr;
+            self.out_topk_weights = has_weights ? floats + out_topk_weights : nullptr;
+        },
+        py::arg("words"), py::arg("counts"), py::arg("topk_idx"), py::arg("topk_weights"),
+        py::arg("out_topk_weights"),
+        "One allocation: the record of record_map, and at these offsets what else is filled. After "
+        "set_inputs.");
+}
+
 void bind_dispatch(py::module_& module) {
     auto params = operation_params<LowLatencyDispatchParams>(module, "LowLatencyDispatchParams");
     params.def_readwrite("x_stride", &LowLatencyDispatchParams::x_stride)
@@ -109,6 +151,7 @@ void bind_dispatch(py::module_& module) {
     def_address(params, "counts", &LowLatencyDispatchParams::counts);
     def_address(params, "num_recv", &LowLatencyDispatchParams::num_recv);
     def_address(params, "expert_token_stats", &LowLatencyDispatchParams::expert_token_stats);
+    bind_dispatch_setters(params);
 }
 
 void bind_combine(py::module_& module) {
@@ -124,6 +167,16 @@ void bind_combine(py::module_& module) {
     def_address(params, "out_topk_weights", &LowLatencyCombineParams::out_topk_weights);
     def_address(params, "bias", &LowLatencyCombineParams::bias);
     def_address(params, "out", &LowLatencyCombineParams::out);
+    params.def(
+        "set_tensors",
+        [](LowLatencyCombineParams& self, uintptr_t y, uintptr_t out, uintptr_t record,
+           uintptr_t topk_idx) {
+            self.y = pointer<unsigned char>(y);
+            self.out = pointer<unsigned char>(out);
+            self.base.record = pointer<int32_t>(record);
+            self.topk_idx = pointer<int32_t>(topk_idx);
+        },
+        py::arg("y"), py::arg("out"), py::arg("record"), py::arg("topk_idx"));
 }
 
 void bind_others(py::module_& module) {
