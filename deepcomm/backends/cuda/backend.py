@@ -192,9 +192,10 @@ class CudaBackend:
 
     def _order_on_current_stream(self, previous_event: Event | None) -> None:
         """Make the current stream wait for an event, and for operations on the own stream."""
-        for event in (previous_event, self._take_last_event()):
-            if event is not None:
-                self.runtime.wait_event(event)
+        if previous_event is not None:
+            self.runtime.wait_event(previous_event)
+        if self._last_event is not None and (event := self._take_last_event()) is not None:
+            self.runtime.wait_event(event)
 
     def _take_last_event(self) -> Event | None:
         """Return the end of what runs on the own stream, if the current stream can wait for it.

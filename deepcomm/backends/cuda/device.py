@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -74,6 +75,12 @@ class NvtxRange:
     def __exit__(self, *_: object) -> None:
         """End it."""
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def nvtx_range(name: str) -> NvtxRange:
+    """Return the range ``deepcomm.name``, which has no state."""
+    return NvtxRange(f"deepcomm.{name}")
 
 
 class CudaSymmetricMemory:
@@ -179,8 +186,8 @@ class CudaRuntime:
 
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
-        assert isinstance(function, CudaFunction)
-        function.native.launch(grid, params.address, params.num_bytes, self.raw_stream())
+        native = cast("CudaFunction", function).native
+        native.launch(grid, params.address, params.num_bytes, self.raw_stream())
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires."""
@@ -216,7 +223,7 @@ class CudaRuntime:
 
     def annotate(self, name: str) -> NvtxRange:
         """Show profilers what the host does: the NVTX range ``deepcomm.name``."""
-        return NvtxRange(f"deepcomm.{name}")
+        return nvtx_range(name)
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""
