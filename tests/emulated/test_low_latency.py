@@ -156,9 +156,9 @@ def test_worked_example() -> None:
             assert got.x[0, 0, 0] == 1
             assert got.x[1, :2, 0].tolist() == [2, 3]
             record = got.handle.records
-            entries = record.words[record.map.entries :][:6].tolist()
+            entries = record.words[record.map.record.entries :][:6].tolist()
             assert entries[:4] == [0 | 1 << 26, -1, 4, -1]
-            assert record.words[record.map.entries + 4 :][:2].tolist() == [5, -1]
+            assert record.words[record.map.record.entries + 4 :][:2].tolist() == [5, -1]
         else:
             assert got.x[0, :2, 0].tolist() == [1, 2]
         assert got.num_tokens_per_expert.tolist() == [[2, 0], [1, 2]][rank]

@@ -24,7 +24,7 @@ from deepcomm.backends.cuda.low_latency_operation import (
 )
 from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, Place, Slots
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
-from deepcomm.backends.cuda.low_latency_tensors import Sizes
+from deepcomm.backends.cuda.low_latency_words import Sizes
 from deepcomm.errors import Error, InvalidArgument, describe_error
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ class LowLatency:
         self._config = config
         self._num_ranks = place.topology.num_ranks
         self._sizes = Sizes(
+            self._num_ranks,
+            config.max_tokens_per_rank,
             config.num_experts // self._num_ranks,
-            self._num_ranks * config.max_tokens_per_rank,
             config.hidden,
             place.runtime.device,
         )
@@ -118,15 +119,15 @@ class LowLatency:
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
         self._place.failure.check_usable(operation)
-        if self._config.num_low_latency_slots == 0:
-            raise InvalidArgument(
-                f"{operation}: the buffer was created with num_low_latency_slots = 0"
-            )
         if self._context is None:
             self._context = self._reserve(operation)
         return self._context
 
     def _reserve(self, operation: str) -> Context:
+        if self._config.num_low_latency_slots == 0:
+            raise InvalidArgument(
+                f"{operation}: the buffer was created with num_low_latency_slots = 0"
+            )
         if self._place.runtime.is_capturing():
             raise InvalidArgument(
                 f"{operation}: expected a first call before the graph's capture, to reserve memory"
@@ -137,8 +138,8 @@ class LowLatency:
             self._place.functions,
             self._config,
             self._sizes,
-            self._num_ranks,
             self._place.buffer_id,
+            self._place.num_sms,
             torch.zeros((), dtype=torch.bool, device=self._sizes.device),
         )
 
@@ -178,9 +179,7 @@ class LowLatency:
     ) -> tuple[Event | None, Callable[[], None] | None]:
         """Launch both phases, or the first; return the completion and the hook, if asked for."""
         runtime = self._place.runtime
-        phase = SEND if request.return_hook else BOTH
-        function = operation.functions[phase]
-        grid = slots.grid(function, operation.num_blocks[phase])
+        function, grid = operation.plan.launches[SEND if request.return_hook else BOTH]
         event: Event | None = None
         if request.async_op:
             with self._stream_of(request, operation):
@@ -221,10 +220,7 @@ class LowLatency:
         runtime = self._place.runtime
         if sent is not None:
             runtime.wait_event(sent)
-        function = operation.functions[RECEIVE]
-        runtime.launch(
-            function, slots.grid(function, operation.num_blocks[RECEIVE]), operation.params
-        )
+        runtime.launch(*operation.plan.launches[RECEIVE], operation.params)
         runtime.flush()
         operation.on_received()
         self._raise_earlier(slots)
@@ -241,7 +237,7 @@ class LowLatency:
             self._refuse_if_open(context.slots, DISPATCH, request, error)
             raise
         self.num_dispatches += 1
-        self.tokens_sent += operation.num_tokens
+        self.tokens_sent += operation.plan.num_tokens
         return operation.output(*self._run(context.slots, request, operation))
 
     def combine(self, request: CombineRequest) -> CombineOutput:

@@ -13,13 +13,24 @@ from deepcomm.errors import InvalidArgument
 from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.runtime import Function, Memory, Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.topology import Topology
 
-__all__ = ["BOTH", "RECEIVE", "SEND", "Failure", "Place", "Slots", "low_latency_layout"]
+__all__ = [
+    "BOTH",
+    "RECEIVE",
+    "SEND",
+    "Failure",
+    "Launches",
+    "Place",
+    "Slots",
+    "low_latency_layout",
+]
 
 SEND, RECEIVE, BOTH = 1, 2, 3
 """Phases of a launch; csrc/kernels/low_latency/params.hpp."""
@@ -108,6 +119,27 @@ def find_excess(config: BufferConfig, topology: Topology) -> str | None:
     return None
 
 
+class Launches(dict[int, tuple["Function", int]]):
+    """Function and grid of an operation by phase, found when a phase is first launched."""
+
+    def __init__(
+        self, functions: Mapping[int, Function], num_wanted: Mapping[int, int], num_sms: int
+    ) -> None:
+        """Choose among ``functions``, for the blocks that each phase would like."""
+        super().__init__()
+        self._functions = functions
+        self._num_wanted = num_wanted
+        self._num_sms = num_sms
+
+    def __missing__(self, phase: int) -> tuple[Function, int]:
+        """Launch as many blocks as are resident at once."""
+        function = self._functions[phase]
+        per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
+        grid = max(1, min(self._num_wanted[phase], self._num_sms * per_sm))
+        self[phase] = (function, grid)
+        return function, grid
+
+
 class Slots:
     """Symmetric memory of the slots, and what this rank's kernels share beside it."""
 
@@ -154,13 +186,6 @@ class Slots:
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         num_decisions = topology.num_ranks * config.num_low_latency_slots
         self._decisions = runtime.memory(8 * num_decisions)
-
-    # ---- kernels
-
-    def grid(self, function: Function, num_wanted: int) -> int:
-        """Return how many blocks to launch: all of them resident at once."""
-        per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
-        return max(1, min(num_wanted, self._place.num_sms * per_sm))
 
     def _fill(self, base: kernels.LowLatencyParams, addresses: tuple[int, int]) -> None:
         """Fill what does not change from one operation to the next."""

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of the low-latency operations on GPUs: what comes out, and what a handle keeps."""
+"""Tensors of the low-latency operations on GPUs: how they are given, and how allocated."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from deepcomm._C import kernels
+from deepcomm.backends.cuda.low_latency_words import contiguous_strides
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import SCALE_TILE, Handle, RecvLayout
+from deepcomm.types import SCALE_TILE, RecvLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from deepcomm.backends.base import DispatchRequest
+    from deepcomm.backends.cuda.low_latency_words import Sizes, Words
     from deepcomm.checks import CheckedDispatch
 
-__all__ = ["DispatchTensors", "Record", "Sizes", "address_of", "aligned", "row_kind", "wire_of"]
+__all__ = ["Outputs", "address_of", "aligned", "empty", "row_kind", "wire_of"]
 
 ALIGN = 16
 SCALE_ROW_ALIGN = 4
 
 KINDS = BF16, FP8_FP32, FP8_UE8M0, CAST_FP32, CAST_UE8M0 = tuple(range(5))
 """Rows of a dispatch: ``LowLatencyRows`` of csrc/kernels/low_latency/params.hpp."""
+
+Allocate: TypeAlias = "Callable[[], torch.Tensor]"
 
 
 def row_kind(checked: CheckedDispatch) -> int:
@@ -52,150 +58,105 @@ def aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-@dataclass(slots=True, eq=False)
-class Record:
-    """What a ``Handle`` keeps.
-
-    Attributes:
-        buffer_id: Of the buffer, alike on its ranks: its slots mean nothing to another.
-        words: int32, ``LowLatencyRecordLayout``.
-        map: Where what is in them.
-        is_complete: Whether the receive phase has been launched.
-    """
-
-    buffer_id: bytes
-    words: torch.Tensor
-    map: kernels.LowLatencyRecordLayout
-    is_complete: bool = False
-
-    @staticmethod
-    def make(buffer_id: bytes, shape: tuple[int, int, int], device: torch.device) -> Record:
-        """Allocate for (ranks, tokens of a rank, K)."""
-        record_map = kernels.LowLatencyRecordLayout.make(*shape)
-        words = torch.empty(record_map.num_words, dtype=torch.int32, device=device)
-        return Record(buffer_id, words, record_map)
-
-    def fill(self, base: kernels.LowLatencyParams) -> None:
-        """Tell a kernel where it is."""
-        base.record = self.words.data_ptr()
-        base.record_map = self.map
-
-    @staticmethod
-    def of(handle: Handle, buffer_id: bytes) -> Record:
-        """Return a handle's record.
-
-        Raises:
-            InvalidArgument: The handle comes from another buffer, or its hook was not called.
-        """
-        record = handle.records
-        if not isinstance(record, Record) or record.buffer_id != buffer_id:
-            raise InvalidArgument("handle: expected one of this buffer, got one of another")
-        if not record.is_complete:
-            raise InvalidArgument("handle: expected the hook of its dispatch to have been called")
-        return record
+def empty(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[int, ...] | None = None,
+) -> Allocate:
+    """Return what allocates such tensors: in half of the time that ``torch.empty`` takes."""
+    strides = contiguous_strides(shape) if strides is None else strides
+    like = torch.empty(0, dtype=dtype, device=device)
+    return functools.partial(like.new_empty_strided, shape, strides)
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of a buffer's outputs: L blocks of M rows of H elements."""
-
-    num_local_experts: int
-    block_rows: int
-    hidden: int
-    device: torch.device
+def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:
+    """Return what allocates likewise, zeros if rows that hold no token are to be that."""
+    return (lambda: allocate().zero_()) if zero_padding else allocate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DispatchTensors:
-    """What a dispatch fills.
+class Outputs:
+    """How the outputs of dispatches alike are allocated; None for those that there are not.
+
+    What holds no token is filled by the kernels, but for rows.
 
     Attributes:
-        ints: int32 [L + 1]: the counts, and the number of rows received.
-        topk_idx_copy: int32 [T, K], for the handle.
-        topk_weights_copy: float32 [T, K], or None.
+        scale_strides: Of block, row and word.
+        words: What is in ``map``.
+        num_rows: Rows of ``out`` that are used, None for all.
     """
 
-    x: torch.Tensor
-    scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    ints: torch.Tensor
-    topk_idx_copy: torch.Tensor
-    topk_weights_copy: torch.Tensor | None
+    x: Allocate
+    scales: Allocate | None
+    scale_strides: tuple[int, int, int]
+    topk_idx: Allocate | None
+    words: Allocate
+    map: Words
+    num_rows: int | None
+    zero_padding: bool
 
     @staticmethod
-    def allocate(
-        request: DispatchRequest, checked: CheckedDispatch, sizes: Sizes
-    ) -> DispatchTensors:
-        """Allocate; what holds no token is filled by the kernels, but for rows."""
-        assert checked.topk_idx is not None
-        is_token = checked.recv_layout is RecvLayout.TOKEN
-        lead = (sizes.block_rows,) if is_token else (sizes.num_local_experts, sizes.block_rows)
-        of_tokens = (sizes.block_rows, checked.num_topk)
-        device, weights = sizes.device, checked.topk_weights
-        return DispatchTensors(
-            x=_allocate_rows(request, checked, (*lead, sizes.hidden), device),
-            scales=_allocate_scales(request, checked, lead, sizes),
-            topk_idx=torch.empty(of_tokens, dtype=checked.id_dtype, device=device)
-            if is_token
-            else None,
-            topk_weights=None
-            if weights is None
-            else torch.empty(of_tokens if is_token else lead, device=device),
-            ints=torch.empty(sizes.num_local_experts + 1, dtype=torch.int32, device=device),
-            topk_idx_copy=torch.empty(checked.topk_idx.shape, dtype=torch.int32, device=device),
-            topk_weights_copy=None if weights is None else torch.empty_like(weights),
+    def of(
+        request: DispatchRequest, checked: CheckedDispatch, sizes: Sizes, words: Words
+    ) -> Outputs:
+        """Decide.
+
+        Raises:
+            InvalidArgument: ``out`` is wrong.
+        """
+        device, lead = sizes.device, words.lead
+        dtype = torch.bfloat16 if checked.scale_format == "none" else torch.float8_e4m3fn
+        shape = (*lead, sizes.hidden)
+        if request.out is not None:
+            check_out_shape(request.out, shape, dtype)
+            if request.out.data_ptr() % ALIGN:
+                raise InvalidArgument(f"out: expected it to begin at a multiple of {ALIGN} bytes")
+        scales, scale_strides = _of_scales(request, checked, shape, device)
+        topk_idx = None
+        if checked.recv_layout is RecvLayout.TOKEN:
+            topk_idx = empty((*lead, checked.num_topk), checked.id_dtype, device)
+        return Outputs(
+            x=zeroed(empty(shape, dtype, device), request.zero_padding),
+            scales=scales,
+            scale_strides=scale_strides,
+            topk_idx=topk_idx,
+            words=empty((words.num_words,), torch.int32, device),
+            map=words,
+            num_rows=None if request.out is None or request.out.shape == shape else lead[0],
+            zero_padding=request.zero_padding,
         )
 
-    def fill(self, params: Any) -> None:
-        """Tell the kernel where they are."""
-        params.out_x = address_of(self.x)
-        params.out_topk_idx = address_of(self.topk_idx)
-        params.out_topk_weights = address_of(self.topk_weights)
-        params.counts = self.ints.data_ptr()
-        params.num_recv = self.ints.data_ptr() + 4 * (len(self.ints) - 1)
-        params.handle_topk_idx = address_of(self.topk_idx_copy)
-        params.handle_topk_weights = address_of(self.topk_weights_copy)
-        params.out_scales = address_of(self.scales)
-        if self.scales is not None:
-            block, row, word = (0, *self.scales.stride())[-3:]
-            params.scale_block_stride = block
-            params.scale_row_stride = row
-            params.scale_word_stride = word
+    def rows(self, out: torch.Tensor | None) -> torch.Tensor:
+        """Return the tensor to receive into."""
+        if out is None:
+            return self.x()
+        rows = out if self.num_rows is None else out[: self.num_rows]
+        if self.zero_padding:
+            rows.view(torch.uint8).zero_()
+        return rows
 
 
-def _allocate_rows(
+def _of_scales(
     request: DispatchRequest,
     checked: CheckedDispatch,
     shape: tuple[int, ...],
     device: torch.device,
-) -> torch.Tensor:
-    dtype = torch.bfloat16 if checked.scale_format == "none" else torch.float8_e4m3fn
-    if request.out is None:
-        make = torch.zeros if request.zero_padding else torch.empty
-        return make(shape, dtype=dtype, device=device)
-    check_out_shape(request.out, shape, dtype)
-    out = request.out if tuple(request.out.shape) == shape else request.out[: shape[0]]
-    if out.data_ptr() % ALIGN:
-        raise InvalidArgument(f"out: expected it to begin at a multiple of {ALIGN} bytes")
-    if request.zero_padding:
-        out.view(torch.uint8).zero_()
-    return out
-
-
-def _allocate_scales(
-    request: DispatchRequest, checked: CheckedDispatch, lead: tuple[int, ...], sizes: Sizes
-) -> torch.Tensor | None:
+) -> tuple[Allocate | None, tuple[int, int, int]]:
+    """Decide for rows of this shape; return also the strides of block, row and word."""
     if checked.scale_format == "none":
-        return None
-    tiles = -(-sizes.hidden // SCALE_TILE)
+        return None, (0, 0, 0)
+    *lead, hidden = shape
+    tiles = -(-hidden // SCALE_TILE)
     is_ue8m0 = checked.scale_format == "ue8m0"
     words = -(-tiles // 4) if is_ue8m0 else tiles
     dtype = torch.int32 if is_ue8m0 else torch.float32
-    make = torch.zeros if request.zero_padding else torch.empty
     if len(lead) == 1:
-        return make(*lead, words, dtype=dtype, device=sizes.device)
-    num_blocks, block_rows = lead
-    stride = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
-    storage = make(num_blocks * words * stride, dtype=dtype, device=sizes.device)
-    return storage.as_strided((num_blocks, block_rows, words), (words * stride, 1, stride))
+        scales = zeroed(empty((*lead, words), dtype, device), request.zero_padding)
+        return scales, (0, words, 1)
+    num_blocks, num_rows = lead
+    column = -(-num_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
+    strides = (words * column, 1, column)
+    columns = empty((num_blocks, column, words), dtype, device, strides)
+    columns = zeroed(columns, request.zero_padding)
+    return columns if column == num_rows else lambda: columns()[:, :num_rows], strides

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What low-latency operations with arguments alike share: found out once, then looked up.
+
+Checks, sizes and kernels depend on what arguments are, not on what is in them: dtypes, shapes,
+strides. A key describes all arguments of a call; where one is seen for the first time, they are
+checked, and a plan is kept. Arguments that had to be copied for the kernels are planned each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+
+from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, Launches, Slots
+from deepcomm.backends.cuda.low_latency_status import pack_signature
+from deepcomm.backends.cuda.low_latency_tensors import (
+    ALIGN,
+    Outputs,
+    address_of,
+    aligned,
+    empty,
+    row_kind,
+    wire_of,
+)
+from deepcomm.backends.cuda.low_latency_words import Record, Sizes, Words
+from deepcomm.checks import check_combine, check_dispatch, check_length
+from deepcomm.errors import InvalidArgument
+from deepcomm.types import RecvLayout, ScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm._C import kernels
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.functions import LowLatencyFunctions
+    from deepcomm.checks import CheckedCombine, CheckedDispatch
+    from deepcomm.config import BufferConfig
+
+__all__ = ["CombinePlan", "Context", "DispatchPlan", "Inputs"]
+
+MAX_PLANS = 1024
+"""Kept by a buffer: all numbers of tokens of a decoding step, in a few variants."""
+
+TURN_WORDS = 4  # layout::LowLatencyTurn
+
+UNDESCRIBABLE = (AttributeError, TypeError, RuntimeError)
+"""Raised where an argument is of a wrong type, which the checks say in words."""
+
+Inputs: TypeAlias = tuple[Any, ...]
+"""Tensors, None for those not given."""
+
+Plan = TypeVar("Plan", "DispatchPlan", "CombinePlan")
+
+
+def look_up(
+    plans: dict[Any, Plan], key_of: Callable[[Any], Any], request: Any
+) -> tuple[Any, Plan | None]:
+    """Return a request's key and plan; neither where arguments are none that it could have."""
+    try:
+        key = key_of(request)
+        return key, plans.get(key)
+    except UNDESCRIBABLE:
+        return None, None
+
+
+def keep(plans: dict[Any, Plan], key: Any, plan: Plan) -> None:
+    """Remember a plan, if there is a key."""
+    if key is None:
+        return
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What operations of one buffer share.
+
+    Attributes:
+        num_sms: SMs that kernels may count on.
+        no_overflow: False, for outputs that never overflow.
+        dispatches: Plans by key.
+        combines: Likewise.
+    """
+
+    slots: Slots
+    functions: LowLatencyFunctions
+    config: BufferConfig
+    sizes: Sizes
+    buffer_id: bytes
+    num_sms: int
+    no_overflow: torch.Tensor
+    dispatches: dict[Any, DispatchPlan] = field(default_factory=dict)
+    combines: dict[Any, CombinePlan] = field(default_factory=dict)
+
+
+def describe(tensor: Any) -> tuple[Any, ...]:
+    """Return all that checks and kernels can ask of a tensor; raises where it is none."""
+    return (
+        tensor.dtype,
+        tensor.shape,
+        tensor.is_contiguous() or tensor.stride(),
+        tensor.get_device(),
+        tensor.data_ptr() % ALIGN,
+    )
+
+
+def are_same(given: Inputs, used: Inputs) -> bool:
+    """Return whether nothing had to be copied."""
+    return [address_of(tensor) for tensor in given] == [address_of(tensor) for tensor in used]
+
+
+# ---- dispatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchPlan:
+    """A dispatch, but for its addresses.
+
+    Attributes:
+        params: Of the kernels.
+        launches: Function and grid by phase.
+    """
+
+    params: kernels.LowLatencyDispatchParams
+    launches: Launches
+    outputs: Outputs
+    num_tokens: int
+
+    @staticmethod
+    def of(context: Context, request: DispatchRequest) -> tuple[DispatchPlan, Inputs]:
+        """Return the plan of a request, and rows, scales, ids and weights as kernels take them.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        key, plan = look_up(context.dispatches, dispatch_key, request)
+        given = given_inputs(request)
+        if plan is not None:
+            return plan, given
+        checked = _check_dispatch(context, request)
+        rows = aligned(checked.rows)
+        plan = _plan_dispatch(context, request, checked, rows)
+        inputs = (rows, checked.scales, checked.topk_idx, checked.topk_weights)
+        if are_same(given, inputs):
+            keep(context.dispatches, key, plan)
+        return plan, inputs
+
+
+def given_inputs(request: DispatchRequest) -> Inputs:
+    """Return rows, scales, ids and weights as the user gave them."""
+    x = request.x
+    if isinstance(x, ScaledTensor):
+        return x.data, x.scales, request.topk_idx, request.topk_weights
+    return x, None, request.topk_idx, request.topk_weights
+
+
+def dispatch_key(request: DispatchRequest) -> tuple[Any, ...]:
+    """Describe all that can be given to a low-latency dispatch."""
+    rows, scales, topk_idx, topk_weights = given_inputs(request)
+    out, counts, waits = request.out, request.expert_token_stats, request.wait_us_stats
+    return (
+        describe(rows),
+        scales is not None and describe(scales),
+        describe(topk_idx),
+        topk_weights is not None and describe(topk_weights),
+        request.recv_layout,
+        request.quantize,
+        request.scale_format,
+        request.zero_padding,
+        request.on_timeout,
+        out is not None and describe(out),
+        counts is not None and describe(counts),
+        waits is not None and describe(waits),
+    )
+
+
+def _check_dispatch(context: Context, request: DispatchRequest) -> CheckedDispatch:
+    config = context.config
+    checked = check_dispatch(request, config, context.sizes.device)
+    if checked.scale_format == "none" and checked.rows.dtype != torch.bfloat16:
+        raise InvalidArgument(
+            f"x: expected bfloat16 [T, {config.hidden}] or a ScaledTensor, "
+            f"got {str(checked.rows.dtype).removeprefix('torch.')}"
+        )
+    if checked.num_tokens > config.max_tokens_per_rank:
+        raise InvalidArgument(
+            f"x: expected at most max_tokens_per_rank = {config.max_tokens_per_rank} "
+            f"tokens, got {checked.num_tokens}"
+        )
+    check_length("expert_token_stats", request.expert_token_stats, context.sizes.num_local_experts)
+    check_length("wait_us_stats", request.wait_us_stats, context.sizes.num_ranks)
+    return checked
+
+
+def _plan_dispatch(
+    context: Context, request: DispatchRequest, checked: CheckedDispatch, rows: torch.Tensor
+) -> DispatchPlan:
+    sizes, num_tokens = context.sizes, checked.num_tokens
+    words = Words.of(checked, sizes)
+    num_wanted = {
+        SEND: num_tokens + 1,
+        RECEIVE: sizes.block_rows,
+        BOTH: max(num_tokens + 1, sizes.block_rows),
+    }
+    functions = context.functions.dispatch[row_kind(checked)]
+    outputs = Outputs.of(request, checked, sizes, words)
+    params = _fill_dispatch(context, request, checked, rows)
+    params.base.record_map = words.record
+    strides = outputs.scale_strides
+    params.scale_block_stride, params.scale_row_stride, params.scale_word_stride = strides
+    return DispatchPlan(
+        params=params,
+        launches=Launches(functions, num_wanted, context.num_sms),
+        outputs=outputs,
+        num_tokens=num_tokens,
+    )
+
+
+def _fill_dispatch(
+    context: Context, request: DispatchRequest, checked: CheckedDispatch, rows: torch.Tensor
+) -> kernels.LowLatencyDispatchParams:
+    params = context.slots.dispatch_params.copy()
+    base = params.base
+    is_token = checked.recv_layout is RecvLayout.TOKEN
+    base.signature = pack_signature(
+        recv_layout=is_token,
+        rows=wire_of(row_kind(checked)),
+        topk_weights=checked.topk_weights is not None,
+        K=checked.num_topk,
+    )
+    base.num_topk = checked.num_topk
+    base.num_tokens = checked.num_tokens
+    base.mask_late = request.on_timeout == "mask"
+    params.topk_idx_is_int64 = checked.id_dtype == torch.int64
+    params.is_token_layout = is_token
+    params.x_stride = rows.stride(0) * rows.element_size()
+    if checked.scales is not None:
+        params.scale_stride = checked.scales.stride(0)
+    if request.expert_token_stats is not None:
+        params.stats_is_int64 = request.expert_token_stats.dtype == torch.int64
+    return params
+
+
+# ---- combine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombinePlan:
+    """A combine, but for its addresses.
+
+    Attributes:
+        params: Of the kernels.
+        launches: Function and grid by phase.
+        x: Allocates the output.
+        topk_weights: Allocates the weights that come back, None where none do.
+        turn: Allocates what the send phase tells the receive phase.
+        has_extras: Whether there is more to read or write than rows.
+    """
+
+    params: kernels.LowLatencyCombineParams
+    launches: Launches
+    x: Callable[[], torch.Tensor]
+    topk_weights: Callable[[], torch.Tensor] | None
+    turn: Callable[[], torch.Tensor]
+    has_extras: bool
+
+    @staticmethod
+    def of(context: Context, request: CombineRequest) -> tuple[CombinePlan, Inputs]:
+        """Return the plan of a request, and rows, weights and bias as kernels take them.
+
+        Raises:
+            InvalidArgument: The first argument that is wrong.
+        """
+        key, plan = look_up(context.combines, combine_key, request)
+        given = (request.y, request.topk_weights, request.bias)
+        if plan is not None:
+            return plan, given
+        checked = _check_combine(context, request)
+        bias = None if checked.bias is None else aligned(checked.bias)
+        weights = checked.carried if checked.source_weights is None else checked.source_weights
+        inputs = (aligned(checked.rows), weights, bias)
+        plan = _plan_combine(context, request, checked, inputs)
+        if are_same(given, inputs):
+            keep(context.combines, key, plan)
+        return plan, inputs
+
+
+def combine_key(request: CombineRequest) -> tuple[Any, ...]:
+    """Describe all that can be given to a low-latency combine."""
+    weights, bias, out = request.topk_weights, request.bias, request.out
+    waits = request.wait_us_stats
+    return (
+        describe(request.y),
+        request.handle.records.map,
+        weights is not None and describe(weights),
+        request.apply_weights,
+        bias is not None and describe(bias),
+        out is not None and describe(out),
+        request.on_timeout,
+        waits is not None and describe(waits),
+    )
+
+
+def _check_combine(context: Context, request: CombineRequest) -> CheckedCombine:
+    sizes = context.sizes
+    checked = check_combine(request, context.config, sizes.num_local_experts, sizes.device)
+    check_length("wait_us_stats", request.wait_us_stats, context.sizes.num_ranks)
+    if checked.rows.dtype != torch.bfloat16:
+        dtype = str(checked.rows.dtype).removeprefix("torch.")
+        raise InvalidArgument(f"y: expected bfloat16, got {dtype}")
+    if request.out is not None and request.out.data_ptr() % 4:
+        raise InvalidArgument("out: expected it to begin at a multiple of 4 bytes")
+    Record.of(request.handle, context.buffer_id)
+    return checked
+
+
+def _plan_combine(
+    context: Context, request: CombineRequest, checked: CheckedCombine, inputs: Inputs
+) -> CombinePlan:
+    handle, sizes = request.handle, context.sizes
+    words: Words = handle.records.map
+    num_tokens = handle.num_tokens
+    num_wanted = {SEND: sizes.block_rows, RECEIVE: num_tokens, BOTH: sizes.block_rows}
+    device = sizes.device
+    carried = None
+    if checked.carried is not None:
+        carried = empty((num_tokens, words.num_topk), torch.float32, device)
+    return CombinePlan(
+        params=_fill_combine(context, request, checked, inputs),
+        launches=Launches(context.functions.combine, num_wanted, context.num_sms),
+        x=empty((num_tokens, sizes.hidden), torch.bfloat16, device),
+        topk_weights=carried,
+        turn=empty((TURN_WORDS,), torch.int32, device),
+        has_extras=any(tensor is not None for tensor in (*inputs[1:], request.wait_us_stats)),
+    )
+
+
+def _fill_combine(
+    context: Context, request: CombineRequest, checked: CheckedCombine, inputs: Inputs
+) -> kernels.LowLatencyCombineParams:
+    rows, weights, bias = inputs
+    words: Words = request.handle.records.map
+    params = context.slots.combine_params.copy()
+    base = params.base
+    is_token = request.handle.recv_layout is RecvLayout.TOKEN
+    base.signature = pack_signature(
+        operation=1,
+        recv_layout=is_token,
+        topk_weights=weights is not None,
+        apply_weights=checked.apply_weights,
+        K=words.num_topk,
+    )
+    base.num_topk = words.num_topk
+    base.num_tokens = request.handle.num_tokens
+    base.mask_late = request.on_timeout == "mask"
+    base.record_map = words.record
+    params.apply_weights = checked.apply_weights
+    params.is_token_layout = is_token
+    params.y_stride = rows.stride(0) * rows.element_size()
+    if bias is not None:
+        params.bias_stride = bias.stride(0) * bias.element_size()
+    return params
