@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-rounds",
         type=int,
         default=200,
-        help="rounds of the random soak on GPUs",
+        help="rounds of the random soak on GPUs, about 3 operations each; many need --timeout=0",
     )
 
 

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs probes under a tool: ``python -m gpu.play RANKS REPEATS``, all ranks on one device.
+"""Runs kernels under a tool, all ranks on one device.
 
-With one rank, which then is its own peer, no launch depends on another. With no rank at all a probe
-writes behind its memory: a tool that says nothing then would not have seen a fault either.
+``python -m gpu.play RANKS REPEATS`` plays probes. With one rank, which then is its own peer, no
+launch depends on another. With no rank at all a probe writes behind its memory: a tool that says
+nothing then would not have seen a fault either. ``python -m gpu.play operations`` plays dispatches
+and combines of two ranks.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
+from collective.case import Case
+from collective.scenario import exchange, low_latency_exchange
+from collective.session import Oracle
 from gpu import params
 from gpu.launch import World
 from gpu.probes import FIXED_RANKS, PROBES, Setup, run_probe
+
+from deepcomm import RecvLayout
+from deepcomm.testing import LocalCluster
 
 SELF_PLAYABLE = ("signal", "bulk_put", "bulk_copy", "ring", "barrier_fold", "packet")
 TIMEOUT_S = 60.0
@@ -29,7 +39,27 @@ def overrun() -> None:
     world.wait()
 
 
+def operations() -> None:
+    """Compare small operations of every layout with the reference."""
+    base = Case(num_ranks=2, num_tokens=6, hidden=128, wire="fp8", device="cuda")
+    for layout in RecvLayout:
+        case, oracle = replace(base, layout=layout), Oracle()
+        play = partial(exchange, case=case, oracle=oracle, num_sms=2, timeout_s=TIMEOUT_S)
+        LocalCluster(2, device="cuda:0").run(play)
+        print(f"{layout.value}: results hold", flush=True)  # noqa: T201
+        if layout is RecvLayout.EXPERT:
+            continue
+        oracle = Oracle()
+        LocalCluster(2, device="cuda:0").run(
+            partial(low_latency_exchange, case=case, oracle=oracle)
+        )
+        print(f"low latency, {layout.value}: results hold", flush=True)  # noqa: T201
+
+
 def main() -> None:
+    if sys.argv[1] == "operations":
+        operations()
+        return
     num_ranks, repeats = int(sys.argv[1]), int(sys.argv[2])
     if num_ranks == 0:
         overrun()
