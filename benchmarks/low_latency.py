@@ -44,7 +44,7 @@ TIMEOUT_S = 20.0  # of a wait on the device
 BACKLOG_CYCLES = 5_000_000
 """Of a kernel that keeps the GPU busy, 2.5 ms, while the host queues all that a sample times."""
 GEMM_SIZE = 4096
-MOST_FOR_REFERENCE = 128
+MOST_FOR_REFERENCE = 32
 """Tokens up to which the reference on the CPU is fast enough; above, torch on the GPU checks."""
 
 

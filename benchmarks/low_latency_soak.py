@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-latency operations of random sizes and routings, checked with torch on the same GPU."""
+"""Low-latency operations of random sizes and routings, checked with torch on the same device.
+
+Rows travel as BF16 and cast to FP8 in turns, and every third operation is split by its hook.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from deepcomm import Buffer
+from deepcomm.fp8 import quantize_fp8
 
 TIMEOUT_S = 20.0  # of a wait on the device
 
@@ -27,13 +31,13 @@ class SoakShape:
 
 
 class Soak:
-    """Dispatches and combines of random tokens, compared with torch on the same GPU."""
+    """Dispatches and combines of random tokens, compared with torch on the same device."""
 
-    def __init__(self, group: Any, shape: SoakShape) -> None:
+    def __init__(self, group: Any, shape: SoakShape, device: torch.device | None = None) -> None:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shape = shape
         self.num_local = shape.experts // self.num_ranks
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
         self.generator = torch.Generator(self.device)
         self.sizes = np.random.default_rng(1)
         self.buffer = Buffer(
@@ -61,30 +65,52 @@ class Soak:
         weights = torch.rand(ids.shape, device=self.device, generator=self.generator)
         begin = int(sizes[: self.rank].sum())
         own = slice(begin, begin + int(sizes[self.rank]))
-        hook = number % 3 == 0
-        got = self.buffer.low_latency_dispatch(x[own], ids[own], weights[own], return_hook=hook)
+        hook, quantize = number % 3 == 0, "fp8_e4m3" if number % 2 else None
+        got = self.buffer.low_latency_dispatch(
+            x[own], ids[own], weights[own], quantize=quantize, return_hook=hook
+        )
         if hook:
             got.hook()
-        back = self.buffer.low_latency_combine(got.x, got.handle, return_hook=hook)
+        y = got.x.to(torch.bfloat16)
+        back = self.buffer.low_latency_combine(y, got.handle, return_hook=hook)
         if hook:
             back.hook()
-        is_right = self.check_rows(got, x, ids, weights)
-        expected = self.expected_sum(x[own], ids[own], weights[own])
+        cast = None if quantize is None else quantize_fp8(x)
+        rows = x if cast is None else cast.data.to(torch.bfloat16)
+        is_right = self.check_rows(got, y, rows, ids, weights)
+        if cast is not None:
+            is_right &= self.check_scales(got, cast.scales, ids)
+        expected = self.expected_sum(rows[own], ids[own], weights[own])
         return is_right & (back.x == expected).all()
 
-    def check_rows(
-        self, got: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def chosen(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return which tokens have which local experts, and local expert and mask of each pair."""
         local = ids - self.rank * self.num_local
         is_here = (local >= 0) & (local < self.num_local)
         column = local.clamp(0, self.num_local - 1)
-        chosen = torch.zeros(len(x), self.num_local, device=self.device)
-        chosen.scatter_add_(1, column, is_here.float())
+        chosen = torch.zeros(len(ids), self.num_local, device=self.device)
+        return chosen.scatter_add_(1, column, is_here.float()), column, is_here
+
+    def check_scales(self, got: Any, scales: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        chosen, _, _ = self.chosen(ids)
+        position = chosen.cumsum(0).long() - 1
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        return (got.scales[expert, position[token, expert]] == scales[token]).all()
+
+    def check_rows(
+        self,
+        got: Any,
+        received: torch.Tensor,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        chosen, column, is_here = self.chosen(ids)
         weight = torch.zeros_like(chosen).scatter_add_(1, column, weights.masked_fill(~is_here, 0))
         position = chosen.cumsum(0).long() - 1
         expert, token = chosen.T.nonzero(as_tuple=True)
         place = position[token, expert]
-        rows_equal = (got.x[expert, place] == x[token]).all()
+        rows_equal = (received[expert, place] == rows[token]).all()
         weights_equal = (got.topk_weights[expert, place] == weight[token, expert]).all()
         counts_equal = (got.num_tokens_per_expert == chosen.sum(0).int()).all()
         return rows_equal & weights_equal & counts_equal
