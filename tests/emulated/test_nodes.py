@@ -6,11 +6,11 @@ Scenarios and oracle are those of one node (``test_matrix.py``).
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 from collective.case import Case
+from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO
 from collective.session import Oracle, Session
 from emulated.cluster import RankStopped
 from emulated.conftest import Schedules
@@ -24,40 +24,8 @@ from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
 
-TOKEN, EXPERT, PADDED = RecvLayout
-TWO_BY_TWO = Case(num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3)
 
-WIRE_CASES = [
-    replace(TWO_BY_TWO, layout=layout, wire=wire, alignment=8 if layout is EXPERT else 1)
-    for layout, wire in itertools.product(
-        RecvLayout, ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
-    )
-]
-# Nodes x ranks a node.
-SHAPES = {"2x4": (8, 4), "4x2": (8, 2), "3x2": (6, 2), "2x1": (2, 1)}
-SHAPE_CASES = [
-    replace(TWO_BY_TWO, num_ranks=ranks, ranks_per_node=per_node, num_tokens=6, layout=layout)
-    for (ranks, per_node), layout in itertools.product(SHAPES.values(), RecvLayout)
-]
-OPTION_CASES = [
-    *(
-        replace(TWO_BY_TWO, routing=routing, layout=layout)
-        for routing in ("one_expert", "none")
-        for layout in RecvLayout
-    ),
-    *(
-        replace(TWO_BY_TWO, capacity=capacity, layout=layout)
-        for layout in (TOKEN, EXPERT)
-        for capacity in (4, 90)
-    ),
-    replace(TWO_BY_TWO, strided=True, wire="scaled"),
-    # More chunks than are announced at once, of two origins.
-    *(replace(TWO_BY_TWO, num_tokens=34, even=True, layout=layout) for layout in RecvLayout),
-]
-CASES = WIRE_CASES + SHAPE_CASES + OPTION_CASES
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", NODES_CASES, ids=lambda case: case.id)
 def test_exchange_of_nodes_equals_reference(schedules: Schedules, case: Case) -> None:
     oracle = Oracle()
     # Blocks among each other are what one node already shows.

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from collective.nodes import NODES_CASES
 from collective.session import Oracle
 from gpu import backend_cases as cases
 from gpu import backend_errors as errors
@@ -67,6 +68,12 @@ def test_nodes_equal_reference(num_nodes: int, ranks_per_node: int) -> None:
     num_ranks = num_nodes * ranks_per_node
     for case in cases.nodes_matrix(num_ranks, ranks_per_node):
         by_threads(num_ranks, ranks.exchange_all, [case], Oracle())
+
+
+@pytest.mark.parametrize("case", NODES_CASES, ids=ids(NODES_CASES))
+def test_shared_matrix_over_nodes_equals_reference(case: Case) -> None:
+    case = replace(case, device="cuda")
+    by_threads(case.num_ranks, ranks.exchange_all, [case], Oracle())
 
 
 @pytest.mark.parametrize("case", cases.SMS_CASES, ids=ids(cases.SMS_CASES))
