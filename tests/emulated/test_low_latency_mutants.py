@@ -30,7 +30,7 @@ TWINS = [
     Twin(
         "sends a slot's next turn too early",
         case="flights",
-        path=FOLDER + "common.cuh",
+        path=FOLDER + "peers.cuh",
         find="received + static_cast<uint64_t>(params.map.num_slots) >= turn.number",
         part="received + static_cast<uint64_t>(params.map.num_slots) >= turn.number",
         replace="true",

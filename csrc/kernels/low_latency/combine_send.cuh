@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/low_latency/combine_sum.cuh"
+#include "kernels/low_latency/peers.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -172,8 +173,13 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     if (word < Spec::kStagedWords) shared.row[word] = 0;
 }
 
-/// The tokens that a block sums, one after the other: those of the peers first, which have the
-/// longer way.
+/// The order of what is summed: tokens of the peers first, which have the longer way; most: tokens of
+/// any source.
+DEEPCOMM_DEVICE Summed summed_at(const LowLatencyParams& params, int32_t most, int32_t idx) {
+    return {(params.comm.rank + 1 + idx / most) % params.map.num_ranks, idx % most};
+}
+
+/// The tokens that a block sums, one after the other.
 template <typename Shared>
 struct SummedWalk {
     const LowLatencyParams& params;
@@ -194,7 +200,7 @@ struct SummedWalk {
     /// False: none is left.
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Summed* summed) {
         while (next < most * params.map.num_ranks) {
-            *summed = {(params.comm.rank + 1 + next / most) % params.map.num_ranks, next % most};
+            *summed = summed_at(params, most, next);
             next += block.num_blocks();
             if (summed->token < shared.num_tokens[summed->source]) return true;
         }
@@ -215,27 +221,37 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
     return true;
 }
 
-/// Takes the turn and sends. What the record says is read in two steps, the first beside the turn,
-/// the second beside the credits. False: leave.
+/// What the block probably sums first: ranks have the same number of tokens, as a rule.
+DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device::Block& block) {
+    const int32_t most = params.num_tokens;
+    if (block.block_idx() >= most * params.map.num_ranks) return {0, -1};
+    return summed_at(params, most, block.block_idx());
+}
+
+/// Takes the turn and sends. The turn, the credits and what the record says, entries of the first token
+/// included, are on their way together. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   LowLatencyTurn* turn, Shared& shared) {
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
-    const LowLatencyTurn last = base.state->last;
     const bool is_refused = is_void(base);
+    const Summed guess = guess_summed(base, block);
+    Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
+    EarlyPeer early;
+    *turn = take_turn(base, block, &early);
     read_record(params, block, shared);
-    *turn = layout::next_turn(last, base.map.num_slots);
     if (is_refused) return false;
-    block.sync();  // ORDER: what the record says, to all
+    const bool has_peers =
+        open_peers(base, Operation::kLowLatencyCombine, block, *turn, early, &shared.peers);
+    clear_tail(block, shared);
+    // ORDER: what the record says, and the credits before all that is sent, to all
+    if (!block.sync_and(has_peers)) return false;
     SummedWalk<Shared> walk(base, block, shared);
     Summed summed = {0, 0};
     bool has_token = walk.advance(block, &summed);
-    Entry entry = has_token ? load_entry(params, warp, summed) : Entry{};
-    const bool has_peers =
-        open_peers(base, Operation::kLowLatencyCombine, *turn, block, &shared.peers);
-    clear_tail(block, shared);
-    if (!block.sync_and(has_peers)) return false;  // ORDER: the credits before all that is sent
+    const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
+    if (has_token && !is_guessed) entry = load_entry(params, warp, summed);
     if (block.block_idx() == block.num_blocks() - 1) {
         send_combine_headers(base, block, *turn, shared);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both low-latency operations share: whose turn it is, the peers and their credits, packets,
-// and how a phase ends. PROTOCOLS.md: low latency.
+// What both low-latency operations share: waits, packets, and how a phase ends; see also peers.cuh.
+// PROTOCOLS.md: low latency.
 #pragma once
 
 #include "device/device.cuh"
@@ -26,6 +26,11 @@ struct Peers {
     uint32_t masked[layout::kMaxLowLatencyRanks];
 };
 
+/// The last warp has roles of its own: it has fewer packets than the first.
+DEEPCOMM_DEVICE bool is_in_last_warp(const device::Block& block) {
+    return block.thread_idx() >= block.size() - device::kWarpSize;
+}
+
 /// How a wait for a peer ended; after kFailed the block leaves and signals nobody.
 enum class Arrival { kHere, kAbsent, kFailed };
 
@@ -48,67 +53,6 @@ DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::W
     if (params.mask_late) context.record = nullptr;  // no failure
     if (device::wait_until(context, site, expected, address, poll)) return Arrival::kHere;
     return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
-}
-
-// ---- turns
-
-/// The turn of the operation that a launch begins.
-DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params) {
-    return layout::next_turn(params.state->last, params.map.num_slots);
-}
-
-/// Finds the peers and whether they are masked; the group's threads share the work. The block meets
-/// before others use them.
-template <typename Group>
-DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& group, Peers* peers) {
-    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
-        peers->bases[peer] = params.comm.bases[peer];
-        // Another block may mask a late peer at this moment.
-        peers->masked[peer] = device::ld_relaxed_gpu(&params.rank_mask[peer]);
-    }
-}
-
-/// What a peer has read so far in the turn's slot.
-DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params,
-                                          const LowLatencyTurn& turn, int32_t peer) {
-    return reinterpret_cast<const uint64_t*>(params.local +
-                                             params.map.credit_offset(turn.slot, peer));
-}
-
-/// ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores.
-DEEPCOMM_DEVICE device::Observed poll_credit(const LowLatencyParams& params,
-                                             const LowLatencyTurn& turn, const uint64_t* credit) {
-    const uint64_t received = device::ld_acquire_sys(credit);
-    return {received, received + static_cast<uint64_t>(params.map.num_slots) >= turn.number};
-}
-
-/// find_peers, and waits until those that are not masked have read what this rank sent in the
-/// slot's last turn. Everything is loaded before the first of it is needed. False: leave.
-template <typename Group>
-DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
-                                const LowLatencyTurn& turn, const Group& group, Peers* peers) {
-    bool goes_on = true;
-    DEEPCOMM_NO_UNROLL
-    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
-        unsigned char* base = params.comm.bases[peer];
-        uint32_t masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
-        const uint64_t* credit = credit_of(params, turn, peer);
-        const bool is_free = poll_credit(params, turn, credit).is_ready;
-        if (!is_free && !masked) {
-            const device::WaitSite site = {operation, device::Role::kSend, peer, turn.slot};
-            const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
-            const Arrival arrival = wait_for(params, site, expected, credit,
-                                             [&] { return poll_credit(params, turn, credit); });
-            goes_on = goes_on && arrival != Arrival::kFailed;
-            if (arrival == Arrival::kAbsent) {
-                mask_late_peer(params, peer);
-                masked = 1;
-            }
-        }
-        peers->bases[peer] = base;
-        peers->masked[peer] = masked;
-    }
-    return goes_on;
 }
 
 // ---- packets

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/low_latency/dispatch_spec.cuh"
+#include "kernels/low_latency/peers.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -140,8 +141,8 @@ DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
     }
 }
 
-/// Finds the peers and sends the headers, for which everybody waits: the ids are on their way while
-/// the turn and the credits are. False: leave.
+/// Finds the peers and sends the headers, for which everybody waits: ids, turn and credits are on
+/// their way together. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
                                   const device::Block& block, LowLatencyTurn* turn,
@@ -149,11 +150,11 @@ DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
     const HeaderIds mine(params, block);
     HeaderIdBatch batch;
     batch.load(params, mine.range(params.base.num_topk, 0));
-    const LowLatencyTurn last = params.base.state->last;
     clear_counts(params, block, shared);
-    *turn = layout::next_turn(last, params.base.map.num_slots);
+    EarlyPeer early;
+    *turn = take_turn(params.base, block, &early);
     const bool goes_on =
-        open_peers(params.base, Operation::kLowLatencyDispatch, *turn, block, &shared.peers);
+        open_peers(params.base, Operation::kLowLatencyDispatch, block, *turn, early, &shared.peers);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the zeros and the credits, to all
     count_tokens(params, block, mine, batch, shared);
     store_headers(params, block, *turn, shared);

@@ -224,24 +224,19 @@ DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const dev
     stage_tail(params, block, input.token, shared);
 }
 
-/// One token, whose input is on its way; then that of the block's next one is. is_first: the peers
-/// are not known yet. False: leave.
+/// One token, whose input is on its way; then that of the block's next one is. has_peers: they are open,
+/// as far as this thread knows. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
                                 const LowLatencyTurn& turn, TokenInput<Shared>& input,
-                                Shared& shared, bool is_first) {
+                                Shared& shared, bool has_peers) {
     const device::Warp warp;
     const int32_t token = input.token;
     uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
     if (block.thread_idx() < params.base.num_topk) positions[block.thread_idx()] = 0;
-    block.sync();  // ORDER: the token before has left shared memory; the zeros before the counts
-    bool goes_on = true;
+    // ORDER: the token before has left shared memory; the zeros before the counts, peers before use
+    block.sync();
     if (is_in_last_warp(block)) {
-        if (is_first) {
-            goes_on =
-                open_peers(params.base, Operation::kLowLatencyDispatch, turn, warp, &shared.peers);
-            warp.sync();  // ORDER: the peers before their use by other lanes
-        }
         find_destinations(params, warp, input, shared);
         write_handle(params, warp, input);
     }
@@ -249,7 +244,7 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     stage_row(params, block, input, shared);
     const int32_t following = token + block.num_blocks();
     if (following < params.base.num_tokens) input.load(params, block, following);
-    if (!block.sync_and(goes_on)) return false;  // ORDER: the credits and the staged row, to all
+    if (!block.sync_and(has_peers)) return false;  // ORDER: the credits and the staged row, to all
     store_packets(params, block, turn, token, positions, shared);
     return true;
 }
@@ -279,16 +274,18 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     }
     TokenInput<Shared> input;
     if (first < num_tokens) input.load(params, block, first);
-    if (!sends_headers) *turn = take_turn(params.base);
-    if (!sends_headers && first >= num_tokens) {
-        find_peers(params.base, block, &shared.peers);  // to receive from
+    bool has_peers = true;
+    if (!sends_headers) {
+        EarlyPeer early;
+        *turn = take_turn(params.base, block, &early);
+        has_peers = open_peers(params.base, Operation::kLowLatencyDispatch, block, *turn, early,
+                               &shared.peers);
     }
     DEEPCOMM_NO_UNROLL
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
-        const bool is_first = !sends_headers && token == first;
-        if (!send_token(params, block, *turn, input, shared, is_first)) return false;
+        if (!send_token(params, block, *turn, input, shared, has_peers)) return false;
     }
-    return true;
+    return first < num_tokens || block.sync_and(has_peers);  // ORDER: the peers, to receive from
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -70,11 +70,6 @@ namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
 
-/// The last warp has a role of its own: it has fewer packets than the first.
-DEEPCOMM_DEVICE bool is_in_last_warp(const device::Block& block) {
-    return block.thread_idx() >= block.size() - device::kWarpSize;
-}
-
 DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
     return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
                                     : static_cast<const int32_t*>(params.topk_idx)[index];

@@ -3,6 +3,7 @@
 // Every peer learns why; what they send is dropped. PROTOCOLS.md: low_latency_refuse.
 #pragma once
 
+#include "kernels/low_latency/peers.cuh"
 #include "kernels/low_latency/refusal.cuh"
 
 namespace deepcomm::kernels {
@@ -34,10 +35,11 @@ extern "C" __global__ void __launch_bounds__(256)
     if (base.record != nullptr && base.record[base.record_map.is_void]) return;
     const device::Block block;
     auto& shared = device::shared_storage<LowLatencyRefuseShared>();
-    const LowLatencyTurn turn = take_turn(base);
+    EarlyPeer early;
+    const LowLatencyTurn turn = take_turn(base, block, &early);
     const Operation operation =
         params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
-    const bool has_peers = open_peers(base, operation, turn, block, &shared.peers);
+    const bool has_peers = open_peers(base, operation, block, turn, early, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
     const int64_t offset = base.map.header_offset(turn.slot, base.comm.rank);
     DEEPCOMM_NO_UNROLL

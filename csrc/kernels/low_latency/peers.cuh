@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// Whose turn it is, the peers, and whether they have read what this rank sent in the turn's slot.
+// PROTOCOLS.md: low latency.
+#pragma once
+
+#include "kernels/low_latency/common.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// Finds the peers and whether they are masked; the group's threads share the work. The block meets
+/// before others use them.
+template <typename Group>
+DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& group, Peers* peers) {
+    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
+        peers->bases[peer] = params.comm.bases[peer];
+        // Another block may mask a late peer at this moment.
+        peers->masked[peer] = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+    }
+}
+
+/// What a peer has read so far in a slot.
+DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, int32_t slot,
+                                          int32_t peer) {
+    return reinterpret_cast<const uint64_t*>(params.local + params.map.credit_offset(slot, peer));
+}
+
+/// Whether the turn's slot may be written, by what the peer has read in it.
+DEEPCOMM_DEVICE bool is_free(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                             uint64_t received) {
+    return received + static_cast<uint64_t>(params.map.num_slots) >= turn.number;
+}
+
+/// A peer and its credit in one slot, as a lane of the last warp sees them before the turn is known,
+/// which says whose slot matters. Items are all slots of all peers; each lane's first is looked up early.
+struct EarlyPeer {
+    int32_t peer = 0;
+    int32_t slot = -1;
+    unsigned char* base = nullptr;
+    uint32_t masked = 0;
+    uint64_t received = 0;  ///< what the peer has read in the slot
+
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item) {
+        slot = item / params.map.num_ranks;
+        peer = item - slot * params.map.num_ranks;
+        if (slot >= params.map.num_slots) return;
+        base = params.comm.bases[peer];
+        masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+        // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
+        received = device::ld_acquire_sys(credit_of(params, slot, peer));
+    }
+};
+
+/// The turn of the operation that a launch begins; the last warp looks up the peers beside it.
+DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params, const device::Block& block,
+                                         EarlyPeer* early) {
+    const LowLatencyTurn last = params.state->last;
+    if (is_in_last_warp(block)) early->load(params, device::Warp{}.thread_idx());
+    return layout::next_turn(last, params.map.num_slots);
+}
+
+/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked.
+DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
+                               const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
+    uint32_t masked = early.masked;
+    bool goes_on = true;
+    if (!is_free(params, turn, early.received) && !masked) {
+        const uint64_t* credit = credit_of(params, turn.slot, early.peer);
+        const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
+        const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
+        const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
+            // ORDER: as in EarlyPeer
+            const uint64_t received = device::ld_acquire_sys(credit);
+            return {received, is_free(params, turn, received)};
+        });
+        goes_on = arrival != Arrival::kFailed;
+        if (arrival == Arrival::kAbsent) {
+            mask_late_peer(params, early.peer);
+            masked = 1;
+        }
+    }
+    peers->bases[early.peer] = early.base;
+    peers->masked[early.peer] = masked;
+    return goes_on;
+}
+
+/// The last warp: find_peers, and waits for those that are not masked. The block meets before others
+/// use them. False: leave.
+DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
+                                const device::Block& block, const LowLatencyTurn& turn,
+                                EarlyPeer early, Peers* peers) {
+    if (!is_in_last_warp(block)) return true;
+    const int32_t lane = device::Warp{}.thread_idx();
+    bool goes_on = true;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t item = lane; item < params.map.num_ranks * params.map.num_slots;
+         item += device::kWarpSize) {
+        if (item != lane) early.load(params, item);
+        if (early.slot != turn.slot) continue;
+        goes_on = open_peer(params, operation, turn, early, peers) && goes_on;
+    }
+    return goes_on;
+}
+
+}  // namespace deepcomm::kernels::low_latency
