@@ -72,7 +72,13 @@ TWINS = [
 
 # Mutants that nothing can see, and why.
 FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
+NO_STORE_OVERTAKES = (
+    "only stores follow, and the model lets none overtake the look that decides on it"
+)
 SURVIVORS: dict[str, str] = {
+    f"{FOLDER}peers.cuh: pairs with the release in pass_on_credits: the peer's reads before our "
+    "stores: ld_acquire_sys -> ld_relaxed_sys": NO_STORE_OVERTAKES,
+} | {
     f"{FOLDER}refusal.cuh: the fields; pairs with the host's acquire of kComplete: "
     f"st_release_sys -> {weaker}": FOR_THE_HOST
     for weaker in ("st_relaxed_sys", "st_release_gpu")

@@ -168,11 +168,12 @@ DEEPCOMM_DEVICE WorkQueue<1> tokens_to_reduce(const CombineBlock<Spec>& my) {
 /// come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
-    WorkQueue<1> queue = tokens_to_reduce(my);
-    int32_t token = queue.at(0);
+    const WorkQueue<1> queue = tokens_to_reduce(my);
+    WorkStream tokens(queue);
+    int32_t token = queue.worker < 0 ? tokens.next() : queue.worker;
     RoutedPair routed = load_routing(my, token);
-    for (int32_t n = 1; token < my.num_tokens(); ++n) {
-        const int32_t following = queue.at(n);
+    while (token < my.num_tokens()) {
+        const int32_t following = tokens.next();
         const ReducePair pair = find_pair(my, token, routed);
         routed = load_routing(my, following);
         if (!reduce_token(my, token, pair)) return false;

@@ -285,7 +285,7 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
         if (!send_token(params, block, *turn, input, shared, has_peers)) return false;
     }
-    return first < num_tokens || block.sync_and(has_peers);  // ORDER: the peers, to receive from
+    return first < num_tokens || block.sync_and(has_peers);  // as one
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -24,11 +24,19 @@ DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, int32_
     return reinterpret_cast<const uint64_t*>(params.local + params.map.credit_offset(slot, peer));
 }
 
+DEEPCOMM_DEVICE uint64_t read_credit(const uint64_t* credit) {
+    // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
+    const uint64_t received = device::ld_acquire_sys(credit);
+    return received;
+}
+
 /// Whether the turn's slot may be written, by what the peer has read in it.
 DEEPCOMM_DEVICE bool is_free(const LowLatencyParams& params, const LowLatencyTurn& turn,
                              uint64_t received) {
     return received + static_cast<uint64_t>(params.map.num_slots) >= turn.number;
 }
+
+constexpr int32_t kAnySlot = -1;
 
 /// A peer and its credit in one slot, as a lane of the last warp sees them before the turn is known,
 /// which says whose slot matters. Items are all slots of all peers; each lane's first is looked up early.
@@ -39,14 +47,14 @@ struct EarlyPeer {
     uint32_t masked = 0;
     uint64_t received = 0;  ///< what the peer has read in the slot
 
-    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item) {
+    /// wanted: the only slot that matters, or kAnySlot.
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item, int32_t wanted) {
         slot = item / params.map.num_ranks;
         peer = item - slot * params.map.num_ranks;
-        if (slot >= params.map.num_slots) return;
+        if (slot >= params.map.num_slots || (wanted != kAnySlot && slot != wanted)) return;
         base = params.comm.bases[peer];
         masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
-        // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
-        received = device::ld_acquire_sys(credit_of(params, slot, peer));
+        received = read_credit(credit_of(params, slot, peer));
     }
 };
 
@@ -54,7 +62,7 @@ struct EarlyPeer {
 DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params, const device::Block& block,
                                          EarlyPeer* early) {
     const LowLatencyTurn last = params.state->last;
-    if (is_in_last_warp(block)) early->load(params, device::Warp{}.thread_idx());
+    if (is_in_last_warp(block)) early->load(params, device::Warp{}.thread_idx(), kAnySlot);
     return layout::next_turn(last, params.map.num_slots);
 }
 
@@ -68,8 +76,7 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
         const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
-            // ORDER: as in EarlyPeer
-            const uint64_t received = device::ld_acquire_sys(credit);
+            const uint64_t received = read_credit(credit);
             return {received, is_free(params, turn, received)};
         });
         goes_on = arrival != Arrival::kFailed;
@@ -94,7 +101,7 @@ DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operat
     DEEPCOMM_NO_UNROLL
     for (int32_t item = lane; item < params.map.num_ranks * params.map.num_slots;
          item += device::kWarpSize) {
-        if (item != lane) early.load(params, item);
+        if (item != lane) early.load(params, item, turn.slot);
         if (early.slot != turn.slot) continue;
         goes_on = open_peer(params, operation, turn, early, peers) && goes_on;
     }

@@ -50,6 +50,29 @@ struct WorkQueue {
     }
 };
 
+/// The pieces of a WorkQueue<1> for who looks at each only once.
+struct WorkStream {
+    uint32_t* word;
+    int32_t num_own;         ///< pieces that workers have by their number
+    uint32_t requested = 0;  ///< leader: its next ticket
+
+    /// Asks for a ticket, in whose time the first piece may be worked on.
+    DEEPCOMM_DEVICE explicit WorkStream(const WorkQueue<1>& queue)
+        : word(queue.word), num_own(queue.num_workers) {
+        request();
+    }
+    DEEPCOMM_DEVICE int32_t next() {
+        const uint32_t ticket = requested;
+        request();
+        return num_own + static_cast<int32_t>(device::warp_shuffle(ticket, 0));
+    }
+
+  private:
+    DEEPCOMM_DEVICE void request() {
+        requested = device::Warp{}.is_leader() ? device::atom_add_relaxed_gpu(word, 1u) : 0u;
+    }
+};
+
 /// A queue of whose pieces only some hold anything, read by two cursors of a warp: the one that is behind
 /// finds again what the other has found, however many empty pieces lay between.
 template <int32_t kStatic>
