@@ -69,8 +69,14 @@ def operations(document: dict[str, Any]) -> list[str]:
     "arguments",
     [
         ("--ranks=1", "--tokens=5"),
-        ("--ranks=2", "--tokens=33", "--recv-layout=expert", "--routing=zipf:1.2"),
-        ("--ranks=3", "--tokens=16", "--recv-layout=expert_padded", "--routing=hot"),
+        pytest.param(
+            ("--ranks=2", "--tokens=33", "--recv-layout=expert", "--routing=zipf:1.2"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--ranks=3", "--tokens=16", "--recv-layout=expert_padded", "--routing=hot"),
+            marks=pytest.mark.slow,
+        ),
         ("--ranks=4", "--tokens=20", "--ranks-per-node=2"),
     ],
     ids=["ep1-token", "ep2-expert-zipf", "ep3-padded-hot", "ep4-two-nodes"],

@@ -81,9 +81,7 @@ LARGE_CASES = [
 ] + [
     Case(num_ranks=2, ranks_per_node=1, num_tokens=320, hidden=7168, even=True, layout=layout)
     for layout in (TOKEN, EXPERT)
-]
-# Cast past the caches where rows are whole lines, with and without a short last tile.
-SLOW_CASES = [
+] + [  # cast past the caches where rows are whole lines, with and without a short last tile
     Case(num_ranks=2, num_tokens=320, hidden=hidden, even=True, wire="fp8", routing="uniform",
          layout=layout)
     for hidden, layout in ((14400, TOKEN), (14400, EXPERT), (14416, TOKEN))
@@ -105,8 +103,8 @@ ALL_CASES = (
     + OPTION_CASES
     + LARGE_CASES
     + RING_CASES
-    + SLOW_CASES
 )
+SLOW_CASES = LARGE_CASES + RING_CASES
 LOW_LATENCY_CASES = [
     case for case in ALL_CASES if case.layout is not EXPERT and case not in RING_CASES
 ]

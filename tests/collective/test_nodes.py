@@ -12,6 +12,7 @@ from collective.session import Oracle
 from deepcomm.testing import LocalCluster
 
 
+@pytest.mark.slow  # test_matrix.py has much of it
 @pytest.mark.parametrize(**case_params(NODES_CASES))
 def test_exchange_over_nodes_equals_reference(case: Case) -> None:
     oracle = Oracle()

@@ -21,8 +21,8 @@ CLUSTERS = [
     (3, None),
     (4, None),
     (4, 2),
-    (6, None),
-    (6, 3),
+    pytest.param(6, None, marks=pytest.mark.slow),
+    pytest.param(6, 3, marks=pytest.mark.slow),
     (8, None),
 ]
 
@@ -65,15 +65,16 @@ def test_instruction_sets_agree_bit_for_bit() -> None:
             assert f"threads    {rank + 1} of" in text
 
 
+MANY_CALLS = [
+    Case(num_ranks=2, delay_ms=0.3, num_threads=2, routing="uniform"),
+    Case(num_ranks=4, delay_ms=0.3, layout=PADDED, wire="fp8"),
+    Case(num_ranks=4, ranks_per_node=2, delay_ms=0.3, even=True, routing="uniform"),
+]
+
+
 @pytest.mark.parametrize("num_generations", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    **case_params(
-        [
-            Case(num_ranks=2, delay_ms=0.3, num_threads=2, routing="uniform"),
-            Case(num_ranks=4, delay_ms=0.3, layout=PADDED, wire="fp8"),
-            Case(num_ranks=4, ranks_per_node=2, delay_ms=0.3, even=True, routing="uniform"),
-        ]
-    )
+    **case_params(MANY_CALLS, slow=MANY_CALLS[1:]),
 )
 def test_thousand_calls_with_random_delays(case: Case, num_generations: int) -> None:
     arguments = (case, 1000, num_generations)

@@ -18,7 +18,7 @@ from deepcomm.testing import LocalCluster
 from deepcomm.testing.oracle import ROUTING_KINDS
 
 CLUSTERS = [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (4, 2), (5, 5), (6, 3), (6, 2)]
-THOROUGH = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+THOROUGH = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

@@ -12,7 +12,7 @@ from deepcomm import RecvLayout
 
 pytestmark = pytest.mark.multi_node
 
-SHAPES = [(2, 2), (3, 2), (2, 1)]
+SHAPES = [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow), (2, 1)]
 
 
 def cases(num_nodes: int, ranks_per_node: int) -> list[Case]:

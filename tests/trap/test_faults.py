@@ -69,7 +69,9 @@ def stalls_at(place: Place) -> list[list[Report]]:
     return [entry for entry in reports if entry is not None]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(
+    "place", [SINGLE_NODE, pytest.param(TWO_NODES, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_stalled_rank(place: Place, fault: Fault) -> None:
     reports = [of_rank[FAULTS.index(fault)] for of_rank in stalls_at(place)]

@@ -163,7 +163,13 @@ def run_processes(folder: Path, toolchain_name: str, count: int) -> list[list[An
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("toolchain_name", ["slow", pytest.param("nvrtc", marks=pytest.mark.nvrtc)])
+@pytest.mark.parametrize(
+    "toolchain_name",
+    [
+        pytest.param("slow", marks=pytest.mark.slow),
+        pytest.param("nvrtc", marks=pytest.mark.nvrtc),
+    ],
+)
 def test_processes_that_start_at_once_compile_each_kernel_once(
     tmp_path: Path, toolchain_name: str
 ) -> None:
