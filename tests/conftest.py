@@ -7,15 +7,18 @@ the skip of a test that carries none of MARKS: that test was expected to run the
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+    from types import ModuleType
 
 MARKERS = (
     "clients(module, ...): needs programs written against DeepEP (extra compat-test)",
@@ -26,6 +29,16 @@ MARKERS = (
     "slow: more of what quicker tests try too, many seconds each; --slow",
 )
 NO_REASON = ("", "unconditional skip")
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return what imports a module of the benchmarks by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict
 from functools import partial
@@ -18,17 +17,9 @@ from deepcomm.testing import LocalCluster
 if TYPE_CHECKING:
     from types import ModuleType
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-def small_setting(load: Any) -> Any:
-    return load("overlap_timing").Setting(
+def small_setting(load_benchmark: Any) -> Any:
+    return load_benchmark("overlap_timing").Setting(
         device="cpu",
         num_tokens=24,
         hidden=64,
@@ -56,20 +47,22 @@ def check_steps(group: Any, training: Any, setting: Any) -> None:
         training.check_steps(training.Layer(buffer, setting), setting.num_tokens)
 
 
-def test_step_schedules_keep_the_order_of_each_micro_batch(load: Any) -> None:
-    training = load("overlap_training")
+def test_step_schedules_keep_the_order_of_each_micro_batch(load_benchmark: Any) -> None:
+    training = load_benchmark("overlap_training")
     for schedule in (training.IN_SEQUENCE, training.OVERLAPPED):
         for index in range(training.NUM_MICRO_BATCHES):
             assert [name for name, of in schedule if of == index] == list(training.CHAIN)
 
 
-def test_step_equals_autograd_and_both_ways_each_other(load: Any) -> None:
-    training, setting = load("overlap_training"), small_setting(load)
+def test_step_equals_autograd_and_both_ways_each_other(load_benchmark: Any) -> None:
+    training, setting = load_benchmark("overlap_training"), small_setting(load_benchmark)
     LocalCluster(2).run(partial(check_steps, training=training, setting=setting))
 
 
-def test_step_check_notices_a_wrong_gradient(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    training, setting = load("overlap_training"), small_setting(load)
+def test_step_check_notices_a_wrong_gradient(
+    load_benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, setting = load_benchmark("overlap_training"), small_setting(load_benchmark)
     dense_grad = training.Layer._dense_grad
 
     def without_residual(layer: Any, m: Any) -> None:
@@ -86,8 +79,8 @@ def samples(gemms: ModuleType, us: dict[str, tuple[float, float]]) -> list[Any]:
     return [[[[*us[v.name], 0.0]] * 2] * 2 for v in gemms.VARIANTS]
 
 
-def test_gemm_figures_compare_with_what_runs_alone(load: Any) -> None:
-    gemms = load("overlap_gemm")
+def test_gemm_figures_compare_with_what_runs_alone(load_benchmark: Any) -> None:
+    gemms = load_benchmark("overlap_gemm")
     us = {variant.name: (1000.0, 100.0) for variant in gemms.VARIANTS}
     us["GEMMs alone, leaving SMs"] = (1100.0, 0.0)
     us["GEMMs beside dispatches"] = (1200.0, 110.0)
@@ -105,8 +98,8 @@ def test_gemm_figures_compare_with_what_runs_alone(load: Any) -> None:
     json.dumps([asdict(figure) for figure in figures.values()])
 
 
-def test_operations_beside_gemms_are_those_around_them(load: Any) -> None:
-    gemms, timing = load("overlap_gemm"), load("overlap_timing")
+def test_operations_beside_gemms_are_those_around_them(load_benchmark: Any) -> None:
+    gemms, timing = load_benchmark("overlap_gemm"), load_benchmark("overlap_timing")
 
     class At(timing.Mark):  # type: ignore[misc,name-defined]
         def __init__(self, us: float) -> None:
@@ -130,8 +123,8 @@ def test_operations_beside_gemms_are_those_around_them(load: Any) -> None:
     assert wanted > 15
 
 
-def test_timelines_are_drawn_on_a_common_axis(load: Any, tmp_path: Path) -> None:
-    timeline = load("timeline")
+def test_timelines_are_drawn_on_a_common_axis(load_benchmark: Any, tmp_path: Path) -> None:
+    timeline = load_benchmark("timeline")
 
     def span(name: str, lane: str, begin_us: float, end_us: float) -> Any:
         return timeline.Span(name, lane, 0, name.endswith("grad"), begin_us, end_us)
