@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from exchange import VARIANTS, Figure, Setting, check_small, measure, table  # noqa: E402
-from machine import environment, link_limits  # noqa: E402
+from machine import environment, link_limits, write_results  # noqa: E402
 from nccl import timed_nccl  # noqa: E402
 
 from deepcomm.testing import run_processes  # noqa: E402
@@ -101,8 +100,7 @@ def main() -> None:
     if args.out:
         result = {"environment": facts, "limits_gbps": limits}
         result["figures"] = [asdict(figure) for figure in figures]
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(lines))
+        write_results(args.out, result, lines)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks say of the machine they ran on: hardware, software, and what its links can do."""
+"""What benchmarks say of the machine they ran on, what its links can do, and where results go."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import shlex
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,3 +73,9 @@ def environment(commit: str) -> dict[str, str]:
         f"{torch.version.cuda}, NCCL {nccl}, Python {platform.python_version()}",
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def write_results(prefix: Path, content: dict[str, Any], lines: list[str]) -> None:
+    """Write PREFIX.json and PREFIX.md."""
+    prefix.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    prefix.with_suffix(".md").write_text("\n".join(lines))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from machine import write_results  # noqa: E402
 from multinode import netns  # noqa: E402
 
 from deepcomm import Buffer  # noqa: E402
@@ -258,8 +258,7 @@ def main() -> None:
     print("\n".join(lines))
     if args.out:
         result = {"environment": facts, "figures": [asdict(figure) for figure in figures]}
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        write_results(args.out, result, [*lines, ""])
 
 
 if __name__ == "__main__":

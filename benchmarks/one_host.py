@@ -5,16 +5,14 @@
 
 Stages, each a set of processes of its own, one process a GPU: the correctness matrix (all layouts,
 wires, routings, capacities and shapes, also over virtual nodes, and low latency) bit for bit
-against the reference; high throughput (``exchange``) over tokens, SMs and routings beside NCCL
-(``nccl``); the same over two virtual nodes; low latency (``low_latency``). A stage that fails is
-named in the result and leaves the others their turn. NVLink multicast stays off.
+against the reference; ``high_throughput`` over tokens, SMs and routings beside NCCL; the same over
+two virtual nodes; ``low_latency``. A stage that fails is named in the result and leaves the others
+their turn. NVLink multicast stays off.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import sys
 import time
 import traceback
@@ -29,12 +27,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import high_throughput  # noqa: E402
 import low_latency  # noqa: E402
 from collective.scenario import low_latency_exchange  # noqa: E402
-from exchange import VARIANTS, Figure, Setting, check_small, measure, table  # noqa: E402
+from exchange import Figure, Setting, table  # noqa: E402
 from gpu import backend_cases, backend_ranks  # noqa: E402
-from machine import environment, link_limits  # noqa: E402
-from nccl import timed_nccl  # noqa: E402
+from machine import environment, link_limits, write_results  # noqa: E402
 
 from deepcomm import RecvLayout  # noqa: E402
 from deepcomm.testing import run_processes  # noqa: E402
@@ -45,6 +43,7 @@ NUMS_SMS = (8, 16, 24)
 ROUTINGS = ("uniform", "zipf:1.0", "deepseek-v3")
 LOW_LATENCY_TOKENS = (1, 8, 32, 64, 128, 256, 512)
 NODES_TOKENS, NODES_SMS = 4096, 24
+ALL = ""  # variants, by what is in their names
 STAGES = ("correctness", "low latency", "two virtual nodes", "high throughput", "limits")
 
 
@@ -83,17 +82,6 @@ def check_matrix(group: Any) -> dict[str, int]:
     return {kind: len(cases) for kind, cases in counts.items()}
 
 
-def measure_exchange(group: Any, settings: list[Setting], repeats: int) -> list[Figure]:
-    """Measure all variants of every setting beside NCCL."""
-    torch.cuda.set_device(dist.get_rank())
-    check_small(group, HIDDEN, NUM_TOPK)
-    nccl = dist.new_group(backend="nccl")
-    assert isinstance(nccl, dist.ProcessGroup)
-    opponents = functools.partial(timed_nccl, nccl)
-    found = [measure(group, setting, VARIANTS, opponents, repeats) for setting in settings]
-    return [figure for figures in found for figure in figures]
-
-
 # ---- Stages ---------------------------------------------------------------------------------
 
 
@@ -118,12 +106,12 @@ def stages(result: Result, num_ranks: int, repeats: int) -> dict[str, Callable[[
     def correctness(limit_s: float) -> None:
         result.num_cases = ranks(limit_s, check_matrix)
 
-    def high_throughput(limit_s: float) -> None:
-        result.figures += ranks(limit_s, measure_exchange, settings_of(None), repeats)
+    def one_node(limit_s: float) -> None:
+        result.figures += ranks(limit_s, high_throughput.run_rank, settings_of(None), ALL, repeats)
 
     def virtual_nodes(limit_s: float) -> None:
         settings = settings_of(num_ranks // 2)
-        result.figures += ranks(limit_s, measure_exchange, settings, repeats)
+        result.figures += ranks(limit_s, high_throughput.run_rank, settings, ALL, repeats)
 
     def split_phase(limit_s: float) -> None:
         options = low_latency.Options(
@@ -142,7 +130,7 @@ def stages(result: Result, num_ranks: int, repeats: int) -> dict[str, Callable[[
     def limits(_: float) -> None:
         result.limits_gbps = link_limits(10)
 
-    bodies = (correctness, split_phase, virtual_nodes, high_throughput, limits)
+    bodies = (correctness, split_phase, virtual_nodes, one_node, limits)
     return dict(zip(STAGES, bodies, strict=True))
 
 
@@ -201,9 +189,7 @@ def main() -> None:
     lines = report(result, args.ranks)
     print("\n".join(lines))
     if args.out:
-        text = json.dumps(asdict(result), indent=1) + "\n"
-        args.out.with_name(f"{args.out.name}-one-host.json").write_text(text)
-        args.out.with_name(f"{args.out.name}-one-host.md").write_text("\n".join(lines))
+        write_results(args.out.with_name(f"{args.out.name}-one-host"), asdict(result), lines)
     if result.failures:
         raise SystemExit(1)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from collective.case import Case  # noqa: E402
 from collective.scenario import exchange  # noqa: E402
-from machine import environment  # noqa: E402
+from machine import environment, write_results  # noqa: E402
 from overlap_gemm import TOLERANCE, measure_gemms, sms_given_away  # noqa: E402
 from overlap_gemm import Figure as GemmFigure  # noqa: E402
 from overlap_timing import Setting, Timing  # noqa: E402
@@ -179,8 +178,7 @@ def facts_of(args: argparse.Namespace) -> dict[str, str]:
 
 def write(prefix: Path, lines: list[str], facts: dict[str, str], result: Result) -> None:
     content = {"environment": facts, **asdict(result)}
-    prefix.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    prefix.with_suffix(".md").write_text("\n".join(lines))
+    write_results(prefix, content, lines)
     title = "A training step of two micro-batches on one rank of an expert-parallel layer"
     write_timelines(prefix.with_suffix(".png"), title, result.timelines)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import json
 import platform
 import shlex
 import subprocess
@@ -37,6 +36,7 @@ sys.path[:0] = [
 from gpu import params  # noqa: E402
 from gpu.launch import Arena, Field, Rank, World, launch_one, load  # noqa: E402
 from gpu.probes import Setup, assert_equal, random_words  # noqa: E402
+from machine import write_results  # noqa: E402
 
 COPY_BYTES = 256 << 20
 TILE_BYTES = 2048
@@ -327,8 +327,7 @@ def main() -> None:
     print("\n".join(lines))
     if args.out:
         result = {"environment": facts, "figures": [asdict(figure) for figure in figures]}
-        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(lines))
+        write_results(args.out, result, lines)
 
 
 if __name__ == "__main__":
