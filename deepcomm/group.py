@@ -20,7 +20,7 @@ from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Group", "SubGroup", "agree", "agree_on", "as_group", "members_of"]
+__all__ = ["Group", "SubGroup", "agree", "agree_on", "alone_of", "as_group", "members_of"]
 
 T = TypeVar("T")
 
@@ -137,6 +137,12 @@ class SubGroup:
     def store(self, timeout: timedelta) -> Store:
         """Return the store of the whole group."""
         return self.whole.store(timeout)
+
+
+def alone_of(group: Group) -> SubGroup:
+    """Return this rank as a group of its own, while all ranks of the whole make theirs."""
+    whole = group.whole if isinstance(group, SubGroup) else group
+    return SubGroup(whole, (whole.rank,))
 
 
 def as_group(group: Any) -> Group:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from deepcomm.errors import CommError, InvalidArgument
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from deepcomm.group import Group
 
-__all__ = ["Topology"]
+__all__ = ["Topology", "find_nodes"]
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -75,11 +75,33 @@ def discover(group: Group, ranks_per_node: int | None) -> Topology:
     with probe_file(group) as names:
         visible = frozenset(rank for rank, name in enumerate(names) if is_visible(name))
         reach = group.all_gather(visible)
+    return nodes_of(group.rank, reach, ranks_per_node)
+
+
+def find_nodes(rank: int, labels: Sequence[str], ranks_per_node: int | None) -> Topology:
+    """Return the nodes that ranks with one label each make.
+
+    Args:
+        rank: This rank.
+        labels: By rank.
+        ranks_per_node: The user's choice: then the ranks of every node must have one label.
+
+    Raises:
+        InvalidArgument: As ``discover`` does.
+    """
+    reach = [
+        frozenset(other for other, its in enumerate(labels) if its == label) for label in labels
+    ]
+    return nodes_of(rank, reach, ranks_per_node)
+
+
+def nodes_of(rank: int, reach: list[frozenset[int]], ranks_per_node: int | None) -> Topology:
+    """Return the nodes that follow from what every rank reaches, or the chosen ones."""
     if ranks_per_node is None:
         ranks_per_node = check_nodes(reach)
     else:
         check_blocks(reach, ranks_per_node)
-    return Topology(group.rank, group.size, ranks_per_node)
+    return Topology(rank, len(reach), ranks_per_node)
 
 
 @contextlib.contextmanager

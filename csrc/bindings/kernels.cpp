@@ -6,6 +6,7 @@
 #include "bindings/bind.hpp"
 #include "kernels/combine/params.hpp"
 #include "kernels/dispatch/params.hpp"
+#include "kernels/rail/params.hpp"
 #include "layout/plan.hpp"
 
 namespace py = pybind11;
@@ -22,6 +23,7 @@ using kernels::ExpertTarget;
 using kernels::Header;
 using kernels::LostParams;
 using kernels::MeetParams;
+using kernels::RailParams;
 using kernels::RoutingTable;
 using kernels::RowSource;
 using kernels::ScaleParams;
@@ -29,6 +31,9 @@ using kernels::SendParams;
 using layout::ExchangeLayout;
 using layout::ExchangeShape;
 using layout::LandingOffsets;
+using layout::RailReport;
+using layout::RailWords;
+using layout::RowAreas;
 
 void bind_layout(py::module_& module) {
     py::class_<ExchangeShape>(module, "ExchangeShape")
@@ -47,11 +52,17 @@ void bind_layout(py::module_& module) {
         .def_readonly("scales", &LandingOffsets::scales)
         .def_readonly("topk_idx", &LandingOffsets::topk_idx)
         .def_readonly("topk_weights", &LandingOffsets::topk_weights);
+    py::class_<RowAreas>(module, "RowAreas")
+        .def_readonly("landing", &RowAreas::landing)
+        .def_readonly("combine_rows", &RowAreas::combine_rows)
+        .def_readonly("combine_weights", &RowAreas::combine_weights)
+        .def("generation", &RowAreas::generation, py::arg("index"));
     py::class_<ExchangeLayout>(module, "ExchangeLayout")
         .def_static("make", &ExchangeLayout::make, py::arg("shape"))
-        .def_readonly("landing", &ExchangeLayout::landing)
-        .def_readonly("total_bytes", &ExchangeLayout::total_bytes)
-        .def("generation", &ExchangeLayout::generation, py::arg("index"));
+        .def_static("make_mirror", &ExchangeLayout::make_mirror, py::arg("shape"))
+        .def_readonly("areas", &ExchangeLayout::areas)
+        .def_readonly("shape", &ExchangeLayout::shape)
+        .def_readonly("total_bytes", &ExchangeLayout::total_bytes);
     module.def(
         "plan_words",
         [](int32_t num_ranks, int32_t num_origins) {
@@ -59,6 +70,46 @@ void bind_layout(py::module_& module) {
         },
         py::arg("num_ranks"), py::arg("num_origins"), "32-bit words of a handle's plan.");
     module.attr("VERDICT_BYTES") = sizeof(kernels::Verdict);
+}
+
+void bind_rail(py::module_& module) {
+    module.attr("RAIL_STATE_BYTES") = sizeof(kernels::RailState);
+    py::class_<RailWords>(module, "RailWords")
+        .def(py::init([](int32_t num_counters) { return RailWords{num_counters}; }),
+             py::arg("num_counters"))
+        .def_property_readonly("num_bytes", &RailWords::num_bytes);
+    py::class_<RailReport>(module, "RailReport")
+        .def(py::init([](int32_t num_ranks) { return RailReport{num_ranks}; }),
+             py::arg("num_ranks"))
+        .def_property_readonly("is_good", &RailReport::is_good)
+        .def_property_readonly("rows_to", &RailReport::rows_to)
+        .def_property_readonly("rows_from", &RailReport::rows_from)
+        .def_property_readonly("ids_are_64", &RailReport::ids_are_64)
+        .def_property_readonly("num_bytes", &RailReport::num_bytes);
+    auto rail = kernel_params<RailParams>(module, "RailParams");
+    rail.def(
+            "on_rail",
+            [](RailParams& self, const MeetParams& rail) {
+                self.comm = rail.comm;
+                self.layout = rail.layout;
+                self.max_tokens = rail.max_tokens;
+            },
+            py::arg("rail"), "Name the rail.")
+        .def_readwrite("epoch", &RailParams::epoch)
+        .def_property(
+            "step", [](const RailParams& self) { return static_cast<int32_t>(self.step); },
+            [](RailParams& self, int32_t value) {
+                self.step = static_cast<kernels::RailStep>(value);
+            })
+        .def_readwrite("has_counts", &RailParams::has_counts)
+        .def_readwrite("begin_row", &RailParams::begin_row)
+        .def_readwrite("end_row", &RailParams::end_row);
+    def_address(rail, "verdict", &RailParams::verdict);
+    def_address(rail, "outbox", &RailParams::outbox);
+    def_address(rail, "inbox", &RailParams::inbox);
+    def_address(rail, "state", &RailParams::state);
+    def_address(rail, "report", &RailParams::report);
+    def_address(rail, "plan", &RailParams::plan);
 }
 
 void bind_meet(py::module_& module) {
@@ -84,6 +135,9 @@ void bind_meet(py::module_& module) {
     meet.def(py::init([] { return MeetParams{}; }))
         .def_readonly("comm", &MeetParams::comm)
         .def_readwrite("layout", &MeetParams::layout)
+        .def_readwrite("there", &MeetParams::there)
+        .def_readwrite("is_carried", &MeetParams::is_carried)
+        .def_readwrite("is_watched", &MeetParams::is_watched)
         .def_readwrite("header", &MeetParams::header)
         .def_readwrite("max_tokens", &MeetParams::max_tokens)
         .def_readwrite("host_waits", &MeetParams::host_waits)
@@ -216,6 +270,7 @@ void bind_kernels(py::module_& parent) {
     bind_count(module);
     bind_send(module);
     bind_combine(module);
+    bind_rail(module);
 }
 
 }  // namespace deepcomm

@@ -28,8 +28,10 @@ struct Faults {
 
 struct Options {
     Faults faults;
-    bool trace = false;               ///< print every event to stderr
-    bool allow_foreign = false;       ///< kernels may use other memory of the process, unchecked
+    bool trace = false;          ///< print every event to stderr
+    bool allow_foreign = false;  ///< kernels may use other memory of the process, unchecked
+    int num_devices =
+        0;  ///< ranks r and r + num_devices are streams of one device; 0: of their own
     uint64_t max_steps = 50'000'000;  ///< scheduler steps before the run is given up
     uint64_t max_idle_steps =
         400'000;  ///< steps in which nothing but loads happens: a raw spin loop

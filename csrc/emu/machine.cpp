@@ -76,6 +76,10 @@ int Machine::rank_of_actor(int actor) const {
     return thread_of(actor).rank;
 }
 
+int Machine::device_of(int rank) const {
+    return options.num_devices == 0 ? rank : rank % options.num_devices;
+}
+
 std::string Machine::actor_name(int actor) const {
     if (actor < 0) return "the host";
     if (!is_thread(actor)) return "a copy of " + actor_name(async.issuer_of(actor));
@@ -89,7 +93,8 @@ bool Machine::includes(Scope scope, int from, int to) const {
     if (from < 0 || to < 0) return false;  // the host is reached by the widest scope only
     const Thread& a = thread_of(from);
     const Thread& b = thread_of(to);
-    if (a.rank != b.rank) return false;
+    if (device_of(a.rank) != device_of(b.rank)) return false;
+    if (scope == Scope::kBlock && a.rank != b.rank) return false;
     return scope == Scope::kGpu || a.block_idx.x == b.block_idx.x;
 }
 

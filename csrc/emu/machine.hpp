@@ -180,6 +180,7 @@ struct Machine {
     /// Hands out the next index of all clocks.
     int new_clock_entry(Thread* thread = nullptr);
     int rank_of_actor(int actor) const;
+    int device_of(int rank) const;
     std::string actor_name(int actor) const;
     /// Whether an operation of this scope by `from` includes `to`.
     bool includes(Scope scope, int from, int to) const;

@@ -2,13 +2,17 @@
 // Byte map of one rank's symmetric memory for high-throughput operations on GPUs.
 //
 //   headers[2][R] | counts[2][R][O][R + E] | arrived[R] | sent_chunks[R][C]
-//   | pushed_chunks[O * R][D] | generation 0: rows, scales, topk_idx, weights, slots
-//   | generation 1 ... | combine: rows, weights | lost[2][R]
+//   | pushed_chunks[O * R][D] | lost[2][R] | generation 0: rows, scales, topk_idx, weights, slots
+//   | generation 1 ... | combine: rows, weights
 //
 // C chunks of kSendChunk tokens, D chunks of kPushChunk rows, O origins (layout/plan.hpp). Words are
 // written by the rank whose index they have and read by their owner; [2] is the parity of the
 // operation's epoch. Every region begins at a multiple of kRegionAlign. Zeroed once; nothing is ever
 // reset.
+//
+// A mirror is memory of one rank that stands for a peer's out of reach: kernels write to it what they
+// would write there, and a network takes it on (PROTOCOLS.md: carried rails). It has the same words, and
+// room for what one rank brings; areas of rows are smaller, so that they begin elsewhere.
 #pragma once
 
 #include "common/types.hpp"
@@ -16,10 +20,11 @@
 
 namespace deepcomm::layout {
 
-constexpr int32_t kExchangeVersion = 2;
+constexpr int32_t kExchangeVersion = 3;
 constexpr int64_t kRegionAlign = 1024;
-constexpr int32_t kSendChunk = 8;  ///< tokens announced together to a rank that expands them
-constexpr int32_t kPushChunk = 4;  ///< rows of a combine announced together
+constexpr int32_t kSendChunk = 8;     ///< tokens announced together to a rank that expands them
+constexpr int32_t kPushChunk = 4;     ///< rows of a combine announced together
+constexpr uint32_t kArrivals = 1024;  ///< what the blocks of a rank add up to in one exchange
 constexpr int64_t kPacketBytes = 16;
 
 struct ExchangeShape {
@@ -30,14 +35,17 @@ struct ExchangeShape {
     int32_t max_tokens;
     int32_t num_generations;
     int32_t num_origins;
+    int32_t is_mirror;  ///< rows of one rank find room, not those of all
 
     constexpr int32_t num_counters() const { return num_origins * (num_ranks + num_experts); }
-    constexpr int64_t max_rows() const { return static_cast<int64_t>(num_ranks) * max_tokens; }
+    constexpr int64_t max_rows() const {
+        return static_cast<int64_t>(is_mirror ? 1 : num_ranks) * max_tokens;
+    }
     constexpr int64_t row_bytes() const { return int64_t{2} * hidden; }
     constexpr int64_t num_tiles() const { return ceil_div(hidden, kScaleTile); }
     /// Most rows that come back to one rank from its peers.
     constexpr int64_t max_combine_rows() const {
-        const int64_t peers = num_ranks - 1;
+        const int64_t peers = is_mirror ? 1 : num_ranks - 1;
         return max_tokens * (peers < num_topk ? peers : num_topk);
     }
     constexpr int32_t max_send_chunks() const {
@@ -57,18 +65,27 @@ struct LandingOffsets {
     int64_t slots;         ///< int32 [R * T, K], rows of the expert layouts
 };
 
+/// Where rows are, from the begin of a block of memory.
+struct RowAreas {
+    int64_t generations;
+    int64_t generation_stride;
+    LandingOffsets landing;
+    int64_t combine_rows;
+    int64_t combine_weights;
+
+    constexpr int64_t generation(int32_t index) const {
+        return generations + index * generation_stride;
+    }
+};
+
 struct ExchangeLayout {
     int64_t headers;
     int64_t counts;
     int64_t arrived;
     int64_t sent_chunks;
     int64_t pushed_chunks;
-    int64_t generations;
-    int64_t generation_stride;
-    LandingOffsets landing;
-    int64_t combine_rows;
-    int64_t combine_weights;
     int64_t lost;
+    RowAreas areas;
     int64_t total_bytes;
     ExchangeShape shape;
 
@@ -83,6 +100,20 @@ struct ExchangeLayout {
         return landing;
     }
 
+    static constexpr RowAreas make_areas(const ExchangeShape& shape, Cursor* cursor) {
+        RowAreas areas{};
+        Cursor one;
+        areas.landing = make_landing(shape, &one);
+        areas.generation_stride = one.end(kRegionAlign);
+        areas.generations =
+            cursor->take(areas.generation_stride * shape.num_generations, kRegionAlign);
+        areas.combine_rows =
+            cursor->take(shape.max_combine_rows() * shape.row_bytes(), kRegionAlign);
+        areas.combine_weights =
+            cursor->take(shape.max_combine_rows() * 4 * shape.num_topk, kRegionAlign);
+        return areas;
+    }
+
     static constexpr ExchangeLayout make(const ExchangeShape& shape) {
         ExchangeLayout map{};
         map.shape = shape;
@@ -94,16 +125,15 @@ struct ExchangeLayout {
         map.sent_chunks = cursor.take(ranks * shape.max_send_chunks() * kPacketBytes, kRegionAlign);
         map.pushed_chunks = cursor.take_array<uint32_t>(
             shape.num_origins * ranks * shape.max_push_chunks(), kRegionAlign);
-        Cursor one;
-        map.landing = make_landing(shape, &one);
-        map.generation_stride = one.end(kRegionAlign);
-        map.generations = cursor.take(map.generation_stride * shape.num_generations, kRegionAlign);
-        map.combine_rows = cursor.take(shape.max_combine_rows() * shape.row_bytes(), kRegionAlign);
-        map.combine_weights =
-            cursor.take(shape.max_combine_rows() * 4 * shape.num_topk, kRegionAlign);
         map.lost = cursor.take_array<uint64_t>(2 * ranks, kRegionAlign);
+        map.areas = make_areas(shape, &cursor);
         map.total_bytes = cursor.end(kRegionAlign);
         return map;
+    }
+
+    static constexpr ExchangeLayout make_mirror(ExchangeShape shape) {
+        shape.is_mirror = 1;
+        return make(shape);
     }
 
     // ---- offsets of words, from the begin of the block of the rank that reads them
@@ -129,17 +159,17 @@ struct ExchangeLayout {
     constexpr int64_t lost_at(uint32_t epoch, int32_t src) const {
         return lost + ((epoch & 1) * shape.num_ranks + src) * 8;
     }
-    constexpr int64_t generation(int32_t index) const {
-        return generations + index * generation_stride;
-    }
 };
 
 namespace exchange_example {  // 2 ranks, 4 experts, K = 2, H = 64, T = 8, 1 generation, 1 origin
 
-constexpr ExchangeLayout kMap = ExchangeLayout::make({2, 4, 2, 64, 8, 1, 1});
+constexpr ExchangeLayout kMap = ExchangeLayout::make({2, 4, 2, 64, 8, 1, 1, 0});
+constexpr ExchangeLayout kMirror = ExchangeLayout::make_mirror(kMap.shape);
 static_assert(kMap.headers == 0 && kMap.counts == 1024 && kMap.arrived == 2048, "drawing above");
 static_assert(kMap.sent_chunks == 3072 && kMap.pushed_chunks == 4096, "drawing above");
-static_assert(kMap.generations == 5120 && kMap.landing.scales == 2048, "drawing above");
+static_assert(kMap.lost == 5120 && kMap.areas.generations == 6144, "drawing above");
+static_assert(kMap.areas.landing.scales == 2048, "drawing above");
+static_assert(kMirror.lost == kMap.lost && kMirror.areas.landing.scales == 1024, "same words");
 static_assert(kMap.header(3, 1) == 96 && kMap.counts_of(2, 1) == 1024 + 48, "drawing above");
 
 }  // namespace exchange_example

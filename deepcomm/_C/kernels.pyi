@@ -8,6 +8,7 @@ MAX_LOW_LATENCY_EXPERTS: int
 MAX_LOW_LATENCY_HIDDEN: int
 MAX_LOW_LATENCY_RANKS: int
 MAX_LOW_LATENCY_TOKEN_WORDS: int
+RAIL_STATE_BYTES: int
 VERDICT_BYTES: int
 
 class CombineParams:
@@ -69,11 +70,14 @@ class CountParams:
 
 class ExchangeLayout:
     def __init__(self, *args, **kwargs) -> None: ...
-    def generation(self, index: typing.SupportsInt | typing.SupportsIndex) -> int: ...
     @staticmethod
     def make(shape: ExchangeShape) -> ExchangeLayout: ...
+    @staticmethod
+    def make_mirror(shape: ExchangeShape) -> ExchangeLayout: ...
     @property
-    def landing(self) -> LandingOffsets: ...
+    def areas(self) -> RowAreas: ...
+    @property
+    def shape(self) -> ExchangeShape: ...
     @property
     def total_bytes(self) -> int: ...
 
@@ -270,10 +274,13 @@ class MeetParams:
     has_trouble: int
     header: Header
     host_waits: int
+    is_carried: int
+    is_watched: int
     layout: ExchangeLayout
     max_tokens: int
     reports: int
     taken: int
+    there: RowAreas
     trouble: int
     verdict: int
     verdict_before: int
@@ -282,6 +289,43 @@ class MeetParams:
     @property
     def comm(self) -> CommParams: ...
 
+class RailParams:
+    begin_row: int
+    end_row: int
+    epoch: int
+    has_counts: int
+    inbox: int
+    outbox: int
+    plan: int
+    report: int
+    state: int
+    step: int
+    verdict: int
+    def __init__(self) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class RailReport:
+    def __init__(self, num_ranks: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def ids_are_64(self) -> int: ...
+    @property
+    def is_good(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def rows_from(self) -> int: ...
+    @property
+    def rows_to(self) -> int: ...
+
+class RailWords:
+    def __init__(self, num_counters: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def num_bytes(self) -> int: ...
+
 class RoutingTable:
     pair_slot: int
     plan: int
@@ -289,6 +333,16 @@ class RoutingTable:
     topk_idx: int
     topk_weights: int
     def __init__(self) -> None: ...
+
+class RowAreas:
+    def __init__(self, *args, **kwargs) -> None: ...
+    def generation(self, index: typing.SupportsInt | typing.SupportsIndex) -> int: ...
+    @property
+    def combine_rows(self) -> int: ...
+    @property
+    def combine_weights(self) -> int: ...
+    @property
+    def landing(self) -> LandingOffsets: ...
 
 class RowSource:
     row_stride: int

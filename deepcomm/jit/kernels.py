@@ -84,6 +84,8 @@ KERNELS: tuple[Kernel, ...] = (
         shared="CombineShared",
         spec=(NUM_RANKS, HIDDEN, BY_EXPERT, SpecParameter("origins", (1, 2, 0))),
     ),
+    Kernel("rail_gate", "kernels/rail/gate.cuh"),
+    Kernel("rail_deliver", "kernels/rail/deliver.cuh"),
     Kernel(
         "low_latency_dispatch",
         "kernels/low_latency/dispatch.cuh",

@@ -44,7 +44,7 @@ def start(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
         [sys.executable, *launcher, *program, "bench", *arguments],
-        cwd=PACKAGE_PARENT,  # "-m" looks here first: the package under test, however it is installed
+        cwd=PACKAGE_PARENT,  # where -m looks first
         env=environment,
         capture_output=True,
         text=True,

@@ -97,7 +97,13 @@ class Attackers:
 def first_failure(attack: Attack, variant: Variant, oracle: Oracle) -> str:
     scenario = SCENARIOS[attack.scenario]
     for seed in range(attack.first_seed, attack.first_seed + attack.num_seeds):
-        settings = Settings(seed, variant=variant, mutant=attack.mutant, num_sms=scenario.num_sms)
+        settings = Settings(
+            seed,
+            variant=variant,
+            mutant=attack.mutant,
+            num_sms=scenario.num_sms,
+            has_network=scenario.has_network,
+        )
         try:
             run_emulated(
                 partial(on_rank, scenario=scenario, oracle=oracle),

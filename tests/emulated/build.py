@@ -160,7 +160,7 @@ def build_kernel(name: str, text: str, variant: Variant = PLAIN) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         source.write_text(text)
     source.touch()
-    includes = tuple(f"-I{path}" for path in variant.includes)
+    includes = tuple(f"-I{path}" for path in (*variant.includes, HERE))
     unit = compile_unit(source, (*BASE_FLAGS, *variant.kernel_flags, "-fPIC", *includes))
     return link_library(name, [unit])
 

@@ -58,6 +58,7 @@ class Settings:
         variant: How kernels are built; mutated sources, for instance.
         mutant: Which broken line of mutated sources is on.
         num_sms: What kernels' grids are chosen for.
+        has_network: Give every rank a second stream, for a network.
         trace: Print every event.
         replay: Appended to errors: the command that repeats the run alone.
     """
@@ -67,6 +68,7 @@ class Settings:
     variant: Variant = PLAIN
     mutant: int = 0
     num_sms: int = 2
+    has_network: bool = False
     trace: bool = False
     replay: str = ""
 
@@ -87,10 +89,16 @@ class EmulatedCluster:
         self._num_trips = 0
         self._api = host_api()
         options = COptions(
-            CFaults(**asdict(self.settings.faults)), self.settings.trace, True, 50_000_000, 400_000
+            CFaults(**asdict(self.settings.faults)),
+            self.settings.trace,
+            True,
+            num_ranks,
+            50_000_000,
+            400_000,
         )
         EmulatedCluster._newest = self
-        self._api.short.deepcomm_open(num_ranks, self.settings.seed, ctypes.byref(options))
+        self.num_streams = num_ranks * (2 if self.settings.has_network else 1)
+        self._api.short.deepcomm_open(self.num_streams, self.settings.seed, ctypes.byref(options))
         self._api.short.deepcomm_set_mutant(self.settings.mutant)
 
     # ---- memory and launches
@@ -200,8 +208,10 @@ class EmulatedCluster:
 
     def _run(self) -> None:
         nobody = CHostWait(WAIT_NONE, None, 0, None, 0, NEVER)
-        waits = (CHostWait * self.num_ranks)(*(wait or nobody for wait in self._waits))
-        over = ctypes.create_string_buffer(self.num_ranks)
+        hosts = [wait or nobody for wait in self._waits]
+        others = [nobody] * (self.num_streams - self.num_ranks)
+        waits = (CHostWait * self.num_streams)(*hosts, *others)
+        over = ctypes.create_string_buffer(self.num_streams)
         error = self._api.run.deepcomm_run(waits, over)
         if error:
             self._error = error.decode()

@@ -47,6 +47,7 @@ class COptions(Structure):
         ("faults", CFaults),
         ("trace", c_bool),
         ("allow_foreign", c_bool),
+        ("num_devices", c_int),
         ("max_steps", c_uint64),
         ("max_idle_steps", c_uint64),
     ]

@@ -7,10 +7,11 @@ import ctypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from emulated.build import CSRC, PLAIN, Variant, build_kernel
+from emulated.build import CSRC, HERE, PLAIN, Variant, build_kernel
 
-from deepcomm.jit import KERNELS, Kernel
+from deepcomm.jit import Kernel
 
 MAX_THREADS = 1024
 """Of a block whose kernel says nothing."""
@@ -64,9 +65,9 @@ class KernelLibrary:
     library: ctypes.CDLL
 
 
-def load_kernel(name: str, spec: Mapping[str, int], variant: Variant = PLAIN) -> KernelLibrary:
+def load_kernel(kernel: Kernel, spec: Mapping[str, int], variant: Variant = PLAIN) -> KernelLibrary:
     """Build and load; the emulator's library is loaded before."""
-    (kernel,) = (kernel for kernel in KERNELS if kernel.name == name)
+    name = kernel.name
     stem = "-".join([name, *(f"{key}{int(value)}" for key, value in spec.items())])
     library = ctypes.CDLL(str(build_kernel(stem, unit_text(kernel, spec), variant)))
 
@@ -92,7 +93,7 @@ def unit_text(kernel: Kernel, spec: Mapping[str, int]) -> str:
         str(value).lower() if isinstance(value, bool) else str(value) for value in spec.values()
     )
     arguments = f"<{values}>" if values else "<>" * bool(kernel.spec)
-    template, bounds = launch_bounds((CSRC / kernel.source).read_text(), kernel.name)
+    template, bounds = launch_bounds(source_of(kernel).read_text(), kernel.name)
     text = UNIT.format(
         source=kernel.source,
         name=kernel.name,
@@ -102,6 +103,12 @@ def unit_text(kernel: Kernel, spec: Mapping[str, int]) -> str:
         shared=f"sizeof({kernel.shared}{arguments})" if kernel.shared else "0",
     )
     return text if template else text.replace("EmulatedBounds<>", "EmulatedBounds")
+
+
+def source_of(kernel: Kernel) -> Path:
+    """Return the file of a kernel: one of the project, or of these tests."""
+    here = HERE / kernel.source
+    return here if here.exists() else CSRC / kernel.source
 
 
 def launch_bounds(source: str, name: str) -> tuple[str, str]:

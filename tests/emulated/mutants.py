@@ -17,7 +17,9 @@ from emulated.build import BUILD, CSRC, Variant, digest
 # The emulated path: what kernels run here, less the two implementations of the primitives.
 MUTATED = ("device/*.cuh", "kernels/**/*.cuh")
 # Whose kernels need the backend to run them; test_mutants.py attacks the others.
-HIGH_THROUGHPUT = tuple(f"kernels/{name}/" for name in ("combine", "dispatch", "meet", "rows"))
+HIGH_THROUGHPUT = tuple(
+    f"kernels/{name}/" for name in ("combine", "dispatch", "meet", "rail", "rows")
+)
 LOW_LATENCY = "kernels/low_latency/"
 MARKER = re.compile(r"(?<!/)// ORDER: (.*)")
 VALUE = re.compile(r"(?:const )?(?!bool\b|return\b)\w+ \w+ = ")

@@ -93,6 +93,13 @@ class Scenario:
     num_sms: int = 2
     timeout_s: float = TIMEOUT_S
     seeds_at_once: int = 1
+    has_network: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the buffer."""
+        rail = {"rail": "nccl"} if self.has_network else {}
+        return {**HIGH_THROUGHPUT_ONLY, "timeout_s": self.timeout_s, **rail}
 
 
 def small(layout: RecvLayout, wire: Any = "bf16", **fields: Any) -> Case:
@@ -127,6 +134,15 @@ SCENARIOS: dict[str, Scenario] = {
         small(TOKEN, num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3, capacity=4),
         exchange_once,
     ),
+    # Rails over a network, with everything that it carries.
+    "carried": Scenario(
+        small(TOKEN, num_ranks=2, ranks_per_node=1, num_tokens=10, num_topk=3), has_network=True
+    ),
+    "carried-lost": Scenario(
+        small(EXPERT, num_ranks=2, ranks_per_node=1, num_tokens=6, num_topk=3, capacity=4),
+        exchange_once,
+        has_network=True,
+    ),
     # Warps count more than one batch of tokens.
     "batches": Scenario(
         small(TOKEN, num_ranks=1, num_tokens=264, even=True, num_topk=1, hidden=16, capacity=4),
@@ -145,6 +161,5 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def on_rank(group: Any, scenario: Scenario, oracle: Oracle) -> None:
-    options = {**HIGH_THROUGHPUT_ONLY, "timeout_s": scenario.timeout_s}
-    with Session(group, scenario.case, oracle, **options) as session:
+    with Session(group, scenario.case, oracle, **scenario.options) as session:
         scenario.play(session)

@@ -8,25 +8,30 @@ import ctypes
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from emulated.cluster import EmulatedCluster, Settings
 from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
 from emulated.kernel_library import KernelLibrary, load_kernel
+from emulated.network import EmulatedNetwork
 
 from deepcomm.backends.cuda.engine import FlatEngine
+from deepcomm.jit import KERNELS, Kernel
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.runtime import KernelParams
+    from deepcomm.group import Group
     from deepcomm.testing import LocalGroup
     from deepcomm.types import Event
 
 T = TypeVar("T")
 
+NO_SPEC: Mapping[str, int] = MappingProxyType({})
 RECORD_COMPLETE = 2  # csrc/layout/error_record.hpp; its state is the first word
 
 
@@ -119,8 +124,10 @@ class EmulatedRuntime:
         self.device = torch.device("cpu")
         self.device_id = f"of rank {rank}"
         self.num_sms = cluster.settings.num_sms
+        self.reach = "the emulator"
         self._cluster = cluster
         self._rank = rank
+        self._stream = rank
         self._held: list[dict[str, Any]] = []
         self.annotations: list[str] = []
         self._symmetric: weakref.WeakSet[EmulatedSymmetricMemory] = weakref.WeakSet()
@@ -154,8 +161,13 @@ class EmulatedRuntime:
         return LazyKernel(kernel, lambda: self._load(kernel, spec))
 
     def _load(self, kernel: str, spec: Mapping[str, int]) -> KernelLibrary:
+        (entry,) = (entry for entry in KERNELS if entry.name == kernel)
+        return self.load_once(entry, spec)
+
+    def load_once(self, kernel: Kernel, spec: Mapping[str, int] = NO_SPEC) -> KernelLibrary:
+        """Return a kernel, also one that is not in the list."""
         variant = self._cluster.settings.variant
-        key = (kernel, tuple(spec.items()), variant)
+        key = (kernel.name, tuple(spec.items()), variant)
         with self._load_lock:
             if key not in self._loaded:
                 self._loaded[key] = load_kernel(kernel, spec, variant)
@@ -176,7 +188,7 @@ class EmulatedRuntime:
         launch = CLaunch(
             grid, block, function.shared_bytes, function.entry, params.address, params.num_bytes
         )
-        self._cluster.launch(self._rank, launch)
+        self._cluster.launch(self._stream, launch)
         self._held += locals_of_backend()
 
     # ---- waiting
@@ -204,10 +216,28 @@ class EmulatedRuntime:
         self.drain()
         # Whoever has a view reads it now, with what the rank's kernels have acquired.
         for memory in self._symmetric:
+            if self._cluster.settings.has_network and len(memory.bases) == 1:
+                continue  # of a rail: nobody sees it, and a network may bring what means nothing
             for lease in memory.leases:
                 self._cluster.read(self._rank, lease.begin, lease.num_bytes)
 
-    # ---- streams: each rank has one
+    # ---- streams: each rank has one, and a network's
+
+    def order_side(self) -> None:
+        """What the side stream waits for says so by its epoch."""
+
+    @contextlib.contextmanager
+    def on_side(self) -> Iterator[None]:
+        self._stream = self._cluster.num_ranks + self._rank
+        try:
+            yield
+        finally:
+            self._stream = self._rank
+
+    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> EmulatedNetwork:
+        assert self._cluster.settings.has_network
+        assert traffic_class is None
+        return EmulatedNetwork(self, group, timeout_s)
 
     def is_capturing(self) -> bool:
         return False

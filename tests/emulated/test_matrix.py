@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,8 +22,10 @@ from emulated.conftest import Schedules
 from emulated.host_api import Faults
 from emulated.operations import (
     HIGH_THROUGHPUT_ONLY,
+    SCENARIOS,
     exchange_emulated,
     exchange_until_failure,
+    on_rank,
 )
 from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
@@ -193,6 +196,12 @@ def test_every_kernel_of_the_backend_is_run(
     for layout, wire in itertools.product(RecvLayout, ("bf16", "fp8")):
         exchange_emulated(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
     run_emulated(use_low_latency, SMALL.num_ranks, schedules()[0])
+    carried = SCENARIOS["carried"]
+    run_emulated(
+        partial(on_rank, scenario=carried, oracle=Oracle()),
+        carried.case.num_ranks,
+        replace(schedules()[0], has_network=True),
+    )
     assert launched == {
         kernel.name for kernel in KERNELS if not kernel.source.startswith("kernels/probe/")
     }

@@ -96,7 +96,7 @@ def play_experts(buffer: Buffer, arguments: tuple[torch.Tensor, ...]) -> dict[st
     words, peer, record = Words(buffer), 1 - buffer.rank, output.handle.records
     summed = buffer.combine(output.x, output.handle, apply_weights=True)
     num_back = int((record.token_slot[record.topk_idx // 2 == peer] >= 0).sum())
-    back = words.layout.generation(NUM_GENERATIONS)  # the combine region follows the last one
+    back = words.layout.areas.generation(NUM_GENERATIONS)  # the combine region follows the last one
     result |= {
         "pushed_chunk of the peer": words.pushed_chunk(peer),
         "combine rows": show(words.rows(back, num_back)[:, 0]),
@@ -112,7 +112,7 @@ def dispatched(buffer: Buffer, output: DispatchOutput) -> dict[str, str]:
     record = output.handle.records
     plan = record.plan.tolist()
     begin, end = plan[peer], plan[peer + 1]
-    landing = words.layout.generation(0) + words.layout.landing.rows
+    landing = words.layout.areas.generation(0) + words.layout.areas.landing.rows
     return {
         "topk_idx": show(record.topk_idx),
         "topk_weights": show(output.handle.topk_weights),

@@ -76,7 +76,7 @@ struct PushedSums {
     }
 
     DEEPCOMM_DEVICE SumTarget target() const {
-        return {my.combine_row(rows.peer(), my.push_base(rows.block) + rows.row), nullptr, nullptr,
+        return {my.pushed_row(rows.peer(), my.push_base(rows.block) + rows.row), nullptr, nullptr,
                 false};
     }
 

@@ -70,7 +70,7 @@ DEEPCOMM_DEVICE void finish(const CombineBlock<Spec>& my) {
     auto* state = static_cast<device::EpochState*>(meet.epoch);
     if (!device::finish_epoch(state, my.block.num_blocks())) return;
     end_work(meet.taken);
-    meet.verdict->done_epoch = my.epoch;
+    end_stage(meet, my.epoch);
 }
 
 template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>

@@ -91,7 +91,7 @@ DEEPCOMM_DEVICE void push_carried(const CombineBlock<Spec>& my, const PushCursor
     } else if (slot >= 0) {
         value = my.params.outputs.carried[slot];
     }
-    my.combine_weights(rows.peer(), my.push_base(rows.block) + rows.row)[k] = value;
+    my.pushed_weights(rows.peer(), my.push_base(rows.block) + rows.row)[k] = value;
 }
 
 /// A chunk of a block. A rank's block of an origin here is that of this rank there.
@@ -126,7 +126,7 @@ DEEPCOMM_DEVICE bool push_rows(const CombineBlock<Spec>& my, typename Spec::Pipe
                                        rows.peer(), rows.row};
         if (!pipe.wait(wait_context(my.params.meet.comm), site)) return false;
         if (my.warp.is_leader()) {
-            device::bulk_store(my.combine_row(rows.peer(), my.push_base(rows.block) + rows.row),
+            device::bulk_store(my.pushed_row(rows.peer(), my.push_base(rows.block) + rows.row),
                                pipe.current(), Spec::kRowBytes);
         }
         push_carried(my, rows, -1);

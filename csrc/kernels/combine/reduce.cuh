@@ -62,7 +62,7 @@ DEEPCOMM_DEVICE ReducePair find_pair(const CombineBlock<Spec>& my, int32_t token
     } else if (token_slot >= 0 && (Spec::kByExpert || !pair.is_lost)) {
         pair.row_back = token_slot - my.sent_base(pair.block) + my.combine_base(pair.block);
         pair.term.key = expert;
-        pair.term.row = my.combine_row(my.rank(), pair.row_back);
+        pair.term.row = my.combine_row(pair.row_back);
     }
     return pair;
 }
@@ -115,7 +115,7 @@ DEEPCOMM_DEVICE void bring_weights(const CombineBlock<Spec>& my, const ReducePai
         value = Spec::kByExpert ? carried[pair.slot]
                                 : carried[static_cast<int64_t>(token_row) * num_topk + k];
     } else if (pair.dst >= 0) {
-        value = my.combine_weights(my.rank(), row_back)[k];
+        value = my.combine_weights(row_back)[k];
     }
     my.params.target.topk_weights[static_cast<int64_t>(token) * num_topk + k] = value;
 }

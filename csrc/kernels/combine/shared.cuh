@@ -143,14 +143,25 @@ struct CombineBlock {
     DEEPCOMM_DEVICE const unsigned char* output_row(int32_t row) const {
         return params.outputs.rows + row * params.outputs.row_stride;
     }
-    /// Row of a rank's combine region.
-    DEEPCOMM_DEVICE unsigned char* combine_row(int32_t at_rank, int32_t row) const {
-        return params.meet.comm.bases[at_rank] + params.meet.layout.combine_rows +
+    /// Row of this rank's combine region.
+    DEEPCOMM_DEVICE const unsigned char* combine_row(int32_t row) const {
+        return params.meet.comm.bases[rank()] + params.meet.layout.areas.combine_rows +
                static_cast<int64_t>(row) * Spec::kRowBytes;
     }
-    DEEPCOMM_DEVICE float* combine_weights(int32_t at_rank, int32_t row) const {
-        return reinterpret_cast<float*>(params.meet.comm.bases[at_rank] +
-                                        params.meet.layout.combine_weights) +
+    DEEPCOMM_DEVICE const float* combine_weights(int32_t row) const {
+        return weights_at(rank(), params.meet.layout.areas, row);
+    }
+    /// Row of a peer's combine region.
+    DEEPCOMM_DEVICE unsigned char* pushed_row(int32_t peer, int32_t row) const {
+        return params.meet.comm.bases[peer] + params.meet.there.combine_rows +
+               static_cast<int64_t>(row) * Spec::kRowBytes;
+    }
+    DEEPCOMM_DEVICE float* pushed_weights(int32_t peer, int32_t row) const {
+        return weights_at(peer, params.meet.there, row);
+    }
+    DEEPCOMM_DEVICE float* weights_at(int32_t at_rank, const layout::RowAreas& areas,
+                                      int32_t row) const {
+        return reinterpret_cast<float*>(params.meet.comm.bases[at_rank] + areas.combine_weights) +
                static_cast<int64_t>(row) * params.num_topk;
     }
     /// The block is that of the rank that reads the word.

@@ -7,14 +7,11 @@
 
 namespace deepcomm::kernels {
 
-/// What the blocks of a rank add up to in one operation, however many they are.
-constexpr uint32_t kArrivals = 1024;
-
 /// All threads of the block have finished their stores.
 template <typename Spec>
 DEEPCOMM_DEVICE void signal_arrival(const SendBlock<Spec>& my) {
     const auto others = static_cast<uint32_t>(my.block.num_blocks() - 1);
-    const uint32_t share = my.block.block_idx() == 0 ? kArrivals - others : 1;
+    const uint32_t share = my.block.block_idx() == 0 ? layout::kArrivals - others : 1;
     for (int32_t dst = my.block.thread_idx(); dst < Spec::kNumRanks; dst += my.block.size()) {
         unsigned char* to = my.params.meet.comm.bases[dst];
         auto* word =
@@ -34,7 +31,7 @@ DEEPCOMM_DEVICE bool await_arrivals(const SendBlock<Spec>& my) {
             comm.bases[my.rank()] + my.params.meet.layout.arrived_from(src));
         // ORDER: pairs with the additions of all blocks of src; the kernel's end passes it on
         is_complete = device::wait_reached_acquire_sys(wait_context(comm), site, word,
-                                                       my.round * kArrivals) &&
+                                                       my.round * layout::kArrivals) &&
                       is_complete;
     }
     return my.block.sync_and(is_complete);  // ORDER: all acquires before the block goes on

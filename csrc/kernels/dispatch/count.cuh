@@ -90,10 +90,12 @@ DEEPCOMM_DEVICE void write_plan(const CountBlock<kNumRanks, kNumExperts, kNumOri
             if (other < b) rows_before += known_tokens(my, o, src, rank);
             if (other < origin * kNumRanks + rank) sent_base += known_tokens(my, o, src, peer);
         }
+        // A mirror has room for this rank's rows alone, and the network finds their place.
+        const bool is_mirror = my.is_mirror(peer);
         put(kWords.rows_from() + b, rows_before);
-        put(kWords.sent_base() + b, sent_base);
+        put(kWords.sent_base() + b, is_mirror ? 0 : sent_base);
         put(kWords.push_base() + b,
-            region_begin(my, peer, rank) + rows_back(my, peer, rank, origin));
+            is_mirror ? 0 : region_begin(my, peer, rank) + rows_back(my, peer, rank, origin));
         put(kWords.combine_base() + b,
             region_begin(my, rank, peer) + rows_back(my, rank, peer, origin));
         if (origin == 0) {
@@ -176,8 +178,8 @@ DEEPCOMM_DEVICE bool settle_counts(const CountBlock<kNumRanks, kNumExperts, kNum
     if (status != MeetStatus::kGood) {
         if (!is_first_block || !my.block.is_leader()) return true;
         record_verdict(my.params.meet, my.smem.meet, my.epoch);
-        my.params.meet.verdict->done_epoch = my.epoch;  // nothing else will take place
         report_trouble(my.params.meet);
+        end_stage(my.params.meet, my.epoch);  // nothing else will take place
         send_report(my.params, status);
         return true;
     }

@@ -157,7 +157,8 @@ DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts, kNum
                                         word(first + n), my.epoch, value, load);
                 },
                 [&](int32_t n, uint32_t value) {
-                    if ((first + n) % kNumRanks == comm.rank) {
+                    const bool is_first_there = i < kNumRanks && my.is_mirror(i);
+                    if ((first + n) % kNumRanks == comm.rank && !is_first_there) {
                         my.smem.before[my.counter((first + n) / kNumRanks, i)] += total;
                     }
                     total += value;

@@ -78,6 +78,10 @@ struct CountBlock {
                 static_cast<int32_t>(num_tokens * (part + 1) / num_parts)};
     }
 
+    /// Whether what goes to a rank is written to its mirror.
+    DEEPCOMM_DEVICE bool is_mirror(int32_t dst) const {
+        return params.meet.is_carried && dst != params.meet.comm.rank;
+    }
     DEEPCOMM_DEVICE device::WaitSite site(device::Role role, int32_t peer) const {
         return {device::Operation::kDispatch, role, peer};
     }

@@ -44,8 +44,8 @@ DEEPCOMM_DEVICE void copy_words(uint32_t* to, const uint32_t* from, int32_t num_
 template <typename Spec>
 DEEPCOMM_DEVICE uint32_t* landed_scales(const SendBlock<Spec>& my, const LandedRow& row,
                                         int32_t first_word = 0) {
-    const int64_t begin = my.landing().scales + static_cast<int64_t>(row.slot) * my.scale_bytes();
-    return at<uint32_t>(my.smem.destinations[row.dst].landing, begin) + first_word;
+    const int64_t begin = static_cast<int64_t>(row.slot) * my.scale_bytes();
+    return at<uint32_t>(my.smem.destinations[row.dst].scales, begin) + first_word;
 }
 
 /// The scales of the row in a stage.
@@ -63,12 +63,12 @@ DEEPCOMM_DEVICE void store_token_pair(const SendBlock<Spec>& my, const PairSlots
     const int32_t id = is_theirs ? pair.expert - row.dst * my.num_local() : -1;
     const int64_t index = static_cast<int64_t>(row.slot) * my.params.num_topk + k;
     if (to.ids_are_64) {
-        at<int64_t>(to.landing, my.landing().topk_idx)[index] = id;
+        static_cast<int64_t*>(to.topk_idx)[index] = id;
     } else {
-        at<int32_t>(to.landing, my.landing().topk_idx)[index] = id;
+        static_cast<int32_t*>(to.topk_idx)[index] = id;
     }
     if (my.params.topk_weights != nullptr) {
-        at<float>(to.landing, my.landing().topk_weights)[index] = is_theirs ? pair.weight : 0.0f;
+        to.topk_weights[index] = is_theirs ? pair.weight : 0.0f;
     }
 }
 
@@ -81,9 +81,9 @@ DEEPCOMM_DEVICE void store_expert_pairs(const SendBlock<Spec>& my, const PairSlo
     const Destination& to = my.smem.destinations[dst];
     const bool is_delivered = pair.dst == dst && pair.pair_slot < to.limit;
     const int64_t index = static_cast<int64_t>(slot) * my.params.num_topk + k;
-    at<int32_t>(to.landing, my.landing().slots)[index] = is_delivered ? pair.pair_slot : -1;
+    to.slots[index] = is_delivered ? pair.pair_slot : -1;
     if (my.params.topk_weights != nullptr) {
-        at<float>(to.landing, my.landing().topk_weights)[index] = is_delivered ? pair.weight : 0.0f;
+        to.topk_weights[index] = is_delivered ? pair.weight : 0.0f;
     }
 }
 

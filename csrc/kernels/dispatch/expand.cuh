@@ -71,11 +71,9 @@ struct LandedCursor {
 
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         if (!find_row()) return false;
-        unsigned char* landing = my.smem.destinations[my.rank()].landing;
-        piece->row = landing + my.landing().rows + static_cast<int64_t>(row) * Spec::kRowBytes;
+        piece->row = my.here().rows + static_cast<int64_t>(row) * Spec::kRowBytes;
         if (Spec::kWire != kWireBf16 && my.has_bulk_scales()) {
-            piece->scales =
-                landing + my.landing().scales + static_cast<int64_t>(row) * my.scale_bytes();
+            piece->scales = my.here().scales + static_cast<int64_t>(row) * my.scale_bytes();
             piece->scale_bytes = my.scale_bytes();
         }
         ++row;
@@ -88,9 +86,8 @@ template <typename Spec>
 DEEPCOMM_DEVICE void load_landed_scales(const SendBlock<Spec>& my, int32_t row,
                                         unsigned char* stage) {
     if (Spec::kWire == kWireBf16 || my.has_bulk_scales()) return;
-    unsigned char* landing = my.smem.destinations[my.rank()].landing;
-    const auto* from = at<const uint32_t>(
-        landing, my.landing().scales + static_cast<int64_t>(row) * my.scale_bytes());
+    const auto* from =
+        at<const uint32_t>(my.here().scales, static_cast<int64_t>(row) * my.scale_bytes());
     copy_words(reinterpret_cast<uint32_t*>(stage + Spec::kScalesAt), from, my.params.scale_words);
     my.warp.sync();  // ORDER: the scales before other lanes read them
 }
@@ -102,13 +99,12 @@ DEEPCOMM_DEVICE bool expand_row(const SendBlock<Spec>& my, typename Spec::Landed
     const int32_t k = my.warp.thread_idx();
     const bool is_pair = k < my.params.num_topk;
     const int64_t index = static_cast<int64_t>(row) * my.params.num_topk + k;
-    unsigned char* landing = my.smem.destinations[my.rank()].landing;
     int32_t copy = -1;
     float weight = 0;
     if (is_pair) {
-        copy = at<const int32_t>(landing, my.landing().slots)[index];
+        copy = my.here().slots[index];
         if (my.params.topk_weights != nullptr) {
-            weight = at<const float>(landing, my.landing().topk_weights)[index];
+            weight = my.here().topk_weights[index];
             my.params.target.row_weights[index] = weight;
         }
         my.params.target.row_slots[index] = copy;

@@ -15,9 +15,16 @@ DEEPCOMM_DEVICE void find_destinations(const SendBlock<Spec>& my) {
     for (int32_t dst = my.block.thread_idx(); dst < Spec::kNumRanks; dst += my.block.size()) {
         const Header& header = my.smem.meet.headers[dst];
         const auto generation = static_cast<int32_t>(header.landing & kLandingIndexMask);
-        my.smem.destinations[dst] = {
-            my.params.meet.comm.bases[dst] + my.params.meet.layout.generation(generation),
-            limit_of(header), (header.landing & kLandingIdsAre64) != 0};
+        const MeetParams& meet = my.params.meet;
+        const layout::RowAreas& areas = dst == my.rank() ? meet.layout.areas : meet.there;
+        unsigned char* begin = meet.comm.bases[dst] + areas.generation(generation);
+        my.smem.destinations[dst] = {begin + areas.landing.rows,
+                                     begin + areas.landing.scales,
+                                     begin + areas.landing.topk_idx,
+                                     at<float>(begin, areas.landing.topk_weights),
+                                     at<int32_t>(begin, areas.landing.slots),
+                                     limit_of(header),
+                                     (header.landing & kLandingIdsAre64) != 0};
     }
     my.block.sync();  // ORDER: the table before its readers
 }
@@ -127,7 +134,7 @@ DEEPCOMM_DEVICE void finish(const SendBlock<Spec>& my) {
         has_exchanged ? device::finish_epoch(round, num_blocks) : my.block.block_idx() == 0;
     if (!is_last) return;
     end_work(meet.taken);
-    meet.verdict->done_epoch = my.epoch;
+    end_stage(meet, my.epoch);
 }
 
 /// The operation that this kernel belongs to: the next one, or the one that was just counted.
@@ -147,8 +154,9 @@ template <int32_t kNumRanks>
 DEEPCOMM_DEVICE int32_t tokens_to_send(const SendParams& params, bool is_ready) {
     if (params.num_origins == 1) return params.num_tokens;
     const layout::PlanLayout words = {kNumRanks, params.num_origins};
-    // A plan that was not made, since its dispatch was called off, says nothing.
-    if (!is_ready || params.table.plan[words.made()] == 0) return 0;
+    // A plan that was not made, since its dispatch was called off, says nothing; nor does a network
+    // bring rows that mean anything where the stage before was.
+    if (!is_ready || was_called_off(params.meet) || params.table.plan[words.made()] == 0) return 0;
     return params.table.plan[words.tokens_from() + params.num_origins];
 }
 

@@ -81,7 +81,7 @@ DEEPCOMM_DEVICE void send_row(const SendBlock<Spec>& my, const RowPart& part, co
         device::bulk_store(landed_scales(my, {pair.dst, pair.token_slot}, part.first_word),
                            staged_scales<Spec>(stage), part.scale_bytes());
     }
-    device::bulk_store(my.smem.destinations[pair.dst].landing + my.landing().rows +
+    device::bulk_store(my.smem.destinations[pair.dst].rows +
                            static_cast<int64_t>(pair.token_slot) * Spec::kRowBytes + part.at,
                        stage, part.num_bytes);
 }

@@ -65,10 +65,14 @@ struct RowPart {
     DEEPCOMM_DEVICE uint32_t scale_bytes() const { return static_cast<uint32_t>(num_words) * 4; }
 };
 
-/// Where a peer's rows go.
+/// Where a rank's rows go: the arrays of its landing area.
 struct Destination {
-    unsigned char* landing;  ///< its generation
-    int32_t limit;           ///< rows that fit there
+    unsigned char* rows;
+    unsigned char* scales;
+    void* topk_idx;
+    float* topk_weights;
+    int32_t* slots;
+    int32_t limit;  ///< rows that fit there
     int32_t ids_are_64;
 };
 
@@ -113,9 +117,8 @@ struct SendBlock {
         return block.block_idx() * Spec::kWarps + warp.warp_idx();
     }
     DEEPCOMM_DEVICE int32_t num_any_workers() const { return block.num_blocks() * Spec::kWarps; }
-    DEEPCOMM_DEVICE const layout::LandingOffsets& landing() const {
-        return params.meet.layout.landing;
-    }
+    /// This rank's own.
+    DEEPCOMM_DEVICE const Destination& here() const { return smem.destinations[rank()]; }
     DEEPCOMM_DEVICE int32_t num_local() const {
         return params.meet.layout.shape.num_experts / Spec::kNumRanks;
     }

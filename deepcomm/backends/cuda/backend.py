@@ -21,11 +21,11 @@ from deepcomm.backends.cuda.routing import RoutingId
 from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
 from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.group import Group, agree, agree_on, as_group, check_equal
-from deepcomm.topology import Topology
+from deepcomm.topology import find_nodes
 from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.runtime import Runtime
@@ -40,7 +40,13 @@ Output = TypeVar("Output", DispatchOutput, CombineOutput)
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
+RAILS = ("auto", "lsa", "nccl")
 GROWTH = 1.5
+
+
+def is_carried(rail: str, labels: Sequence[str]) -> bool:
+    """Return whether rails need a network: by what the user says, or by what ranks reach."""
+    return rail == "nccl" or (rail == "auto" and len(set(labels)) > 1)
 
 
 class CudaBackend:
@@ -54,9 +60,10 @@ class CudaBackend:
         agree(self._group, "Buffer", lambda: self._check_config(config))
         entry = {"protocol": PROTOCOL_VERSION, **config.shared_fields()}
         check_equal("Buffer", self._group.all_gather(entry))
-        ranks_per_node = config.ranks_per_node or self._group.size
-        self.topology = Topology(self._group.rank, self._group.size, ranks_per_node)
-        self.config = replace(config, ranks_per_node=ranks_per_node)
+        labels = self._group.all_gather(runtime.reach)
+        self.topology = find_nodes(self._group.rank, labels, config.ranks_per_node)
+        self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
+        self._is_carried = is_carried(config.rail, labels)
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
@@ -73,8 +80,9 @@ class CudaBackend:
 
     def _check_config(self, config: BufferConfig) -> None:
         config.check(self._group.size)
-        if config.rail not in ("auto", "lsa"):
-            raise InvalidArgument(f"rail: expected 'auto' or 'lsa' on CUDA, got {config.rail!r}")
+        if config.rail not in RAILS:
+            expected = ", ".join(map(repr, RAILS))
+            raise InvalidArgument(f"rail: expected one of {expected} on CUDA, got {config.rail!r}")
 
     def _prepare_device(self) -> tuple[Failure, LowLatencyFunctions]:
         """Reserve and load what is needed before any domain."""
@@ -88,7 +96,9 @@ class CudaBackend:
         machine = Machine(self.runtime, self.num_sms, self.failure)
         if self.topology.num_nodes == 1:
             return FlatEngine(self._group, self.config, machine)
-        return NodesEngine(self._group, self.config, machine, self.topology)
+        return NodesEngine(
+            self._group, self.config, machine, self.topology, is_carried=self._is_carried
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +159,7 @@ class CudaBackend:
             self._check_room(operation.num_tokens)
             return operation
 
-        operation = self._prepare("dispatch", prepare, self.engine.refuse_dispatch)
+        operation = self._prepare("dispatch", prepare, lambda: self.engine.refuse_dispatch(request))
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
         if not request.async_op:
@@ -176,7 +186,7 @@ class CudaBackend:
         operation = self._prepare(
             "combine",
             lambda: self.engine.combine(request, self.buffer_id),
-            self.engine.refuse_combine,
+            lambda: self.engine.refuse_combine(request),
         )
         self._num_combines += 1
         if not request.async_op:
@@ -359,9 +369,14 @@ class CudaBackend:
         if topology.num_nodes == 1:
             return ["rail       none: one NVLink domain"]
         return [
-            f"rail       lsa: ranks {topology.rail_ranks} by loads and stores, once a node; then "
-            "inside the node",
+            f"rail       ranks {topology.rail_ranks}, once a node; then inside the node",
+            f"           {self.engine.describe_rail()} ({self._why_rail()})",
         ]
+
+    def _why_rail(self) -> str:
+        if self.config.rail != "auto":
+            return "as asked"
+        return "out of each other's reach" if self._is_carried else "all ranks reach each other"
 
     def close(self) -> None:
         """Release everything; idempotent."""

@@ -10,6 +10,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
+from deepcomm.backends.cuda.carrier import RowBytes
 from deepcomm.backends.cuda.inputs import asked_of_combine, bring_combine_inputs
 from deepcomm.backends.cuda.routing import (
     ALONE,
@@ -90,7 +91,10 @@ class Combine:
             )
         by_expert = handle.recv_layout is not RecvLayout.TOKEN
         params = self._params(out, weights)
-        domain.launch(domain.functions.combine[by_expert], domain.num_sms, params)
+        function = domain.functions.combine[by_expert]
+        domain.launch(function, domain.num_sms, params, meets=True)
+        row_bytes = RowBytes.of_combine(request, hidden)
+        domain.carrier.carry_pushed(self._record.rows, self._record.plan, row_bytes)
         domain.runtime.flush()
         if request.out is not None and out is not request.out:
             out = request.out.copy_(out)

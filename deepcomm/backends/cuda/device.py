@@ -19,7 +19,7 @@ from deepcomm.backends.cuda.driver import (
     stream_pool,
     wrap_stream,
 )
-from deepcomm.backends.cuda.heap import open_heap
+from deepcomm.backends.cuda.heap import open_heap, reach_of
 from deepcomm.errors import InvalidArgument
 from deepcomm.event import CudaEvent
 
@@ -146,7 +146,9 @@ class CudaRuntime:
         self.num_sms: int = self._native.num_sms
         capability = self._native.capability
         self._arch = SPECIFIC_ARCHS.get(capability, f"sm_{capability}")
+        self.reach: str = reach_of(self._native)
         self._own_stream: torch.cuda.Stream | None = None
+        self._side_stream: torch.cuda.Stream | None = None
 
     def symmetric_memory(
         self, group: Group, num_bytes: int, timeout_s: float
@@ -212,6 +214,19 @@ class CudaRuntime:
                 previous_event.current_stream_wait()
             yield
 
+    def order_side(self) -> None:
+        """Make the side stream wait for the work so far of the current stream."""
+        if self._side_stream is None:
+            self._side_stream = self._take_stream()
+        self._side_stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    @contextlib.contextmanager
+    def on_side(self) -> Iterator[None]:
+        """Make the side stream current for a while: its work runs beside the other streams'."""
+        assert self._side_stream is not None
+        with torch.cuda.stream(self._side_stream):
+            yield
+
     def wait_event(self, event: Event) -> None:
         """Make the current stream wait for an event."""
         with torch.cuda.device(self.device):
@@ -236,12 +251,16 @@ class CudaRuntime:
 
     def _communication_stream(self) -> torch.cuda.Stream:
         if self._own_stream is None:
-            index, pool = self.device.index, stream_pool()
-            handle = pool.take(index, HIGH_PRIORITY)
-            weakref.finalize(self, pool.give_back, index, HIGH_PRIORITY, handle)
-            self._own_stream = wrap_stream(handle, index)
+            self._own_stream = self._take_stream()
         return self._own_stream
 
+    def _take_stream(self) -> torch.cuda.Stream:
+        """Return a stream that goes back to the pool with this object."""
+        index, pool = self.device.index, stream_pool()
+        handle = pool.take(index, HIGH_PRIORITY)
+        weakref.finalize(self, pool.give_back, index, HIGH_PRIORITY, handle)
+        return wrap_stream(handle, index)
+
     def _streams_in_use(self) -> list[int]:
-        own = [] if self._own_stream is None else [int(self._own_stream.cuda_stream)]
-        return [self.raw_stream(), *own]
+        own = (self._own_stream, self._side_stream)
+        return [self.raw_stream(), *(int(s.cuda_stream) for s in own if s is not None)]

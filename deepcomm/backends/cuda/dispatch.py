@@ -15,6 +15,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
+from deepcomm.backends.cuda.carrier import RowBytes
 from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
 from deepcomm.backends.cuda.generations import Landing
 from deepcomm.backends.cuda.inputs import (
@@ -32,8 +33,8 @@ from deepcomm.backends.cuda.routing import (
     routing_table,
     taking_turn,
 )
+from deepcomm.backends.cuda.scales import turn_scales
 from deepcomm.backends.cuda.tensors import (
-    SCALE_ROW_ALIGN,
     Counted,
     CudaRecord,
     Forwarded,
@@ -125,9 +126,8 @@ class Dispatch:
         if self._by_expert:
             if (counted := self._learn_counts(exchange)) is None:
                 return None
-            outputs = expert_outputs(
-                self._request, self._checked, self._format, self._blocks(counted)
-            )
+            shape = self._blocks(counted)
+            outputs = expert_outputs(self._request, self._checked, self._format, shape)
             record = self._with_row_records(record, counted)
             self._send(landing, record, outputs)
             if outputs.scales is not None:
@@ -151,15 +151,24 @@ class Dispatch:
             self._checked = bring_dispatch_inputs(self._request, self._checked, self._domain)
             record = self._cached or self._count(only)
             self._send(only, record, None)
+            record = self._carry(record)
         # A handle may be older than the latest growth.
         given = self._request.handle
         num_rows = exchange.max_rows if given is None else given.num_rows
         outputs = token_views(
-            landing, exchange.layout.landing, self._checked, self._format, num_rows
+            landing, exchange.layout.areas.landing, self._checked, self._format, num_rows
         )
         handle = self._handle(record, Counted(num_rows, num_rows))
         # A plan begins with the first row of each rank here: of the node whose tokens they are.
         return Forwarded(outputs, handle, record.plan.data_ptr())
+
+    def _carry(self, record: CudaRecord) -> CudaRecord:
+        """Let a network carry the rows, where the rail is one; the handle keeps how many."""
+        carrier, checked = self._domain.carrier, self._checked
+        rows = carrier.learn_rows() if self._cached is None else record.rows
+        hidden = self._domain.config.hidden
+        carrier.carry_rows(rows, RowBytes.of_dispatch(self._request, hidden, checked.num_topk))
+        return replace(record, rows=rows)
 
     def inputs(self) -> list[torch.Tensor]:
         """Return the tensors that kernels read."""
@@ -240,7 +249,7 @@ class Dispatch:
         fill_count_outputs(domain, params, record.counts)
         num_blocks = -(-checked.num_tokens // TOKENS_PER_COUNT_BLOCK)
         grid = max(1, min(num_blocks, MAX_COUNT_BLOCKS, domain.num_sms))
-        domain.launch(domain.functions.count, grid, params)
+        domain.launch(domain.functions.count, grid, params, meets=True, has_counts=True)
         return record
 
     def _learn_counts(self, exchange: Exchange) -> Counted | None:
@@ -273,21 +282,19 @@ class Dispatch:
 
     def _with_row_records(self, record: CudaRecord, counted: Counted) -> CudaRecord:
         """Return the record with room for the slots of the rows that arrive."""
-        checked, device = self._checked, self._domain.device
+        checked = self._checked
         shape = (counted.num_tokens, checked.num_topk)
-        weights: torch.Tensor | None = None
-        if checked.topk_weights is not None:
-            weights = torch.empty(shape, dtype=torch.float32, device=device)
-        slots = torch.empty(shape, dtype=torch.int32, device=device)
+        slots = torch.empty(shape, dtype=torch.int32, device=self._domain.device)
+        has_weights = checked.topk_weights is not None
+        weights = torch.empty_like(slots, dtype=torch.float32) if has_weights else None
         return replace(record, row_slots=slots, row_weights=weights)
 
     def _send(self, landing: Landing, record: CudaRecord, outputs: Outputs | None) -> None:
         domain, checked, fmt = self._domain, self._checked, self._format
         params = kernels.SendParams()
-        serial = record.serial if self._cached is not None else 0
         if checked.topk_weights is not None:
             self._kept_weights = torch.empty_like(checked.topk_weights)
-        params.meet = self._meet(landing, serial)
+        params.meet = self._meet(landing, record.serial if self._cached is not None else 0)
         params.table = routing_table(record)
         params.table.topk_weights = address_of(self._kept_weights)
         rows, scales = checked.rows, checked.scales
@@ -299,8 +306,9 @@ class Dispatch:
         params.topk_weights = address_of(checked.topk_weights)
         if outputs is not None:
             self._fill_target(params.target, record, outputs)
-        if self._stage.after is not None and self._cached is None:
-            params.lost.on_rail(self._stage.after.meet())
+        rail = self._stage.after if self._cached is None else None
+        if rail is not None:
+            params.lost.on_rail(rail.meet())
             params.lost.lost = domain.workspace.lost.address
             params.lost.overflow = address_of(record.counts[-1:])
         params.round = domain.exchange.round.address
@@ -311,8 +319,10 @@ class Dispatch:
         params.zero_padding = int(self._request.zero_padding)
         params.scale_words = fmt.scale_words
         params.scales_are_ue8m0 = int(fmt.scales == 2)
-        function = domain.functions.send[fmt.wire, self._by_expert]
-        domain.launch(function, domain.num_sms, params)
+        kernel = domain.functions.send[fmt.wire, self._by_expert]
+        domain.launch(kernel, domain.num_sms, params, meets=self._cached is not None)
+        if rail is not None:
+            rail.carrier.carry_lost(domain)
 
     def _fill_target(
         self, target: kernels.ExpertTarget, record: CudaRecord, outputs: Outputs
@@ -333,18 +343,9 @@ class Dispatch:
     def _turn_scales(self, scales: torch.Tensor, counts: torch.Tensor) -> None:
         """Launch dispatch_scales, from the rows that dispatch_send has written."""
         assert self._scale_rows is not None
-        block_rows, words = scales.shape[-2:]
-        params = kernels.ScaleParams()
-        params.rows = address_of(self._scale_rows)
-        params.columns = address_of(scales)
         # Rows of each expert, or the end of the last one's: the last of the offsets.
-        num_local = self._domain.num_local_experts
-        params.used_rows = address_of(counts if self.is_padded else counts[2 * num_local :])
-        params.num_blocks = num_local if self.is_padded else 1
-        params.block_rows = block_rows
-        params.column_words = -(-block_rows // SCALE_ROW_ALIGN) * SCALE_ROW_ALIGN
-        params.scale_words = words
-        self._domain.launch(self._domain.functions.scales, self._domain.num_sms, params)
+        used = counts if self.is_padded else counts[2 * self._domain.num_local_experts :]
+        turn_scales(self._domain, self._scale_rows, scales, used)
 
     # ---- results
 
@@ -353,7 +354,7 @@ class Dispatch:
         request, num_rows = self._request, counted.num_rows
         views = token_views(
             lease_landing(exchange, landing.generation),
-            exchange.layout.landing,
+            exchange.layout.areas.landing,
             self._checked,
             self._format,
             min(num_rows, exchange.max_rows),

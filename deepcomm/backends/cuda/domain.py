@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.exchange import CountReport, Exchange, Workspace
+from deepcomm.backends.cuda.carrier import REACHED, Carrier, NetworkCarrier
+from deepcomm.backends.cuda.exchange import CountReport, Exchange, MirroredExchange, Workspace
 from deepcomm.backends.cuda.functions import Functions
 from deepcomm.errors import CommTimeout, InvalidArgument
 from deepcomm.group import Group, agree_on
@@ -56,12 +57,16 @@ class Position:
         rank_step: From one of its ranks to the next.
         num_origins: Nodes whose tokens its ranks send on (csrc/layout/plan.hpp).
         is_rail: Whether its ranks are those of a rail.
+        is_carried: Whether they are out of each other's reach, and a network is between them.
+        is_watched: Whether a carrier waits for the ends of its stages.
     """
 
     first_rank: int = 0
     rank_step: int = 1
     num_origins: int = 1
     is_rail: bool = False
+    is_carried: bool = False
+    is_watched: bool = False
 
     @property
     def combine_origins(self) -> int:
@@ -93,6 +98,7 @@ class Domain:
         self.exchange = self._open_exchange(config)
         self.report_tag = 0
         self.num_launches = 0
+        self.carrier: Carrier = self._open_carrier()
 
     def _prepare(self) -> tuple[Functions, Workspace, torch.Tensor]:
         """Load kernels and reserve what outlives any growth."""
@@ -105,7 +111,20 @@ class Domain:
         )
 
     def _open_exchange(self, config: BufferConfig) -> Exchange:
-        return Exchange(self.runtime, self._group, config, self.topology, self.position.num_origins)
+        kind = MirroredExchange if self.position.is_carried else Exchange
+        return kind(self.runtime, self._group, config, self.topology, self.position.num_origins)
+
+    def _open_carrier(self) -> Carrier:
+        if not self.position.is_carried:
+            return REACHED
+        network = self.runtime.network(self._group, self.config.timeout_s, None)
+        return agree_on(self._group, "Buffer", lambda: NetworkCarrier(self, network))
+
+    @property
+    def mirrored(self) -> MirroredExchange:
+        """The memory of a carried domain."""
+        assert isinstance(self.exchange, MirroredExchange)
+        return self.exchange
 
     def reserve(self, max_tokens: int) -> Exchange:
         """Return memory for more tokens a rank, to move to; collective."""
@@ -119,12 +138,25 @@ class Domain:
 
     def close(self) -> None:
         """Free the memory once no view is left; idempotent."""
+        self.carrier.close()
         self.exchange.close()
 
-    def launch(self, function: Function, grid: int, params: KernelParams) -> None:
-        """Launch a kernel of an operation."""
+    def launch(
+        self,
+        function: Function,
+        grid: int,
+        params: KernelParams,
+        *,
+        meets: bool = False,
+        has_counts: bool = False,
+    ) -> None:
+        """Launch a kernel of an operation: one that meets, and tells counts, or one after it."""
+        if meets:
+            self.carrier.follow()
         self.runtime.launch(function, grid, params)
         self.num_launches += 1
+        if meets:
+            self.carrier.meet(has_counts=has_counts)
 
     def meet(self, after: Domain | None = None, *, reports: bool = True) -> kernels.MeetParams:
         """Return what an operation hands to its kernels; its header is the caller's to fill.
@@ -140,6 +172,7 @@ class Domain:
         if after is not None:
             meet.verdict_before = after.workspace.verdict.address
         meet.reports = int(reports)
+        meet.is_watched = int(self.position.is_watched)
         return meet
 
     def wait_report(self, num_waits: int) -> CountReport:
@@ -152,25 +185,29 @@ class Domain:
             InvalidArgument: A graph is being captured.
             CommTimeout: A peer did not come within ``timeout_s``.
         """
+        self.await_word(self.workspace.report_memory.address, self.report_tag, num_waits)
+        return self.workspace.report
+
+    def await_word(self, address: int, expected: int, num_waits: int) -> None:
+        """Wait until the device has written a word of host memory; as ``wait_report``."""
         if self.runtime.is_capturing():
             raise InvalidArgument(
                 "num_recv_tokens: expected a capacity while a CUDA graph is captured, got None: "
                 "the host would have to wait for the counts"
             )
-        report, record = self.workspace.report, self.failure.record_address
-        address = self.workspace.report_memory.address
+        record = self.failure.record_address
         limit_s = num_waits * self.config.timeout_s + HOST_MARGIN_S
         late_s = min(self.config.late_warning_s, self.config.timeout_s / 2)
         start = time.monotonic()
-        if self.runtime.wait_word(address, self.report_tag, record, late_s):
-            return report
+        if self.runtime.wait_word(address, expected, record, late_s):
+            return
         if not self.failure.failed:
             LOG.warning(
                 "dispatch: rank %d: no counts from all ranks after %g s", self.failure.rank, late_s
             )
             left_s = limit_s - (time.monotonic() - start)
-            if self.runtime.wait_word(address, self.report_tag, record, left_s):
-                return report
+            if self.runtime.wait_word(address, expected, record, left_s):
+                return
         if self.failure.failed:
             self.failure.check_usable("dispatch")
         self.failure.raise_fatal(

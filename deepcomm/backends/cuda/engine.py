@@ -91,10 +91,10 @@ class Engine(Protocol):
             InvalidArgument: The first argument that is wrong.
         """
 
-    def refuse_dispatch(self) -> None:
+    def refuse_dispatch(self, request: DispatchRequest) -> None:
         """Tell the peers that this rank does not take part in a dispatch."""
 
-    def refuse_combine(self) -> None:
+    def refuse_combine(self, request: CombineRequest) -> None:
         """Tell the peers that this rank does not take part in a combine."""
 
     def grow(self, max_tokens: int) -> None:
@@ -102,6 +102,9 @@ class Engine(Protocol):
 
     def traffic(self) -> tuple[Traffic, Traffic | None]:
         """Return the counters inside the node and, with several, on the rail."""
+
+    def describe_rail(self) -> str:
+        """Say how ranks of a rail are reached, for ``explain()``."""
 
     def close(self) -> None:
         """Release everything; idempotent."""
@@ -132,12 +135,14 @@ class FlatEngine:
         """Check the arguments of a combine."""
         return Combine(self.domain, buffer_id, request)
 
-    def refuse_dispatch(self) -> None:
+    def refuse_dispatch(self, request: DispatchRequest) -> None:
         """Tell the peers that this rank does not take part in a dispatch."""
+        del request
         refuse(self.domain)
 
-    def refuse_combine(self) -> None:
+    def refuse_combine(self, request: CombineRequest) -> None:
         """Tell the peers that this rank does not take part in a combine."""
+        del request
         refuse(self.domain)
 
     def grow(self, max_tokens: int) -> None:
@@ -147,6 +152,10 @@ class FlatEngine:
     def traffic(self) -> tuple[Traffic, None]:
         """Return the counters."""
         return Traffic(self.domain), None
+
+    def describe_rail(self) -> str:
+        """Say that there is none."""
+        return "none"
 
     def close(self) -> None:
         """Release everything."""

@@ -11,7 +11,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.generations import Generations
-from deepcomm.group import agree_on
+from deepcomm.group import agree_on, alone_of
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CountReport",
     "Exchange",
+    "MirroredExchange",
     "Workspace",
     "exchange_layout",
     "node_config",
@@ -112,21 +113,26 @@ class Exchange:
     ) -> None:
         """Reserve symmetric memory; collective."""
         self.layout = exchange_layout(config, topology.num_ranks, num_origins)
-        self.memory = runtime.symmetric_memory(group, self.layout.total_bytes, config.timeout_s)
-        table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
+        self.there = self.layout.areas
+        self._reserve(runtime, group, config.timeout_s)
         try:
-            # The latter counts with the words that arrivals add to.
-            self._bases, self.round = agree_on(
-                group,
-                "symmetric memory",
-                lambda: (runtime.upload(table), runtime.memory(EPOCH_STATE_BYTES)),
-            )
+            agree_on(group, "symmetric memory", lambda: self._prepare(runtime))
         except BaseException:
             self.memory.close()
             raise
         self.generations = Generations(self.memory, config.num_generations)
         self.max_rows = topology.num_ranks * config.max_tokens_per_rank
         self.max_tokens = config.max_tokens_per_rank
+
+    def _reserve(self, runtime: Runtime, group: Group, timeout_s: float) -> None:
+        """Reserve the memory of all ranks; collective."""
+        self.memory = runtime.symmetric_memory(group, self.layout.total_bytes, timeout_s)
+        self.bases = self.memory.bases
+
+    def _prepare(self, runtime: Runtime) -> None:
+        """Reserve what belongs to it."""
+        self._bases = runtime.upload(b"".join(base.to_bytes(8, "little") for base in self.bases))
+        self.round = runtime.memory(EPOCH_STATE_BYTES)  # counts with what arrivals add to
 
     def meet_params(
         self, workspace: Workspace, failure: Failure, topology: Topology, timeout_s: float
@@ -140,6 +146,7 @@ class Exchange:
         meet.comm.failed = failure.failed_address
         meet.comm.bases = self._bases.address
         meet.layout = self.layout
+        meet.there = self.there
         meet.max_tokens = self.max_tokens
         meet.epoch = workspace.epoch.address
         meet.verdict = workspace.verdict.address
@@ -152,3 +159,44 @@ class Exchange:
     def close(self) -> None:
         """Free the memory once no view is left; idempotent."""
         self.memory.close()
+
+
+class MirroredExchange(Exchange):
+    """The same where peers' memory is out of reach: mirrors of it, and words for a network.
+
+    Attributes:
+        bases: Of this rank's memory and of the mirrors, by rank.
+        outbox: Words for each rank (layout/rail.hpp).
+        inbox: Words from each rank.
+        words_bytes: Of one rank's words.
+        rail_state: kernels::RailState.
+    """
+
+    def _reserve(self, runtime: Runtime, group: Group, timeout_s: float) -> None:
+        mirror = kernels.ExchangeLayout.make_mirror(self.layout.shape)
+        self.there = mirror.areas
+        own_bytes, mirror_bytes = self.layout.total_bytes, mirror.total_bytes
+        num_bytes = own_bytes + (group.size - 1) * mirror_bytes
+        self.memory = runtime.symmetric_memory(alone_of(group), num_bytes, timeout_s)
+        base = self.memory.bases[0]
+        first = base + own_bytes
+        self.bases = tuple(
+            base if peer == group.rank else first + (peer - (peer > group.rank)) * mirror_bytes
+            for peer in range(group.size)
+        )
+
+    def _prepare(self, runtime: Runtime) -> None:
+        super()._prepare(runtime)
+        shape = self.layout.shape
+        self.words_bytes = kernels.RailWords(shape.num_counters).num_bytes
+        self.outbox = runtime.memory(shape.num_ranks * self.words_bytes)
+        self.inbox = runtime.memory(shape.num_ranks * self.words_bytes)
+        self.rail_state = runtime.memory(kernels.RAIL_STATE_BYTES)
+
+    def meet_params(
+        self, workspace: Workspace, failure: Failure, topology: Topology, timeout_s: float
+    ) -> kernels.MeetParams:
+        """Return what every operation hands to its kernels, but for the header."""
+        meet = super().meet_params(workspace, failure, topology, timeout_s)
+        meet.is_carried = 1
+        return meet

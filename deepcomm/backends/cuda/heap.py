@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from deepcomm.group import Group
 
-__all__ = ["open_heap"]
+__all__ = ["open_heap", "reach_of"]
 
 WHAT: Final = "symmetric memory"
 
@@ -54,6 +54,11 @@ class _Offer:
     key: str
     address: Address | None
     fabric: bytes | None
+
+
+def reach_of(device: cuda.Device) -> str:
+    """Name what a device's memory can be mapped in: devices of one name reach each other."""
+    return "fabric" if device.has_fabric else _host()
 
 
 def open_heap(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm.backends.base import CombineRequest
+from deepcomm.backends.cuda.carrier import RowBytes
 from deepcomm.backends.cuda.combine import Combine, OwnSums
 from deepcomm.backends.cuda.dispatch import Dispatch
 from deepcomm.backends.cuda.domain import Domain, Machine, Position
@@ -34,7 +35,7 @@ from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, Sc
 if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
     from deepcomm.backends.cuda.exchange import Exchange
-    from deepcomm.backends.cuda.tensors import Forwarded
+    from deepcomm.backends.cuda.tensors import CudaRecord, Forwarded
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
 
@@ -53,9 +54,23 @@ class NodesEngine:
     """Nodes that are domains of their own, and rails between them."""
 
     def __init__(
-        self, group: Group, config: BufferConfig, machine: Machine, topology: Topology
+        self,
+        group: Group,
+        config: BufferConfig,
+        machine: Machine,
+        topology: Topology,
+        *,
+        is_carried: bool,
     ) -> None:
-        """Load kernels and reserve memory; collective."""
+        """Load kernels and reserve memory; collective.
+
+        Args:
+            group: Of the buffer.
+            config: Likewise.
+            machine: Likewise.
+            topology: Likewise.
+            is_carried: Whether a network is between the ranks of a rail.
+        """
         self.config = config
         self.topology = topology
         self._group = group
@@ -64,13 +79,19 @@ class NodesEngine:
             SubGroup(group, topology.rail_ranks),
             rail_config(config),
             machine,
-            Position(topology.local, ranks_per_node, is_rail=True),
+            Position(
+                topology.local,
+                ranks_per_node,
+                is_rail=True,
+                is_carried=is_carried,
+                is_watched=is_carried,
+            ),
         )
         self.node = Domain(
             SubGroup(group, topology.node_ranks),
             node_config(config, num_nodes),
             machine,
-            Position(topology.node_ranks[0], 1, num_origins=num_nodes),
+            Position(topology.node_ranks[0], 1, num_origins=num_nodes, is_watched=is_carried),
         )
         self.landing: torch.Tensor | None = self._lease(self.rail.exchange)
 
@@ -86,21 +107,36 @@ class NodesEngine:
 
     def dispatch(self, request: DispatchRequest, routing: RoutingId) -> NodesDispatch:
         """Check the arguments of a dispatch."""
+        self.rail.carrier.check_capture()
         return NodesDispatch(self, routing, request)
 
     def combine(self, request: CombineRequest, buffer_id: bytes) -> NodesCombine:
         """Check the arguments of a combine."""
+        self.rail.carrier.check_capture()
         return NodesCombine(self, buffer_id, request)
 
-    def refuse_dispatch(self) -> None:
-        """Tell the peers of both stages that this rank does not take part in a dispatch."""
+    def refuse_dispatch(self, request: DispatchRequest) -> None:
+        """Tell the peers of both stages that this rank does not take part in a dispatch.
+
+        Those of a cached one have told the network already what they will carry.
+        """
         refuse(self.rail, Stage(is_last=False))
+        if (routing := routing_on_rail(request.handle)) is not None:
+            num_topk = int(routing.topk_idx.shape[1])
+            row_bytes = RowBytes.of_dispatch(request, self.config.hidden, num_topk)
+            self.rail.carrier.carry_rows(routing.rows, row_bytes)
         refuse(self.node, Stage(after=self.rail))
 
-    def refuse_combine(self) -> None:
-        """Tell the peers of both stages that this rank does not take part in a combine."""
+    def refuse_combine(self, request: CombineRequest) -> None:
+        """Tell the peers of both stages that this rank does not take part in a combine.
+
+        They have told the network already what they will carry.
+        """
         refuse(self.node, Stage(is_last=False))
         refuse(self.rail, Stage(after=self.node))
+        if (routing := routing_on_rail(request.handle)) is not None:
+            row_bytes = RowBytes.of_combine(request, self.config.hidden)
+            self.rail.carrier.carry_pushed(routing.rows, routing.plan, row_bytes)
 
     def grow(self, max_tokens: int) -> None:
         """Make room for more tokens a rank; collective."""
@@ -123,11 +159,21 @@ class NodesEngine:
         """Return the counters inside the node and on the rail."""
         return Traffic(self.node), Traffic(self.rail)
 
+    def describe_rail(self) -> str:
+        """Say how ranks of a rail are reached, for ``explain()``."""
+        return self.rail.carrier.describe()
+
     def close(self) -> None:
         """Release everything; idempotent."""
         self.landing = None
         self.rail.close()
         self.node.close()
+
+
+def routing_on_rail(handle: Handle | None) -> CudaRecord | None:
+    """Return what a handle of unknown origin keeps of the rail, if it is one of a buffer's."""
+    record = None if handle is None else getattr(handle, "records", None)
+    return record.rail.records if isinstance(record, NodesRecord) else None
 
 
 def record_of(handle: Handle) -> NodesRecord:

@@ -98,7 +98,7 @@ def refuse(domain: Domain, stage: Stage = ALONE) -> None:
     params.num_topk = 1
     params.tokens_from = domain.workspace.no_tokens.address
     fill_count_outputs(domain, params, domain.scratch_counts)
-    domain.launch(domain.functions.count, 1, params)
+    domain.launch(domain.functions.count, 1, params, meets=True, has_counts=True)
     domain.runtime.flush()
 
 

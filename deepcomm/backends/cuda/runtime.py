@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.group import Group
     from deepcomm.types import Event
 
@@ -105,6 +106,8 @@ class Runtime(Protocol):
     device_id: str
     """Which device it is, alike for all ranks that share it."""
     num_sms: int
+    reach: str
+    """Ranks with the same one reach each other's memory."""
 
     def symmetric_memory(self, group: Group, num_bytes: int, timeout_s: float) -> SymmetricMemory:
         """Reserve the same amount on every rank and map the peers'; collective over ``group``.
@@ -148,6 +151,21 @@ class Runtime(Protocol):
 
         It first waits for ``previous_event``, or without one for all work of the stream that was
         current before.
+        """
+
+    def order_side(self) -> None:
+        """Make the side stream wait for the work so far of the current stream."""
+
+    def on_side(self) -> AbstractContextManager[None]:
+        """Make the side stream current for a while: its work runs beside the other streams'."""
+
+    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> Network:
+        """Open a network between the ranks of ``group``; collective.
+
+        Raises:
+            NcclError: There is none.
+            CommError: A peer failed; names it.
+            CommTimeout: It did not come up within ``timeout_s``.
         """
 
     def wait_event(self, event: Event) -> None:

@@ -15,6 +15,7 @@ from deepcomm.types import SCALE_TILE, RecvLayout
 if TYPE_CHECKING:
     from deepcomm._C import kernels
     from deepcomm.backends.base import DispatchRequest
+    from deepcomm.backends.cuda.carrier import CarriedRows
     from deepcomm.backends.cuda.exchange import Exchange
     from deepcomm.checks import CheckedDispatch
     from deepcomm.types import Handle
@@ -51,6 +52,7 @@ class CudaRecord:
         plan: int32 words of layout::PlanLayout.
         row_slots: int32 [rows in TOKEN order, K]; expert layouts.
         row_weights: float32, likewise, if weights were given.
+        rows: What a network carries between this rank and its rail; None where there is none.
         counts: num_tokens_per_expert, offsets, num_recv_tokens and overflow of the first dispatch,
             int32 [2 L + 3].
     """
@@ -66,6 +68,7 @@ class CudaRecord:
     row_slots: torch.Tensor | None
     row_weights: torch.Tensor | None
     counts: torch.Tensor
+    rows: CarriedRows | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
@@ -160,8 +163,8 @@ class Forwarded:
 
 def lease_landing(exchange: Exchange, generation: int) -> torch.Tensor:
     """Return the bytes of a landing area; it is leased for as long as their storage lives."""
-    begin = exchange.layout.generation(generation)
-    end = exchange.layout.generation(generation + 1)
+    areas = exchange.layout.areas
+    begin, end = areas.generation(generation), areas.generation(generation + 1)
     return from_dlpack(exchange.memory.lease(generation, begin, end - begin))
 
 

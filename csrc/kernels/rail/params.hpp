@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the kernels around a network that carries a rail. PROTOCOLS.md: carried rails.
+#pragma once
+
+#include "kernels/meet/params.hpp"
+#include "layout/rail.hpp"
+
+namespace deepcomm::kernels {
+
+/// What is carried in one go.
+enum class RailStep : int32_t {
+    kMeeting = 0,  ///< headers, and counts where there are some
+    kRows = 1,     ///< of a dispatch
+    kPushed = 2,   ///< of a combine: a part of them
+    kLost = 3,     ///< whether tokens were lost
+};
+
+/// What the kernels of one rank's rail remember, in zeroed device memory.
+struct RailState {
+    uint32_t num_arrivals;  ///< dispatches whose rows were carried
+    uint32_t is_ready;      ///< whether the step at hand has something to carry
+};
+
+struct RailParams {
+    CommParams comm;  ///< the peers' bases are those of mirrors
+    layout::ExchangeLayout layout;
+    uint32_t epoch;  ///< of the operation
+    RailStep step;
+    const Verdict* verdict;  ///< of the stage that writes what is carried
+    unsigned char* outbox;   ///< [R] layout::RailWords
+    unsigned char* inbox;    ///< likewise
+    RailState* state;
+    unsigned char* report;  ///< layout::RailReport
+    int32_t has_counts;     ///< meeting
+    int32_t max_tokens;     ///< meeting
+    const int32_t* plan;    ///< pushed: layout::PlanLayout of one origin
+    int32_t begin_row;      ///< pushed: the part, of each peer's rows
+    int32_t end_row;
+};
+
+}  // namespace deepcomm::kernels

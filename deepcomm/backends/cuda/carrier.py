@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How what a rail's kernels write reaches the other nodes.
+
+Where rail peers are mapped memory, the kernels write to them, and nothing is left to do. Elsewhere
+kernels write to mirrors, and a network carries on what is there, on a stream of its own: a step is
+a gate, which waits until the kernels have written, a move of the network, and a delivery of the
+words that a peer in reach would have written. csrc/kernels/PROTOCOLS.md: carried rails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+
+from deepcomm._C import kernels
+from deepcomm.backends.cuda.network import Message, Span
+from deepcomm.errors import InvalidArgument
+from deepcomm.types import SCALE_TILE, ScaledTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.domain import Domain
+    from deepcomm.backends.cuda.exchange import MirroredExchange
+    from deepcomm.backends.cuda.network import Network
+
+__all__ = ["REACHED", "CarriedRows", "Carrier", "NetworkCarrier", "Reached", "RowBytes"]
+
+MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
+PART_BYTES: Final = 4 << 20
+"""Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
+CHUNK_ROWS: Final = 4  # layout::kPushChunk
+TILES_PER_WORD: Final = 4  # of UE8M0 scales
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedRows:
+    """Rows of a dispatch between this rank and each of its rail.
+
+    Attributes:
+        to: Of this rank, for each.
+        from_: For this rank, by where they come from.
+        ids_are_64: Whether each takes int64 ids.
+    """
+
+    to: tuple[int, ...]
+    from_: tuple[int, ...]
+    ids_are_64: tuple[bool, ...]
+
+    def first_rows(self) -> list[int]:
+        """Return where the rows of each begin in the landing area."""
+        return [0, *accumulate(self.from_)]
+
+    def first_sums(self, rank: int) -> list[int]:
+        """Return where the sums of each begin in the combine region; the own rank has none."""
+        return [0, *accumulate(0 if peer == rank else rows for peer, rows in enumerate(self.to))]
+
+
+@dataclass(frozen=True, slots=True)
+class RowBytes:
+    """Bytes of one row, array by array.
+
+    Attributes:
+        num_topk: Ids of a row, 4 or 8 bytes each.
+    """
+
+    row: int
+    scales: int
+    num_topk: int
+    weights: int
+
+    @staticmethod
+    def of_dispatch(request: DispatchRequest, hidden: int, num_topk: int) -> RowBytes:
+        """Return those of a dispatch, some of whose arguments may be wrong."""
+        tiles = -(-hidden // SCALE_TILE)
+        is_ue8m0 = request.scale_format == "ue8m0"
+        if isinstance(request.x, ScaledTensor):
+            is_ue8m0 = request.x.scales.dtype != torch.float32
+        is_fp8 = request.quantize is not None or isinstance(request.x, ScaledTensor)
+        words = -(-tiles // TILES_PER_WORD) if is_ue8m0 else tiles
+        return RowBytes(
+            row=hidden * (1 if is_fp8 else 2),
+            scales=4 * words * is_fp8,
+            num_topk=num_topk,
+            weights=4 * num_topk * (request.topk_weights is not None),
+        )
+
+    @staticmethod
+    def of_combine(request: CombineRequest, hidden: int) -> RowBytes:
+        """Return those of a combine, likewise."""
+        num_topk = int(request.handle.topk_idx.shape[1])
+        is_carried = request.topk_weights is not None and not request.apply_weights
+        return RowBytes(2 * hidden, 0, num_topk, 4 * num_topk * is_carried)
+
+
+class Carrier(Protocol):
+    """What a rail does beside its kernels."""
+
+    def check_capture(self) -> None:
+        """Raise InvalidArgument where a graph is being captured that cannot hold this rail."""
+
+    def follow(self) -> None:
+        """Come after the work so far: the next kernel meets."""
+
+    def meet(self, *, has_counts: bool) -> None:
+        """Carry the meeting of the kernel that was launched last."""
+
+    def learn_rows(self) -> CarriedRows | None:
+        """Return what the dispatch will carry once its counts are there; None: nothing to know."""
+
+    def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
+        """Carry the rows of a dispatch."""
+
+    def carry_lost(self, node: Domain) -> None:
+        """Carry what the stage inside the node says of lost tokens."""
+
+    def carry_pushed(
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+    ) -> None:
+        """Carry the rows of a combine."""
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+
+    def describe(self) -> str:
+        """Say how ranks are reached, for ``explain()``."""
+
+
+class Reached:
+    """Ranks that reach each other by loads and stores: there is nothing to carry."""
+
+    def check_capture(self) -> None:
+        """Do nothing."""
+
+    def follow(self) -> None:
+        """Do nothing."""
+
+    def meet(self, *, has_counts: bool) -> None:
+        """Do nothing."""
+
+    def learn_rows(self) -> None:
+        """Know nothing: kernels do."""
+
+    def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
+        """Do nothing."""
+
+    def carry_lost(self, node: Domain) -> None:
+        """Do nothing."""
+
+    def carry_pushed(
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+    ) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def describe(self) -> str:
+        """Say how ranks are reached."""
+        return "lsa: by loads and stores"
+
+
+REACHED: Final = Reached()
+
+
+class NetworkCarrier:
+    """A rail over a network."""
+
+    def __init__(self, domain: Domain, network: Network) -> None:
+        """Serve a domain whose memory is ``MirroredExchange``."""
+        self._domain = domain
+        self._network = network
+        runtime = domain.runtime
+        self._gate = runtime.load("rail_gate", {})
+        self._deliver = runtime.load("rail_deliver", {})
+        self._words = kernels.RailReport(domain.topology.num_ranks)
+        self._report = runtime.host_memory(self._words.num_bytes)
+        self._epoch = 0
+        self._has_rows = False
+        network.watch(lambda: domain.failure.failed)
+
+    # ---- steps
+
+    def _params(self, step: int) -> kernels.RailParams:
+        domain, exchange = self._domain, self._exchange
+        params = kernels.RailParams()
+        params.on_rail(domain.meet())
+        params.epoch = self._epoch
+        params.step = step
+        params.verdict = domain.workspace.verdict.address
+        params.outbox = exchange.outbox.address
+        params.inbox = exchange.inbox.address
+        params.state = exchange.rail_state.address
+        params.report = self._report.device_address
+        return params
+
+    def _carry(self, params: kernels.RailParams, messages: Sequence[Message]) -> None:
+        """Launch gate, move and delivery on the side stream."""
+        runtime = self._domain.runtime
+        with runtime.on_side():
+            runtime.launch(self._gate, 1, params)
+            self._network.move(messages)
+            runtime.launch(self._deliver, 1, params)
+
+    @property
+    def _exchange(self) -> MirroredExchange:
+        exchange: MirroredExchange = self._domain.mirrored
+        return exchange
+
+    def _peers(self) -> list[int]:
+        """Return the other ranks, from the next one on: none is everybody's first."""
+        topology = self._domain.topology
+        others = range(1, topology.num_ranks)
+        return [(topology.rank + step) % topology.num_ranks for step in others]
+
+    def _words_of_all(self) -> list[Message]:
+        exchange = self._exchange
+        size = exchange.words_bytes
+        return [
+            Message(
+                peer,
+                (Span(exchange.outbox.address + peer * size, size),),
+                (Span(exchange.inbox.address + peer * size, size),),
+            )
+            for peer in self._peers()
+        ]
+
+    def check_capture(self) -> None:
+        """Raise InvalidArgument where a graph is being captured: the network wants sizes."""
+        if self._domain.runtime.is_capturing():
+            raise InvalidArgument(
+                "rail: expected 'lsa' while a CUDA graph is captured, got 'nccl': the host has to "
+                "tell the network how much to carry"
+            )
+
+    def follow(self) -> None:
+        """Come after the work so far: a gate must not wait for what precedes the kernel."""
+        self._domain.runtime.order_side()
+
+    def meet(self, *, has_counts: bool) -> None:
+        """Carry headers, and counts where the kernel tells them."""
+        self._epoch += 1
+        params = self._params(MEETING)
+        params.has_counts = int(has_counts)
+        self._carry(params, self._words_of_all())
+
+    def learn_rows(self) -> CarriedRows | None:
+        """Wait for the counts; None where the operation does not take place.
+
+        Raises:
+            CommTimeout: A peer did not come within ``timeout_s``.
+        """
+        address, num_ranks = self._report.address, self._domain.topology.num_ranks
+        self._domain.await_word(address, self._epoch, 1)
+        if not ctypes.c_int32.from_address(address + self._words.is_good).value:
+            return None
+
+        def words(offset: int) -> tuple[int, ...]:
+            return tuple((ctypes.c_int32 * num_ranks).from_address(address + offset))
+
+        return CarriedRows(
+            to=words(self._words.rows_to),
+            from_=words(self._words.rows_from),
+            ids_are_64=tuple(map(bool, words(self._words.ids_are_64))),
+        )
+
+    def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
+        """Carry rows, scales, ids and weights, from the mirrors to the landing areas."""
+        self._has_rows = rows is not None
+        if rows is None:
+            return
+        exchange, own = self._exchange, self._domain.topology.rank
+        here, there = exchange.layout.areas.landing, exchange.there.landing
+        begin = exchange.bases[own] + exchange.layout.areas.generation(0)
+        first_rows = rows.first_rows()
+
+        def spans(
+            base: int, offsets: kernels.LandingOffsets, first: int, count: int, wide: bool
+        ) -> tuple[Span, ...]:
+            sizes = (
+                (offsets.rows, row_bytes.row),
+                (offsets.scales, row_bytes.scales),
+                (offsets.topk_idx, row_bytes.num_topk * (8 if wide else 4)),
+                (offsets.topk_weights, row_bytes.weights),
+            )
+            return tuple(Span(base + at + first * size, count * size) for at, size in sizes)
+
+        messages = []
+        for peer in self._peers():
+            mirror = exchange.bases[peer] + exchange.there.generation(0)
+            sends = spans(mirror, there, 0, rows.to[peer], rows.ids_are_64[peer])
+            first, count = first_rows[peer], rows.from_[peer]
+            receives = spans(begin, here, first, count, rows.ids_are_64[own])
+            messages.append(Message(peer, sends, receives))
+        self._carry(self._params(ROWS), messages)
+
+    def carry_lost(self, node: Domain) -> None:
+        """Carry what the stage inside the node says of lost tokens.
+
+        Not where the rail's stage was called off: all of its ranks know that.
+        """
+        if not self._has_rows:
+            return
+        params = self._params(LOST)
+        params.verdict = node.workspace.verdict.address
+        self._carry(params, self._words_of_all())
+
+    def carry_pushed(
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+    ) -> None:
+        """Carry sums and weights from the mirrors to the combine regions, part by part."""
+        if rows is None:
+            return
+        part = max(CHUNK_ROWS, PART_BYTES // row_bytes.row // CHUNK_ROWS * CHUNK_ROWS)
+        peers = self._peers()
+        most = max((max(rows.to[peer], rows.from_[peer]) for peer in peers), default=0)
+        for begin in range(0, most, part):
+            end = min(begin + part, most)
+
+            params = self._params(PUSHED)
+            params.plan = plan.data_ptr()
+            params.begin_row, params.end_row = begin, end
+            self._carry(params, self._pushed(rows, row_bytes, begin, end))
+        with self._domain.runtime.on_side():
+            self._domain.runtime.keep_alive(plan)
+
+    def _pushed(
+        self, rows: CarriedRows, row_bytes: RowBytes, begin: int, end: int
+    ) -> list[Message]:
+        """Return what is carried of rows [begin, end) of each peer."""
+        exchange, own = self._exchange, self._domain.topology.rank
+        here, there = exchange.layout.areas, exchange.there
+        first_sums = rows.first_sums(own)
+
+        def spans(
+            base: int, areas: kernels.RowAreas, first: int, num_rows: int
+        ) -> tuple[Span, ...]:
+            count = max(0, min(end, num_rows) - begin)
+            sizes = (
+                (areas.combine_rows, row_bytes.row),
+                (areas.combine_weights, row_bytes.weights),
+            )
+            return tuple(
+                Span(base + at + (first + begin) * size, count * size) for at, size in sizes
+            )
+
+        return [
+            Message(
+                peer,
+                spans(exchange.bases[peer], there, 0, rows.from_[peer]),
+                spans(exchange.bases[own], here, first_sums[peer], rows.to[peer]),
+            )
+            for peer in self._peers()
+        ]
+
+    def close(self) -> None:
+        """End the network; what it still carries for a failed buffer is given up."""
+        if self._domain.failure.failed:
+            self._network.abort()
+        self._network.close()
+
+    def describe(self) -> str:
+        """Say how ranks are reached."""
+        return f"nccl: kernels write to mirrors, which {self._network.describe()} carries on"
