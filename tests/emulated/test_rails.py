@@ -6,6 +6,7 @@ Scenarios and oracle are those of nodes whose ranks do reach each other (``test_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from collective.case import Case
 from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO
 from collective.scenario import exchange
 from collective.session import Oracle, Session
+from emulated.build import CSRC
 from emulated.cluster import RankStopped, Settings
 from emulated.conftest import Schedules
 from emulated.host_api import Faults
@@ -284,3 +286,43 @@ def test_unknown_rail_is_refused(schedules: Schedules) -> None:
             PAIR.open(group, rail="pigeon")
 
     run_emulated(open_buffer, PAIR.num_ranks, schedules()[0])
+
+
+# ---- the example of csrc/kernels/PROTOCOLS.md
+
+
+def example() -> dict[str, list[list[list[int]]]]:
+    """Return rows of numbers by array, then by rank."""
+    text = (CSRC / "kernels" / "PROTOCOLS.md").read_text().split("\n## carried rails\n")[1]
+    row = re.compile(r"^\| `([^`]+)` \|[^|]*\| `([^`]+)` \| `([^`]+)` \|$", re.MULTILINE)
+    return {
+        name: [[[int(n) for n in row.split()] for row in cell.split("/")] for cell in cells]
+        for name, *cells in row.findall(text.split("\n## ")[0])
+    }
+
+
+def test_worked_example_of_carried_rails(schedules: Schedules) -> None:
+    ids = [[[0, 2], [3, 2]], [[0, 3]]]
+    case = Case(num_ranks=2, ranks_per_node=1, num_tokens=2, num_topk=2)
+
+    def play(group: LocalGroup) -> dict[str, list[list[int]]]:
+        buffer = case.open(group, **CARRIED)
+        rank_ids = torch.tensor(ids[group.rank])
+        x = torch.ones(len(rank_ids), case.hidden, dtype=torch.bfloat16)
+        record = buffer.dispatch(x, rank_ids).handle.records.rail.records
+        plan = record.plan.tolist()  # csrc/layout/plan.hpp
+        arrays = {
+            "rows_to": [list(record.rows.to)],
+            "rows_from": [list(record.rows.from_)],
+            "token_slot": record.token_slot.tolist(),
+            "plan: rows_from": [plan[0:3]],
+            "plan: push_base": [[plan[3 + 1 - group.rank]]],
+            "plan: sent_base": [plan[5:7]],
+        }
+        buffer.close()
+        return arrays
+
+    expected = example()
+    for settings in schedules():
+        for rank, arrays in enumerate(run_carried(play, case, settings)):
+            assert arrays == {name: of_ranks[rank] for name, of_ranks in expected.items()}
