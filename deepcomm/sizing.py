@@ -46,6 +46,7 @@ def buffer_bytes(
     num_generations: int = 3,
     num_low_latency_slots: int = 4,
     device: str = "cpu",
+    rail: str = "auto",
 ) -> BufferBytes:
     """Return the symmetric memory of one rank of a buffer; needs no group and no GPU.
 
@@ -59,6 +60,7 @@ def buffer_bytes(
         num_generations: See ``Buffer``.
         num_low_latency_slots: See ``Buffer``.
         device: "cpu" or "cuda".
+        rail: See ``Buffer``; "nccl" needs mirrors of the other nodes' memory.
 
     Raises:
         InvalidArgument: An argument is out of range.
@@ -75,6 +77,7 @@ def buffer_bytes(
         ranks_per_node=ranks_per_node,
         num_generations=num_generations,
         num_low_latency_slots=num_low_latency_slots,
+        rail=rail,
     )
     config.check(num_ranks)
     if device != "cpu":
@@ -91,7 +94,12 @@ def buffer_bytes(
 
 
 def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferBytes:
-    from deepcomm.backends.cuda.exchange import exchange_layout, node_config, rail_config
+    from deepcomm.backends.cuda.exchange import (
+        exchange_layout,
+        mirrored_bytes,
+        node_config,
+        rail_config,
+    )
     from deepcomm.backends.cuda.low_latency_slots import low_latency_layout
 
     if device != "cuda":
@@ -99,14 +107,14 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
     ranks_per_node = config.ranks_per_node or num_ranks
     num_nodes = num_ranks // ranks_per_node
     if num_nodes == 1:
-        exchanges = [exchange_layout(config, num_ranks, 1)]
+        high_throughput = exchange_layout(config, num_ranks, 1).total_bytes
     else:
-        exchanges = [
-            exchange_layout(rail_config(config), num_nodes, 1),
-            exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes),
-        ]
+        rail = exchange_layout(rail_config(config), num_nodes, 1)
+        node = exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes)
+        on_rail = mirrored_bytes(rail) if config.rail == "nccl" else rail.total_bytes
+        high_throughput = on_rail + node.total_bytes
     return BufferBytes(
-        high_throughput=sum(exchange.total_bytes for exchange in exchanges),
+        high_throughput=high_throughput,
         low_latency=low_latency_layout(config, num_ranks).total_bytes
         if config.num_low_latency_slots and num_nodes == 1
         else 0,

@@ -72,6 +72,7 @@ class Case:
     num_threads: int | None = None
     delay_ms: float = 0.0
     device: str = "cpu"
+    rail: str = "auto"
 
     @property
     def num_experts(self) -> int:
@@ -87,7 +88,7 @@ class Case:
         sizes = f"ep{self.num_ranks}-n{self.num_nodes}-t{self.num_tokens}-h{self.hidden}"
         words = [sizes, f"k{self.num_topk}", self.layout.value, self.wire]
         default = Case()
-        named = ("routing", "alignment", "capacity", "num_threads", "device")
+        named = ("routing", "alignment", "capacity", "num_threads", "device", "rail")
         words += [
             f"{name.split('_')[-1]}{value}" if isinstance(value, int) else str(value)
             for name in named
@@ -139,6 +140,7 @@ class Case:
             "ranks_per_node": self.ranks_per_node,
             "num_threads": self.num_threads,
             "device": self.device,
+            "rail": self.rail,
             "timeout_s": TIMEOUT_S,
         }
         return Buffer(group, **(shape | options))

@@ -34,7 +34,7 @@ from emulated.test_trouble import (
     layout_case,
 )
 
-from deepcomm import Buffer, RecvLayout
+from deepcomm import Buffer, RecvLayout, buffer_bytes
 from deepcomm.backends.cuda import carrier
 from deepcomm.errors import CommError, CommTimeout, ConfigMismatch, InvalidArgument
 from deepcomm.testing import LocalGroup
@@ -244,10 +244,20 @@ def test_token_is_carried_once_per_node(schedules: Schedules) -> None:
         run_carried(count, case, settings)
 
 
-def test_graph_cannot_be_captured_and_explain_says_what_carries(schedules: Schedules) -> None:
+def test_graph_is_refused_and_explain_and_sizes_know_the_network(schedules: Schedules) -> None:
     def refuse(group: LocalGroup) -> None:
         with Session(group, PAIR, Oracle(), **CARRIED) as session:
             assert "the emulated network" in session.buffer.explain()
+            sizes = {"num_ranks": 2, "hidden": PAIR.hidden, "max_tokens_per_rank": PAIR.num_tokens}
+            expected = buffer_bytes(
+                **sizes,
+                num_experts=PAIR.num_experts,
+                num_topk=PAIR.num_topk,
+                ranks_per_node=1,
+                device="cuda",
+                **CARRIED,
+            )
+            assert session.buffer.num_bytes == expected.total
             inputs, rank = session.inputs(0), group.rank
             received = session.dispatch(0).actual
             group.runtime.is_capturing = lambda: True  # type: ignore[method-assign, union-attr]

@@ -248,7 +248,8 @@ def lonely_operation(session: Session, first: Any, how: str) -> None:
 
 
 def check_ruin(session: Session, first: Any) -> None:
-    """After a timeout CUDA computes, and the buffer says that it can only be closed."""
+    """After a timeout nothing runs, CUDA computes, and the buffer can only be closed."""
+    torch.cuda.synchronize()
     assert int(torch.arange(1000, device=session.case.device).sum()) == 499_500
     error = error_of(lambda: lonely_operation(session, first, "exact"))
     assert "can only be closed" in str(error), repr(error)

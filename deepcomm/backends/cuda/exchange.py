@@ -26,6 +26,7 @@ __all__ = [
     "MirroredExchange",
     "Workspace",
     "exchange_layout",
+    "mirrored_bytes",
     "node_config",
     "rail_config",
 ]
@@ -83,6 +84,12 @@ def exchange_layout(
     shape.num_generations = config.num_generations
     shape.num_origins = num_origins
     return kernels.ExchangeLayout.make(shape)
+
+
+def mirrored_bytes(layout: kernels.ExchangeLayout) -> int:
+    """Return the bytes of one rank's memory and of mirrors of all its peers'."""
+    mirror: int = kernels.ExchangeLayout.make_mirror(layout.shape).total_bytes
+    return int(layout.total_bytes) + (layout.shape.num_ranks - 1) * mirror
 
 
 def rail_config(config: BufferConfig) -> BufferConfig:
@@ -176,7 +183,7 @@ class MirroredExchange(Exchange):
         mirror = kernels.ExchangeLayout.make_mirror(self.layout.shape)
         self.there = mirror.areas
         own_bytes, mirror_bytes = self.layout.total_bytes, mirror.total_bytes
-        num_bytes = own_bytes + (group.size - 1) * mirror_bytes
+        num_bytes = mirrored_bytes(self.layout)
         self.memory = runtime.symmetric_memory(alone_of(group), num_bytes, timeout_s)
         base = self.memory.bases[0]
         first = base + own_bytes
