@@ -12,6 +12,7 @@
 
 #include "bindings/bind.hpp"
 #include "bindings/dlpack.hpp"
+#include "bindings/signals.hpp"
 #include "host/function.hpp"
 #include "host/memory.hpp"
 #include "host/physical_memory.hpp"
@@ -38,13 +39,6 @@ using DevicePointer = std::shared_ptr<Device>;
 template <typename T>
 T stream_of(uintptr_t address) {
     return reinterpret_cast<T>(address);
-}
-
-void check_signals() {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) {
-        throw py::error_already_set();
-    }
 }
 
 void bind_driver(py::module_& module) {
