@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.group import Group
     from deepcomm.types import Event
 
@@ -113,6 +114,21 @@ class Runtime(Protocol):
             CommTimeout: A peer's memory did not come within ``timeout_s``.
             CudaError: The driver refused.
             CommError: A peer failed; names it.
+        """
+
+    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> Network:
+        """Return what carries bytes between the devices of a group; collective over it.
+
+        Args:
+            group: The ranks, numbered as ``Message.peer`` will be.
+            timeout_s: How long to wait for them, now and in each move.
+            traffic_class: Of the packets, as the network counts classes; None is its default.
+
+        Raises:
+            CommTimeout: They did not meet within ``timeout_s``.
+            NcclError: There is no NCCL, or it failed.
+            CommError: A peer failed; names it.
+            ConfigMismatch: Ranks have different versions of NCCL.
         """
 
     def memory(self, num_bytes: int) -> Memory:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What carries bytes to ranks that loads and stores do not reach: launched by the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Message", "Network", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of device memory."""
+
+    address: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What goes to a peer and what comes from it, in one move.
+
+    Attributes:
+        peer: Rank in the network's group.
+        sends: In the order of the peer's ``receives``.
+        receives: In the order of the peer's ``sends``.
+    """
+
+    peer: int
+    sends: tuple[Span, ...]
+    receives: tuple[Span, ...]
+
+
+class Network(Protocol):
+    """The ranks of a group, which call ``move`` alike."""
+
+    def move(self, messages: Sequence[Message]) -> None:
+        """Launch all sends and receives on the current stream, as one group.
+
+        Spans between two ranks match in order; empty spans are skipped on both sides.
+
+        Raises:
+            InvalidArgument: A message is wrong; nothing has been launched.
+            CommTimeout: The launch did not come about in time; only ``close`` works afterwards.
+            CommError: A peer is lost, or the network was ended; likewise.
+            NcclError: NCCL failed; likewise.
+        """
+
+    def abort(self) -> None:
+        """End moves under way; from any thread; idempotent. Nothing but ``close`` works then."""
+
+    def close(self) -> None:
+        """Wait for this rank's moves and leave; idempotent."""
+
+    def describe(self) -> str:
+        """Return what it is, for ``explain()``."""
