@@ -145,6 +145,16 @@ def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
     assert fake.live() == {}
 
 
+def test_many_threads_make_owners_at_once(fake: FakeCuda) -> None:
+    def make_and_drop(group: LocalGroup) -> None:
+        driver = fake.driver()
+        for _ in range(400):
+            assert len([cuda.Device(driver, group.rank % 2) for _ in range(100)]) == 100
+
+    LocalCluster(4, device="cpu").run(make_and_drop)
+    assert fake.live() == {}
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_runtime_refuses_other_devices(fake: FakeCuda, device: str) -> None:
     with pytest.raises(InvalidArgument, match=f"device: expected a CUDA device, got {device}"):
