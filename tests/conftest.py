@@ -25,6 +25,7 @@ MARKERS = (
     "emulated_backend: the CUDA backend on the emulator, minutes of compiling; --emulated-backend",
     "gpu(n=1): needs n CUDA devices, and NVRTC",
     "multi_node: plays several nodes in network namespaces; needs root and iproute2",
+    "nccl: needs NVIDIA's wheel of NCCL, with its header (extra cu12 or cu13)",
     "nvrtc: needs NVRTC through CuPy and CUDA's headers (extra cu12 or cu13)",
     "slow: more of what quicker tests try too, many seconds each; --slow",
 )
@@ -88,6 +89,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("clients"):
         if missing := [name for name in marker.args if importlib.util.find_spec(name) is None]:
             pytest.skip(f"needs {', '.join(missing)} (extra compat-test)")
+    if item.get_closest_marker("nccl") and not has_nccl_wheel():
+        pytest.skip("needs NVIDIA's wheel of NCCL (extra cu12 or cu13)")
     if item.get_closest_marker("nvrtc") and (reason := missing_nvrtc()):
         pytest.skip(reason)
 
@@ -144,6 +147,13 @@ def missing_nvrtc() -> str:
     except jit.CompilerMissing as error:
         return str(error)
     return ""
+
+
+def has_nccl_wheel() -> bool:
+    """Return whether NVIDIA's wheel of NCCL is installed."""
+    from deepcomm.backends.cuda.nccl import find_wheel
+
+    return find_wheel() is not None
 
 
 def num_gpus() -> int:

@@ -10,6 +10,7 @@ void bind_cpu(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_kernels_low_latency(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
+void bind_nccl(pybind11::module_& module);
 void bind_simd(pybind11::module_& module);
 
 }  // namespace deepcomm

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bind.hpp"
+#include "bindings/signals.hpp"
 #include "bindings/torch_tensor.hpp"
 
 namespace py = pybind11;
@@ -15,13 +16,6 @@ namespace {
 
 using cpu::Endpoint;
 using cpu::EndpointConfig;
-
-void check_signals() {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) {
-        throw py::error_already_set();
-    }
-}
 
 void bind_endpoint(py::module_& module) {
     py::class_<cpu::Counters>(module, "Counters")

@@ -8,10 +8,12 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "bindings/bind.hpp"
 #include "bindings/dlpack.hpp"
+#include "bindings/signals.hpp"
 #include "host/function.hpp"
 #include "host/memory.hpp"
 #include "host/physical_memory.hpp"
@@ -32,6 +34,8 @@ using host::HostMemory;
 using host::PhysicalMemory;
 using host::SymmetricHeap;
 
+// NOTE: not with factories (py::init of a function): pybind11 would register what they return in a
+// map of the whole process, unguarded. They release the GIL inside.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 using DevicePointer = std::shared_ptr<Device>;
 
@@ -40,16 +44,13 @@ T stream_of(uintptr_t address) {
     return reinterpret_cast<T>(address);
 }
 
-void check_signals() {
-    const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) {
-        throw py::error_already_set();
-    }
-}
-
 void bind_driver(py::module_& module) {
     py::class_<Driver, std::shared_ptr<Driver>>(module, "Driver")
-        .def(py::init(&Driver::open), py::arg("path") = "libcuda.so.1", NoGil())
+        .def(py::init([](const std::string& path) {
+                 const py::gil_scoped_release release;
+                 return Driver::open(path);
+             }),
+             py::arg("path") = "libcuda.so.1")
         .def_property_readonly("version", &Driver::version)
         .def_property_readonly("num_devices", &Driver::num_devices)
         .def("attribute", &Driver::attribute, py::arg("device"), py::arg("attribute"))
@@ -58,7 +59,11 @@ void bind_driver(py::module_& module) {
         .def("can_access_peer", &Driver::can_access_peer, py::arg("device"), py::arg("peer"))
         .def("has_context", &Driver::has_context, py::arg("device"));
     py::class_<Device, std::shared_ptr<Device>>(module, "Device")
-        .def(py::init(&Device::open), py::arg("driver"), py::arg("index"), NoGil())
+        .def(py::init([](std::shared_ptr<Driver> driver, int index) {
+                 const py::gil_scoped_release release;
+                 return Device::open(std::move(driver), index);
+             }),
+             py::arg("driver"), py::arg("index"))
         .def_property_readonly("index", &Device::index)
         .def_property_readonly("label", &Device::label)
         .def_property_readonly(

@@ -32,6 +32,8 @@ void translate(std::exception_ptr pointer) {
         raise("InternalError", error);
     } catch (const CudaError& error) {
         raise("CudaError", error);
+    } catch (const NcclError& error) {
+        raise("NcclError", error);
     } catch (const CommTimeout& error) {
         raise("CommTimeout", error);
     } catch (const CommError& error) {
@@ -50,4 +52,5 @@ PYBIND11_MODULE(_C, module) {
     deepcomm::bind_kernels(module);
     deepcomm::bind_kernels_low_latency(module);
     deepcomm::bind_cuda(module);
+    deepcomm::bind_nccl(module);
 }

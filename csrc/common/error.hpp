@@ -36,6 +36,12 @@ class CudaError : public Error {
     using Error::Error;
 };
 
+/// A call of NCCL failed: the call, the code and its name.
+class NcclError : public Error {
+  public:
+    using Error::Error;
+};
+
 /// A peer failed or refused; peer is -1 where no single one is at fault.
 class CommError : public Error {
   public:

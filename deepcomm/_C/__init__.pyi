@@ -3,4 +3,5 @@
 from . import cpu as cpu
 from . import cuda as cuda
 from . import kernels as kernels
+from . import nccl as nccl
 from . import simd as simd

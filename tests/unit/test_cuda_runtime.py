@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda.library import FakeCuda
+from fake_nccl.library import FakeNccl
+from fake_nccl.ranks import exchange
 
 from deepcomm import jit
 from deepcomm._C import cuda
@@ -19,6 +22,8 @@ from deepcomm.backends import base
 from deepcomm.backends.cuda import device as devices
 from deepcomm.backends.cuda import driver as drivers
 from deepcomm.backends.cuda.device import CudaRuntime
+from deepcomm.backends.cuda.nccl import NcclNetwork
+from deepcomm.backends.cuda.network import Network
 from deepcomm.backends.cuda.runtime import Runtime
 from deepcomm.errors import CommError, CudaError, InvalidArgument
 from deepcomm.event import CudaEvent
@@ -142,6 +147,34 @@ def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
         memory.close()
 
     LocalCluster(2, device="cpu").run(use)
+    assert fake.live() == {}
+
+
+def test_runtime_moves_bytes_to_peers(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nccl = FakeNccl()
+    monkeypatch.setattr(
+        devices, "NcclNetwork", functools.partial(NcclNetwork, library=fake_nccl.library)
+    )
+
+    def use(group: LocalGroup) -> None:
+        network: Network = make(fake, f"cuda:{group.rank}").network(group, TIMEOUT_S, 7)
+        exchange(group, network, (10, 1000))
+        network.close()
+
+    LocalCluster(2, device="cpu").run(use)
+    asked = fake_nccl.asked()
+    assert (asked.stream, asked.traffic_class) == (STREAM, 7)
+    assert fake.live() == {}
+    assert fake_nccl.num_live() == 0
+
+
+def test_many_threads_make_owners_at_once(fake: FakeCuda) -> None:
+    def make_and_drop(group: LocalGroup) -> None:
+        driver = fake.driver()
+        for _ in range(400):
+            assert len([cuda.Device(driver, group.rank % 2) for _ in range(100)]) == 100
+
+    LocalCluster(4, device="cpu").run(make_and_drop)
     assert fake.live() == {}
 
 

@@ -182,7 +182,8 @@ class NetworkCarrier:
         self._report = runtime.host_memory(self._words.num_bytes)
         self._epoch = 0
         self._has_rows = False
-        network.watch(lambda: domain.failure.failed)
+        failure = domain.failure
+        network.watch(lambda: failure.failed)
 
     # ---- steps
 

@@ -20,6 +20,7 @@ from deepcomm.backends.cuda.driver import (
     wrap_stream,
 )
 from deepcomm.backends.cuda.heap import open_heap, reach_of
+from deepcomm.backends.cuda.nccl import NcclNetwork, NcclOptions
 from deepcomm.errors import InvalidArgument
 from deepcomm.event import CudaEvent
 
@@ -156,6 +157,11 @@ class CudaRuntime:
         """Reserve the same amount on every rank and map the peers'; collective over ``group``."""
         heap, bases = open_heap(group, self._driver, self._native, num_bytes, timeout_s)
         return CudaSymmetricMemory(heap, bases, self._streams_in_use)
+
+    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> NcclNetwork:
+        """Return NCCL between the devices of a group; collective over it."""
+        options = NcclOptions(timeout_s, traffic_class)
+        return NcclNetwork(group, self._native, self.raw_stream, options)
 
     def memory(self, num_bytes: int) -> cuda.DeviceMemory:
         """Return zeroed memory of this device."""

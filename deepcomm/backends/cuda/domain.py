@@ -118,7 +118,12 @@ class Domain:
         if not self.position.is_carried:
             return REACHED
         network = self.runtime.network(self._group, self.config.timeout_s, None)
-        return agree_on(self._group, "Buffer", lambda: NetworkCarrier(self, network))
+        try:
+            return agree_on(self._group, "Buffer", lambda: NetworkCarrier(self, network))
+        except BaseException:
+            network.abort()
+            network.close()
+            raise
 
     @property
     def mirrored(self) -> MirroredExchange:

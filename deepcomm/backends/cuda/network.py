@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries a rail whose ranks do not reach each other's memory."""
+"""What carries bytes to ranks that loads and stores do not reach: launched by the host."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Message:
 
     Attributes:
         peer: Rank in the network's group.
+        sends: In the order of the peer's ``receives``.
+        receives: In the order of the peer's ``sends``.
     """
 
     peer: int
@@ -34,26 +36,28 @@ class Message:
 
 
 class Network(Protocol):
-    """A transport between the GPUs of a group."""
+    """The ranks of a group, which call ``move`` alike."""
 
     def move(self, messages: Sequence[Message]) -> None:
-        """Launch all sends and receives as one group, on the current stream.
+        """Launch all sends and receives on the current stream, as one group.
 
-        Spans between two ranks match in order; empty ones are skipped on both sides.
+        Spans between two ranks match in order; empty spans are skipped on both sides.
 
         Raises:
-            CommError: The network has failed or was ended.
-            CommTimeout: It did not take the group in time.
+            InvalidArgument: A message is wrong; nothing has been launched.
+            CommTimeout: The launch did not come about in time; only ``close`` works afterwards.
+            CommError: A peer is lost, or the network was ended; likewise.
+            NcclError: NCCL failed; likewise.
         """
 
     def abort(self) -> None:
-        """End moves under way; from any thread; idempotent. Nothing but close works afterwards."""
+        """End moves under way; from any thread; idempotent. Nothing but ``close`` works then."""
 
     def watch(self, has_failed: Callable[[], bool]) -> None:
-        """Abort by itself once ``has_failed()``: nobody else may notice that a move never ends."""
+        """Abort once ``has_failed()``: nobody else may notice that a move does not end."""
 
     def close(self) -> None:
-        """Release everything; idempotent."""
+        """Wait for this rank's moves and leave; idempotent."""
 
     def describe(self) -> str:
-        """Say what it is, for ``explain()``."""
+        """Return what it is, for ``explain()``."""

@@ -118,6 +118,21 @@ class Runtime(Protocol):
             CommError: A peer failed; names it.
         """
 
+    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> Network:
+        """Return what carries bytes between the devices of a group; collective over it.
+
+        Args:
+            group: The ranks, numbered as ``Message.peer`` will be.
+            timeout_s: How long to wait for them, now and in each move.
+            traffic_class: Of the packets, as the network counts classes; None is its default.
+
+        Raises:
+            CommTimeout: They did not meet within ``timeout_s``.
+            NcclError: There is no NCCL, or it failed.
+            CommError: A peer failed; names it.
+            ConfigMismatch: Ranks have different versions of NCCL.
+        """
+
     def memory(self, num_bytes: int) -> Memory:
         """Return zeroed memory of this device."""
 
@@ -158,15 +173,6 @@ class Runtime(Protocol):
 
     def on_side(self) -> AbstractContextManager[None]:
         """Make the side stream current for a while: its work runs beside the other streams'."""
-
-    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> Network:
-        """Open a network between the ranks of ``group``; collective.
-
-        Raises:
-            NcclError: There is none.
-            CommError: A peer failed; names it.
-            CommTimeout: It did not come up within ``timeout_s``.
-        """
 
     def wait_event(self, event: Event) -> None:
         """Make the current stream wait for an event."""

@@ -5,11 +5,11 @@ from deepcomm.cli.checks.gpu import (
     check_driver,
     check_gpus,
     check_kernels,
-    check_nccl,
     check_nvrtc,
 )
 from deepcomm.cli.checks.gpu_memory import check_gpu_memory
 from deepcomm.cli.checks.host import check_python, check_shared_memory
+from deepcomm.cli.checks.nccl import check_nccl
 from deepcomm.cli.checks.network import check_gloo, check_interfaces
 
 __all__ = ["CHECKS"]

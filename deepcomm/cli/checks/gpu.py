@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of driver, GPUs, NVRTC and NCCL; nothing is loaded that could take this process down."""
+"""Checks of driver, GPUs and NVRTC; nothing is loaded that could take this process down."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -21,7 +20,7 @@ from deepcomm.errors import Error
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_driver", "check_gpus", "check_kernels", "check_nccl", "check_nvrtc"]
+__all__ = ["absent", "check_driver", "check_gpus", "check_kernels", "check_nvrtc"]
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 NVIDIA_PCI = "0x10de"
@@ -84,7 +83,7 @@ def check_nvrtc() -> Iterator[Finding]:
     """Ask CuPy for NVRTC's version, in another process, and look for the headers it needs."""
     name = "NVRTC"
     if importlib.util.find_spec("cupy") is None:
-        yield _absent(name, "CuPy is not installed")
+        yield absent(name, "CuPy is not installed")
         return
     try:
         done = subprocess.run(
@@ -133,25 +132,7 @@ def check_kernels() -> Iterator[Finding]:
         yield Finding(SECTION, name, Status.WARN, detail, CACHE_REMEDY)
 
 
-def check_nccl() -> Iterator[Finding]:
-    """Look for the NCCL that torch brings, or for NVIDIA's wheel."""
-    name = "NCCL"
-    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-        yield Finding(SECTION, name, Status.OK, f"{version}, torch's")
-        return
-    wheels = [
-        f"{wheel.metadata['Name']} {wheel.version}"
-        for wheel in importlib.metadata.distributions()
-        if (wheel.metadata["Name"] or "").startswith("nvidia-nccl")
-    ]
-    if wheels:
-        yield Finding(SECTION, name, Status.OK, ", ".join(wheels))
-    else:
-        yield _absent(name, "neither torch's nor NVIDIA's wheel")
-
-
-def _absent(name: str, detail: str) -> Finding:
+def absent(name: str, detail: str) -> Finding:
     """Report what only a machine with a GPU needs."""
     if DRIVER_VERSION.exists():
         return Finding(SECTION, name, Status.WARN, detail, EXTRA_REMEDY)

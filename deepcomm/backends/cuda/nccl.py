@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``NcclNetwork``: NCCL's sends and receives as a network; and which libnccl that would be."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from deepcomm._C import nccl
+from deepcomm.errors import NcclError
+from deepcomm.group import agree, check_equal, members_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from deepcomm._C import cuda
+    from deepcomm.backends.cuda.network import Message
+    from deepcomm.group import Group
+
+__all__ = ["Found", "NcclNetwork", "NcclOptions", "default_library", "find_wheel", "probe_nccl"]
+
+WHAT: Final = "NCCL"
+LIBRARY: Final = "libnccl.so.2"
+WATCH_S: Final = 0.2
+
+logger = logging.getLogger("deepcomm")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The libnccl that ranks of this process would use.
+
+    Attributes:
+        path: Its file.
+        version: Such as ``2.28.9``.
+        was_loaded: Whether it had been loaded before: by torch, normally.
+    """
+
+    path: str
+    version: str
+    was_loaded: bool
+
+
+def probe_nccl() -> Found | str:
+    """Return the libnccl that would be used, or why there is none; looks, and asks no peer."""
+    try:
+        library = default_library()
+    except NcclError as error:
+        return str(error)
+    return Found(library.path, library.version, library.was_loaded)
+
+
+@functools.cache
+def default_library() -> nccl.Library:
+    """Return the libnccl that is loaded (torch's), else that of NVIDIA's wheel, else the loader's.
+
+    Raises:
+        NcclError: There is none, or it is too old.
+    """
+    return nccl.Library.find(find_wheel() or "")
+
+
+def find_wheel() -> str | None:
+    """Return the path of the libnccl in NVIDIA's wheel, None where that is not installed."""
+    for wheel in importlib.metadata.distributions():
+        if (wheel.metadata["Name"] or "").startswith("nvidia-nccl"):
+            for file in wheel.files or ():
+                if file.name == LIBRARY:
+                    return str(file.locate())
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class NcclOptions:
+    """How a communicator is made.
+
+    Attributes:
+        timeout_s: Of the meeting, and of each move's launch.
+        traffic_class: Of its packets; None is NCCL's choice.
+        max_ctas: Blocks that it may occupy; None is NCCL's choice.
+    """
+
+    timeout_s: float
+    traffic_class: int | None = None
+    max_ctas: int | None = None
+
+
+class NcclNetwork:
+    """The ranks of a group, and NCCL between their devices."""
+
+    def __init__(
+        self,
+        group: Group,
+        device: cuda.Device,
+        stream: Callable[[], int],
+        options: NcclOptions,
+        library: Callable[[], nccl.Library] = default_library,
+    ) -> None:
+        """Meet the other ranks; collective over ``group`` (and the whole, if that is a part).
+
+        Args:
+            group: The control plane; also gives ranks their numbers.
+            device: This rank's.
+            stream: Returns the driver's handle of the current stream.
+            options: How the communicator is made.
+            library: Finds the library; instead of this process's.
+
+        Raises:
+            NcclError: There is no NCCL here, it is too old, or it failed.
+            CommTimeout: The ranks did not meet in time.
+            CommError: A peer failed; names it.
+            ConfigMismatch: Ranks have different versions of NCCL.
+        """
+        self._ended = threading.Event()
+        weakref.finalize(self, self._ended.set)
+        self._stream = stream
+        self._timeout_s = options.timeout_s
+        self._library, unique_id = _agree_on_id(group, library)
+        name = f"rank {members_of(group)[group.rank]}"
+        config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
+        if options.traffic_class is not None:
+            config.traffic_class = options.traffic_class
+        if options.max_ctas is not None:
+            config.max_ctas = options.max_ctas
+        self._native = _meet(
+            group,
+            lambda: nccl.Communicator(device, self._library, config, options.timeout_s),
+        )
+
+    def move(self, messages: Sequence[Message]) -> None:
+        """Launch all sends and receives on the current stream, as one group."""
+        sends = [
+            (message.peer, span.address, span.num_bytes)
+            for message in messages
+            for span in message.sends
+        ]
+        receives = [
+            (message.peer, span.address, span.num_bytes)
+            for message in messages
+            for span in message.receives
+        ]
+        self._native.move(self._stream(), sends, receives, self._timeout_s)
+
+    def abort(self) -> None:
+        """End moves under way; from any thread; idempotent."""
+        self._native.abort()
+
+    def watch(self, has_failed: Callable[[], bool]) -> None:
+        """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
+        arguments = (self._native, has_failed, self._ended)
+        threading.Thread(
+            target=abort_after, args=arguments, name="deepcomm-nccl-watch", daemon=True
+        ).start()
+
+    def close(self) -> None:
+        """Wait for this rank's moves and leave; idempotent."""
+        self._ended.set()
+        if trouble := self._native.close(self._timeout_s):
+            logger.warning("a network was closed by force: %s", trouble)
+
+    def describe(self) -> str:
+        """Return NCCL's version and file."""
+        return f"NCCL {self._library.version}, {self._library.path}"
+
+
+def abort_after(
+    native: nccl.Communicator, has_failed: Callable[[], bool], ended: threading.Event
+) -> None:
+    """Abort a communicator once something has failed, unless it has ended before."""
+    while not ended.wait(WATCH_S):
+        if has_failed():
+            native.abort()
+            return
+
+
+def _agree_on_id(group: Group, find: Callable[[], nccl.Library]) -> tuple[nccl.Library, bytes]:
+    """Return the library, of one version on all ranks, and what rank 0 names the communicator."""
+    found: list[nccl.Library] = []
+
+    def version() -> str:
+        found.append(find())
+        return found[0].version
+
+    def make_id() -> bytes:
+        # Inside what is agreed on: a part of a group must not fail without the rest.
+        check_equal(WHAT, [{"version": entry} for entry in versions], members_of(group))
+        return found[0].make_unique_id() if group.rank == 0 else b""
+
+    versions = agree(group, WHAT, version)
+    return found[0], agree(group, WHAT, make_id)[0]
+
+
+def _meet(group: Group, make: Callable[[], nccl.Communicator]) -> nccl.Communicator:
+    made: list[nccl.Communicator] = []
+    try:
+        agree(group, WHAT, lambda: made.append(make()))
+    except BaseException:
+        for communicator in made:
+            communicator.abort()
+        raise
+    return made[0]
