@@ -137,7 +137,6 @@ void bind_meet(py::module_& module) {
         .def_readwrite("layout", &MeetParams::layout)
         .def_readwrite("there", &MeetParams::there)
         .def_readwrite("is_carried", &MeetParams::is_carried)
-        .def_readwrite("is_watched", &MeetParams::is_watched)
         .def_readwrite("header", &MeetParams::header)
         .def_readwrite("max_tokens", &MeetParams::max_tokens)
         .def_readwrite("host_waits", &MeetParams::host_waits)

@@ -275,7 +275,6 @@ class MeetParams:
     header: Header
     host_waits: int
     is_carried: int
-    is_watched: int
     layout: ExchangeLayout
     max_tokens: int
     reports: int

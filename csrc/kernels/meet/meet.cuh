@@ -254,15 +254,10 @@ DEEPCOMM_DEVICE void record_verdict(const MeetParams& params, const MeetTable<kN
     if (before != nullptr && before->culprit == verdict->culprit) verdict->theirs = before->theirs;
 }
 
-/// By the last thread of a stage, or of one called off: stages after it may begin.
+/// By the last thread of a stage, or of one called off: stages after it may begin, and who carries what
+/// it was to write need not wait any longer.
 DEEPCOMM_DEVICE void end_stage(const MeetParams& params, uint32_t epoch) {
-    uint32_t* done_epoch = &params.verdict->done_epoch;
-    if (!params.is_watched) {  // a release takes long
-        *done_epoch = epoch;
-        return;
-    }
-    // ORDER: all that the stage has written; pairs with RailBlock::is_over
-    device::st_release_sys(done_epoch, epoch);
+    device::st_relaxed_gpu(&params.verdict->done_epoch, epoch);
 }
 
 /// Lets the host know of an operation that does not take place, unless it is itself the reason. By the

@@ -84,7 +84,6 @@ struct MeetParams {
     layout::ExchangeLayout layout;
     layout::RowAreas there;  ///< rows in the peers' memory: as here, but for mirrors
     int32_t is_carried;      ///< the peers' memory is mirrors
-    int32_t is_watched;      ///< kernels on another stream wait for the end of this stage
     Header header;
     int32_t max_tokens;
     int32_t host_waits;  ///< whether the host waits for this operation's verdict, on all ranks

@@ -39,8 +39,8 @@ struct RailBlock {
     /// Whether what is not there by now never will be: the stage that writes has come to its end, or
     /// the rank has failed.
     DEEPCOMM_DEVICE bool is_over() const {
-        // ORDER: pairs with the release of end_stage
-        if (device::ld_acquire_sys(&params.verdict->done_epoch) == params.epoch) return true;
+        // Nothing to order: a stage that does not come to nothing ends after its gates.
+        if (device::ld_relaxed_gpu(&params.verdict->done_epoch) == params.epoch) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
         return device::ld_relaxed_sys(&params.comm.record->state) != clear;
     }

@@ -58,7 +58,6 @@ class Position:
         num_origins: Nodes whose tokens its ranks send on (csrc/layout/plan.hpp).
         is_rail: Whether its ranks are those of a rail.
         is_carried: Whether they are out of each other's reach, and a network is between them.
-        is_watched: Whether a carrier waits for the ends of its stages.
     """
 
     first_rank: int = 0
@@ -66,7 +65,6 @@ class Position:
     num_origins: int = 1
     is_rail: bool = False
     is_carried: bool = False
-    is_watched: bool = False
 
     @property
     def combine_origins(self) -> int:
@@ -177,7 +175,6 @@ class Domain:
         if after is not None:
             meet.verdict_before = after.workspace.verdict.address
         meet.reports = int(reports)
-        meet.is_watched = int(self.position.is_watched)
         return meet
 
     def wait_report(self, num_waits: int) -> CountReport:

@@ -79,19 +79,13 @@ class NodesEngine:
             SubGroup(group, topology.rail_ranks),
             rail_config(config),
             machine,
-            Position(
-                topology.local,
-                ranks_per_node,
-                is_rail=True,
-                is_carried=is_carried,
-                is_watched=is_carried,
-            ),
+            Position(topology.local, ranks_per_node, is_rail=True, is_carried=is_carried),
         )
         self.node = Domain(
             SubGroup(group, topology.node_ranks),
             node_config(config, num_nodes),
             machine,
-            Position(topology.node_ranks[0], 1, num_origins=num_nodes, is_watched=is_carried),
+            Position(topology.node_ranks[0], 1, num_origins=num_nodes),
         )
         self.landing: torch.Tensor | None = self._lease(self.rail.exchange)
 
