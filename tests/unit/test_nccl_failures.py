@@ -160,6 +160,25 @@ def test_abort_from_a_thread_ends_a_stuck_move(fake: FakeNccl, stuck: str) -> No
     assert time.monotonic() - start < SOON_S
 
 
+def test_watch_ends_a_stuck_move_once_the_rank_has_failed(fake: FakeNccl) -> None:
+    def use(group: LocalGroup) -> None:
+        has_failed = threading.Event()
+        with network(group, fake) as made:
+            made.watch(has_failed.is_set)
+            if group.rank == 0:
+                move, raised = in_thread(lambda: made.move(pair(1)))
+                move.join(0.2)
+                assert move.is_alive()
+                has_failed.set()
+                move.join(SOON_S)
+                assert not move.is_alive()
+                assert isinstance(raised[0], CommError)
+            group.barrier()
+
+    with leaving_nothing(fake):
+        run(2, use)
+
+
 def test_aborts_of_many_threads_are_one(fake: FakeNccl) -> None:
     fake.wish("hang ncclGroupEnd")
 
