@@ -84,13 +84,13 @@ DEEPCOMM_DEVICE void report_meeting(const RailBlock& my) {
                            static_cast<uint64_t>(params.epoch));
 }
 
-/// The rows of every peer are here.
+/// The rows of every peer are here; the fence of the kernel stands before what says so.
 DEEPCOMM_DEVICE void deliver_rows(const RailBlock& my) {
     for (int32_t src = my.block.thread_idx(); src < my.params.comm.num_ranks;
          src += my.block.size()) {
         if (src == my.rank()) continue;
         auto* word = my.word<uint32_t>(my.rank(), my.params.layout.arrived_from(src));
-        device::red_add_release_sys(word, layout::kArrivals);  // ORDER: pairs with await_arrivals
+        device::red_add_relaxed_sys(word, layout::kArrivals);
     }
     if (my.block.is_leader()) my.params.state->num_arrivals += 1;
 }
@@ -106,7 +106,7 @@ DEEPCOMM_DEVICE void deliver_pushed(const RailBlock& my) {
         const int32_t src = i / num_chunks, chunk = begin + i % num_chunks;
         if (src == my.rank()) continue;
         auto* word = my.word<uint32_t>(my.rank(), params.layout.pushed_chunk(src, chunk));
-        device::st_release_sys(word, params.epoch);  // ORDER: pairs with await_rows
+        device::st_relaxed_sys(word, params.epoch);
     }
 }
 

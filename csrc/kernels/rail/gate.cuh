@@ -130,8 +130,7 @@ DEEPCOMM_DEVICE bool await_sent(const RailBlock& my) {
         if (peer == my.rank()) continue;
         const auto* word = my.word<const uint32_t>(peer, my.params.layout.arrived_from(my.rank()));
         const bool has_arrived = my.await(peer, word, [&]() {
-            // ORDER: pairs with the additions of all blocks of dispatch_send
-            return device::is_reached(device::ld_acquire_sys(word), expected);
+            return device::is_reached(device::ld_relaxed_sys(word), expected);
         });
         is_there = has_arrived && is_there;
     }
@@ -154,10 +153,8 @@ DEEPCOMM_DEVICE bool await_pushed(const RailBlock& my) {
         if (peer == my.rank() || chunk * kChunk >= num_rows) continue;
         const auto* word =
             my.word<const uint32_t>(peer, params.layout.pushed_chunk(my.rank(), chunk));
-        const bool has_come = my.await(peer, word, [&]() {
-            // ORDER: pairs with the release of announce_pushed
-            return device::ld_acquire_sys(word) == params.epoch;
-        });
+        const bool has_come =
+            my.await(peer, word, [&]() { return device::ld_relaxed_sys(word) == params.epoch; });
         is_there = has_come && is_there;
     }
     return is_there;
@@ -177,7 +174,8 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     rail_gate(const __grid_constant__ RailParams params) {
     const RailBlock my = {params, {}};
     const bool is_there = await_step(my);
-    device::fence_acq_rel_sys();  // ORDER: what the words stand for, before what carries it
+    // ORDER: acquires what the words stand for: releases of dispatch_send and combine, headers
+    device::fence_acq_rel_sys();
     const bool is_ready = my.block.sync_and(is_there);
     if (my.block.is_leader()) params.state->is_ready = is_ready ? 1 : 0;
 }
