@@ -93,11 +93,12 @@ def buffer_bytes(
 def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferBytes:
     from deepcomm.backends.cuda.exchange import exchange_layout, node_config, rail_config
     from deepcomm.backends.cuda.low_latency_slots import low_latency_layout
+    from deepcomm.topology import Topology
 
     if device != "cuda":
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    ranks_per_node = config.ranks_per_node or num_ranks
-    num_nodes = num_ranks // ranks_per_node
+    topology = Topology(0, num_ranks, config.ranks_per_node or num_ranks)
+    num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
     if num_nodes == 1:
         exchanges = [exchange_layout(config, num_ranks, 1)]
     else:
@@ -107,8 +108,8 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
         ]
     return BufferBytes(
         high_throughput=sum(exchange.total_bytes for exchange in exchanges),
-        low_latency=low_latency_layout(config, num_ranks).total_bytes
-        if config.num_low_latency_slots and num_nodes == 1
+        low_latency=low_latency_layout(config, topology).total_bytes
+        if config.num_low_latency_slots
         else 0,
     )
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// low_latency_combine: send phase, receive phase, or both in one launch. PROTOCOLS.md:
-// low_latency_combine.
+// low_latency_combine: send phase, receive phase, or both in one launch; over several nodes one of
+// them. PROTOCOLS.md: low_latency_combine, low latency over nodes.
 #pragma once
 
 #include "kernels/low_latency/combine_receive.cuh"
