@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     if constexpr (kSends) {
         if (!low_latency::send_combine(params, block, &turn, shared)) return;
     } else {
+        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
         turn = *params.base.turn;
         if (low_latency::is_void(params.base)) return;
         low_latency::read_record(params, block, shared);

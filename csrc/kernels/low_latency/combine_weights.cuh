@@ -96,9 +96,11 @@ DEEPCOMM_DEVICE void pass_on_weights(const LowLatencyParams& params, const int32
     }
 }
 
-DEEPCOMM_DEVICE bool has_routes(const LowLatencyParams& params, const int32_t* routes) {
+/// Whether a token has gone to any rank of this node that takes part: its weights then come.
+DEEPCOMM_DEVICE bool has_routes(const LowLatencyParams& params, const int32_t* routes,
+                                const Peers& peers) {
     for (int32_t k = 0; k < params.num_topk; ++k) {
-        if (routes[k] >= 0) return true;
+        if (routes[k] >= 0 && !peers.masked[node_rank(params, routes[k])]) return true;
     }
     return false;
 }
@@ -119,7 +121,7 @@ DEEPCOMM_DEVICE bool forward_weights(const LowLatencyParams& params, const devic
         const int32_t token = i % num_items / num_packets, packet_idx = i % num_packets;
         const bool is_there = token < shared.num_tokens[source] && !cut_sources(shared)[source];
         const int32_t* routes = routes_of(params, source, token);
-        if (!is_there || source == late || !has_routes(params, routes)) continue;
+        if (!is_there || source == late || !has_routes(params, routes, shared.peers)) continue;
         const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kForward,
                                        source, token};
         const int64_t offset =
@@ -146,6 +148,7 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
     if (params.source_weights == nullptr) return true;
     send_weights(params, block, turn, shared);
     if constexpr (Shared::kHasNodes) {
+        block.sync();  // ORDER: who is masked has been read, and may change
         if (!forward_combine_headers(params.base, block, turn, shared)) return false;
     }
     if (!receive_combine_headers(params.base, block, turn, 0, shared)) return false;

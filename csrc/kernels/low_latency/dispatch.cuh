@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, k
     if constexpr (kSends) {
         if (!low_latency::send_dispatch(params, block, &turn, shared)) return;
     } else {
+        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
         turn = *params.base.turn;
         low_latency::find_peers(params.base, block, &shared.peers);
     }

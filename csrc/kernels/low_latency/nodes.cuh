@@ -12,6 +12,14 @@ DEEPCOMM_DEVICE int32_t num_nodes(const LowLatencyParams& params) {
     return params.map.num_ranks / params.map.ranks_per_node;
 }
 
+/// Whether the block may begin a receive phase: a send phase that has failed has not said whose turn it
+/// is.
+template <bool kHasNodes>
+DEEPCOMM_DEVICE bool may_receive(const LowLatencyParams& params, const device::Block& block) {
+    if (!kHasNodes) return true;
+    return block.sync_and(device::ld_relaxed_gpu(params.comm.failed) == 0);  // as one
+}
+
 /// The rank of this rank's rail in a node.
 DEEPCOMM_DEVICE int32_t rail_rank(const LowLatencyParams& params, int32_t node) {
     return node * params.map.ranks_per_node + params.rail_idx;
