@@ -40,16 +40,22 @@ struct RailHeaders {
     }
 };
 
-/// Waits for the first packet of each source of the rail and calls take(source, packet); a late one is
-/// masked. All threads of the block know the outcome. False: leave.
+/// Waits for the first packet of each source of the rail and calls take(source, packet). Where late ones
+/// are masked, it waits for the ranks of this node at the same time, so that a rank is late once, and no
+/// rank comes later than others to the next operation. All threads of the block know the outcome. False:
+/// leave.
 template <typename Take>
 DEEPCOMM_DEVICE bool await_rail(const LowLatencyParams& params, const device::Block& block,
                                 const RailHeaders& headers, Peers* peers, Take&& take) {
     const uint64_t start_ns = start_of_waits(params, block);
     bool goes_on = true;
+    const int32_t num_rail = num_nodes(params) - 1;
+    const int32_t num = num_rail + (params.mask_late ? params.map.ranks_per_node : 0);
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < num_nodes(params) - 1; i += block.size()) {
-        const int32_t source = rail_rank(params, other_node(params, i));
+    for (int32_t i = block.thread_idx(); i < num; i += block.size()) {
+        const bool is_rail = i < num_rail;
+        const int32_t source =
+            is_rail ? rail_rank(params, other_node(params, i)) : node_rank(params, i - num_rail);
         if (peers->masked[source]) continue;
         const int64_t offset = params.map.header_offset(headers.turn.slot, source);
         Vec128 packet{};
@@ -62,7 +68,7 @@ DEEPCOMM_DEVICE bool await_rail(const LowLatencyParams& params, const device::Bl
         if (params.mask_late && !takes_part(params, headers.turn, source, is_here)) {
             peers->masked[source] = 1;
             mask_late_peer(params, source);
-        } else if (is_here) {
+        } else if (is_here && is_rail) {
             note_header(params, &headers.refusals, source, packet);
             take(source, packet);
         }
