@@ -104,7 +104,7 @@ class LowLatencyFunctions:
     Attributes:
         mask: Of every buffer.
         refuse: Takes the turn of an operation whose arguments are wrong.
-        dispatch: By the kind of rows as given, then by phase; over several nodes no launch has both.
+        dispatch: By the kind of rows as given, then by phase; over nodes no launch has both.
         combine: By phase.
     """
 
