@@ -79,10 +79,10 @@ struct RailWalk {
         for (; next < num_pairs; next += block.num_blocks()) {
             const int32_t source = rail_rank(params, other_node(params, next / most));
             *pair = {source, next % most};
-            if (shared.peers.masked[source] || source == lost_source) continue;
+            if (shared.peers.masked[source]) continue;
             if (shared.refusals.kinds[source] != layout::RefusalKind::kNone) continue;
             if (pair->token >= shared.num_tokens[source]) continue;
-            if (goes_anywhere(*pair)) {
+            if (source != lost_source && goes_anywhere(*pair)) {
                 next += block.num_blocks();
                 return true;
             }

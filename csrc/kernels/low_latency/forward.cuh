@@ -57,18 +57,24 @@ DEEPCOMM_DEVICE bool await_rail(const LowLatencyParams& params, const device::Bl
         const int32_t source =
             is_rail ? rail_rank(params, other_node(params, i)) : node_rank(params, i - num_rail);
         if (peers->masked[source]) continue;
-        const int64_t offset = params.map.header_offset(headers.turn.slot, source);
+        const device::WaitSite site = headers.site(source);
+        const Vec128* address =
+            packets_at(params.local, params.map.header_offset(headers.turn.slot, source));
         Vec128 packet{};
-        const Arrival arrival =
-            wait_packet(params, headers.site(source), packets_at(params.local, offset),
-                        headers.turn.tag, &packet);
+        const Arrival arrival = wait_packet(params, site, address, headers.turn.tag, &packet);
         add_wait(params, source, start_ns);
-        goes_on = goes_on && arrival != Arrival::kFailed;
-        const bool is_here = arrival == Arrival::kHere;
+        bool is_here = arrival == Arrival::kHere;
         if (params.mask_late && !takes_part(params, headers.turn, source, is_here)) {
             peers->masked[source] = 1;
             mask_late_peer(params, source);
-        } else if (is_here && is_rail) {
+            continue;
+        }
+        // Late here, but another block has seen it.
+        if (!is_here && params.mask_late) {
+            is_here = must_arrive(params, site, address, headers.turn.tag, &packet);
+        }
+        goes_on = goes_on && is_here;
+        if (is_here && is_rail) {
             note_header(params, &headers.refusals, source, packet);
             take(source, packet);
         }
