@@ -101,11 +101,12 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
         rail_config,
     )
     from deepcomm.backends.cuda.low_latency_slots import low_latency_layout
+    from deepcomm.topology import Topology
 
     if device != "cuda":
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    ranks_per_node = config.ranks_per_node or num_ranks
-    num_nodes = num_ranks // ranks_per_node
+    topology = Topology(0, num_ranks, config.ranks_per_node or num_ranks)
+    num_nodes, ranks_per_node = topology.num_nodes, topology.ranks_per_node
     if num_nodes == 1:
         high_throughput = exchange_layout(config, num_ranks, 1).total_bytes
     else:
@@ -113,10 +114,11 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
         node = exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes)
         on_rail = mirrored_bytes(rail) if config.rail == "nccl" else rail.total_bytes
         high_throughput = on_rail + node.total_bytes
+    has_low_latency = config.rail != "nccl" or num_nodes == 1
     return BufferBytes(
         high_throughput=high_throughput,
-        low_latency=low_latency_layout(config, num_ranks).total_bytes
-        if config.num_low_latency_slots and num_nodes == 1
+        low_latency=low_latency_layout(config, topology).total_bytes
+        if config.num_low_latency_slots and has_low_latency
         else 0,
     )
 

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // deepcomm._C.kernels: the arguments of the low-latency kernels and the map of their memory.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <string_view>
 
@@ -23,6 +25,7 @@ using kernels::LowLatencyRefuseParams;
 using layout::LowLatencyLayout;
 using layout::LowLatencyRecordLayout;
 using layout::LowLatencyShape;
+using TimeoutsNs = std::array<uint64_t, kernels::kNumLowLatencyRoles>;
 
 void bind_maps(py::module_& module) {
     py::class_<LowLatencyShape>(module, "LowLatencyShape")
@@ -33,6 +36,7 @@ void bind_maps(py::module_& module) {
         .def_readwrite("hidden", &LowLatencyShape::hidden)
         .def_readwrite("max_tokens", &LowLatencyShape::max_tokens)
         .def_readwrite("num_slots", &LowLatencyShape::num_slots)
+        .def_readwrite("ranks_per_node", &LowLatencyShape::ranks_per_node)
         .def_property_readonly("token_words", &LowLatencyShape::token_words);
     py::class_<LowLatencyLayout>(module, "LowLatencyLayout")
         .def_static("make", &LowLatencyLayout::make, py::arg("shape"))
@@ -45,7 +49,7 @@ void bind_maps(py::module_& module) {
              py::arg("token"));
     py::class_<LowLatencyRecordLayout>(module, "LowLatencyRecordLayout")
         .def_static("make", &LowLatencyRecordLayout::make, py::arg("num_ranks"),
-                    py::arg("max_tokens"), py::arg("num_topk"))
+                    py::arg("max_tokens"), py::arg("num_topk"), py::arg("num_nodes"))
         .def_readonly("turn", &LowLatencyRecordLayout::turn)
         .def_readonly("entries", &LowLatencyRecordLayout::entries)
         .def_readonly("num_words", &LowLatencyRecordLayout::num_words);
@@ -65,7 +69,15 @@ void bind_base(py::module_& module) {
         .def_readwrite("signature", &LowLatencyParams::signature)
         .def_readwrite("num_topk", &LowLatencyParams::num_topk)
         .def_readwrite("num_tokens", &LowLatencyParams::num_tokens)
-        .def_readwrite("mask_late", &LowLatencyParams::mask_late);
+        .def_readwrite("mask_late", &LowLatencyParams::mask_late)
+        .def_readwrite("node_idx", &LowLatencyParams::node_idx)
+        .def_readwrite("rail_idx", &LowLatencyParams::rail_idx)
+        .def(
+            "set_timeouts",
+            [](LowLatencyParams& self, const TimeoutsNs& timeouts_ns) {
+                std::copy(timeouts_ns.begin(), timeouts_ns.end(), self.timeouts_ns);
+            },
+            py::arg("timeouts_ns"), "One a role of layout::Role.");
     def_address(base, "local", &LowLatencyParams::local);
     def_address(base, "state", &LowLatencyParams::state);
     def_address(base, "turn", &LowLatencyParams::turn);

@@ -14,13 +14,19 @@
 //     weights  [R][T][weight_packets] combine: weights given at the source
 //     rows     [R][T] of row_stride   dispatch: token t of source s; combine: token t, summed by s
 //
+//   and with several nodes, N of G ranks, by node of the source, for the ranks of this node:
+//     rail headers [N][G][header_packets]  those that this rank passes on
+//     rail heads   [N][T][K]               of rows, with experts of the whole node
+//     rail rows    [N][T] of row_stride    combine: this rank's own part of what it sums for others
+//
 //   header (dispatch):  signature | tokens and flags | extra || counts[L] | token bits[ceil(T/32)]
 //   row:                head [K] packets || payload: row words, then scale words, 3 a packet
 //     head, dispatch:   packet k: local expert or kNoExpert | position at its source | weight
 //     head, combine:    the K weights carried back, 3 a packet
 //
 //   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 1195 packets in
-//   19328 bytes; one slot 19,843,200 bytes, four of them and the credits 79,373,056.
+//   19328 bytes; one slot 19,843,200 bytes, four of them and the credits 79,373,056. As two nodes of
+//   four ranks, each slot has 4,982,912 bytes more.
 #pragma once
 
 #include "common/types.hpp"
@@ -50,12 +56,14 @@ struct LowLatencyShape {
     int32_t hidden;
     int32_t max_tokens;
     int32_t num_slots;
+    int32_t ranks_per_node;  ///< num_ranks: one node
 
     constexpr int64_t num_local_experts() const { return num_experts / num_ranks; }
     constexpr int64_t token_words() const { return ceil_div(max_tokens, kTokenBits); }
+    constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
 };
 
-/// Offsets in bytes; those of headers, weights and rows are relative to their slot.
+/// Offsets in bytes; those of the parts of a slot are relative to it.
 struct LowLatencyLayout {
     int32_t num_ranks;
     int32_t num_local_experts;
@@ -65,9 +73,13 @@ struct LowLatencyLayout {
     int32_t token_words;
     int32_t header_packets;
     int32_t weight_packets;
+    int32_t ranks_per_node;
     int64_t row_stride;
     int64_t weights;
     int64_t rows;
+    int64_t rail_headers;
+    int64_t rail_heads;
+    int64_t rail_rows;
     int64_t slots;
     int64_t slot_stride;
     int64_t total_bytes;
@@ -79,6 +91,7 @@ struct LowLatencyLayout {
         map.num_topk = shape.num_topk;
         map.max_tokens = shape.max_tokens;
         map.num_slots = shape.num_slots;
+        map.ranks_per_node = shape.ranks_per_node;
         map.token_words = static_cast<int32_t>(shape.token_words());
         const int64_t header =
             packets_of(kHeaderWords + shape.num_local_experts() + shape.token_words());
@@ -93,6 +106,7 @@ struct LowLatencyLayout {
         slot.take(shape.num_ranks * map.header_packets * kPacketBytes, kLowLatencyAlign);
         map.weights = slot.take(max_rows * map.weight_packets * kPacketBytes, kLowLatencyAlign);
         map.rows = slot.take(max_rows * map.row_stride, kLowLatencyAlign);
+        map.take_rail(shape, &slot);
         map.slot_stride = slot.end(kLowLatencyAlign);
 
         Cursor all;
@@ -101,6 +115,14 @@ struct LowLatencyLayout {
         map.slots = all.take(map.slot_stride * shape.num_slots, kLowLatencyAlign);
         map.total_bytes = all.end(kLowLatencyAlign);
         return map;
+    }
+
+    constexpr void take_rail(const LowLatencyShape& shape, Cursor* slot) {
+        if (shape.num_nodes() == 1) return;
+        const int64_t max_rows = static_cast<int64_t>(shape.num_nodes()) * shape.max_tokens;
+        rail_headers = slot->take(num_ranks * header_packets * kPacketBytes, kLowLatencyAlign);
+        rail_heads = slot->take(max_rows * num_topk * kPacketBytes, kLowLatencyAlign);
+        rail_rows = slot->take(max_rows * row_stride, kLowLatencyAlign);
     }
 
     constexpr int64_t credit_offset(int32_t slot_idx, int32_t peer) const {
@@ -119,15 +141,31 @@ struct LowLatencyLayout {
         const int64_t index = static_cast<int64_t>(peer) * max_tokens + token;
         return slot_offset(slot_idx) + rows + index * row_stride;
     }
+    /// The header of the rail's rank of a node for the local-th rank of this one.
+    constexpr int64_t rail_header_offset(int32_t slot_idx, int32_t node, int32_t local) const {
+        const int64_t index = static_cast<int64_t>(node) * ranks_per_node + local;
+        return slot_offset(slot_idx) + rail_headers + index * header_packets * kPacketBytes;
+    }
+    constexpr int64_t rail_head_offset(int32_t slot_idx, int32_t node, int32_t token) const {
+        const int64_t index = static_cast<int64_t>(node) * max_tokens + token;
+        return slot_offset(slot_idx) + rail_heads + index * num_topk * kPacketBytes;
+    }
+    constexpr int64_t rail_row_offset(int32_t slot_idx, int32_t node, int32_t token) const {
+        const int64_t index = static_cast<int64_t>(node) * max_tokens + token;
+        return slot_offset(slot_idx) + rail_rows + index * row_stride;
+    }
 };
 
-constexpr LowLatencyShape kExampleShape = {8, 256, 8, 7168, 128, 4};
+constexpr LowLatencyShape kExampleShape = {8, 256, 8, 7168, 128, 4, 8};
 constexpr LowLatencyLayout kExampleLayout = LowLatencyLayout::make(kExampleShape);
 static_assert(kExampleLayout.header_packets == 17, "example above");
 static_assert(kExampleLayout.weight_packets == 3, "example above");
 static_assert(kExampleLayout.row_stride == 19328, "example above");
 static_assert(kExampleLayout.slot_stride == 19843200, "example above");
 static_assert(kExampleLayout.total_bytes == 79373056, "example above");
+constexpr LowLatencyShape kNodesShape = {8, 256, 8, 7168, 128, 4, 4};
+constexpr LowLatencyLayout kNodesLayout = LowLatencyLayout::make(kNodesShape);
+static_assert(kNodesLayout.slot_stride == 19843200 + 2176 + 32768 + 4947968, "example above");
 
 /// An operation's turn: its number, the tag of its packets (never 0, which fresh memory holds) and
 /// its slot. Counted in device memory, so that a replayed graph counts on.
@@ -164,10 +202,11 @@ struct LowLatencyRecordLayout {
     int64_t num_tokens;  ///< [R] tokens of each source
     int64_t entries;     ///< [R, T, K]
     int64_t weights;     ///< [R, T, K] float, in the order of the entries
+    int64_t routes;      ///< [N, T, K] several nodes: local rank here of the rail's tokens' experts
     int64_t num_words;
 
     static constexpr LowLatencyRecordLayout make(int32_t num_ranks, int32_t max_tokens,
-                                                 int32_t num_topk) {
+                                                 int32_t num_topk, int32_t num_nodes) {
         LowLatencyRecordLayout map{};
         Cursor cursor;
         const int64_t num_entries = static_cast<int64_t>(num_ranks) * max_tokens * num_topk;
@@ -178,6 +217,8 @@ struct LowLatencyRecordLayout {
         map.num_tokens = cursor.take(num_ranks, 1);
         map.entries = cursor.take(num_entries, 1);
         map.weights = cursor.take(num_entries, 1);
+        const int64_t num_relayed = num_nodes == 1 ? 0 : num_entries / num_ranks * num_nodes;
+        map.routes = cursor.take(num_relayed, 1);
         map.num_words = cursor.end();
         return map;
     }
@@ -195,7 +236,8 @@ enum class RefusalKind : int32_t {
     kByHost = 1,
     kIdRange = 2,
     kIdTwice = 3,
-    kDiffers = 4
+    kDiffers = 4,
+    kAbsent = 5,  ///< several nodes: that rank takes no part, says who would pass it on
 };
 
 /// Why an operation delivered nothing; in memory shared with the host, which clears it. The first

@@ -220,8 +220,10 @@ class LowLatencyParams:
     local: int
     map: LowLatencyLayout
     mask_late: int
+    node_idx: int
     num_tokens: int
     num_topk: int
+    rail_idx: int
     rank_mask: int
     record: int
     record_map: LowLatencyRecordLayout
@@ -231,13 +233,14 @@ class LowLatencyParams:
     turn: int
     wait_us: int
     def __init__(self, *args, **kwargs) -> None: ...
+    def set_timeouts(self, timeouts_ns) -> None: ...
     @property
     def comm(self) -> CommParams: ...
 
 class LowLatencyRecordLayout:
     def __init__(self, *args, **kwargs) -> None: ...
     @staticmethod
-    def make(num_ranks: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, num_topk: typing.SupportsInt | typing.SupportsIndex) -> LowLatencyRecordLayout: ...
+    def make(num_ranks: typing.SupportsInt | typing.SupportsIndex, max_tokens: typing.SupportsInt | typing.SupportsIndex, num_topk: typing.SupportsInt | typing.SupportsIndex, num_nodes: typing.SupportsInt | typing.SupportsIndex) -> LowLatencyRecordLayout: ...
     @property
     def entries(self) -> int: ...
     @property
@@ -264,6 +267,7 @@ class LowLatencyShape:
     num_ranks: int
     num_slots: int
     num_topk: int
+    ranks_per_node: int
     def __init__(self) -> None: ...
     @property
     def token_words(self) -> int: ...

@@ -53,8 +53,8 @@ HIDDEN = SpecParameter("hidden", (7168,))
 NUM_ORIGINS = SpecParameter("num_origins", (1, 2))
 """Nodes whose tokens a rank sends on: all inside a node of several, else one."""
 BY_EXPERT = SpecParameter("by_expert", (False, True))
-PHASES = SpecParameter("phases", (1, 2, 3))
-"""Of a low-latency launch: send, receive, both."""
+PHASES = SpecParameter("phases", (1, 2, 3, 5, 6))
+"""Of a low-latency launch: send, receive, both; over several nodes send, receive."""
 NUM_THREADS = SpecParameter("num_threads", (256,))
 
 KERNELS: tuple[Kernel, ...] = (
@@ -99,7 +99,12 @@ KERNELS: tuple[Kernel, ...] = (
         spec=(HIDDEN, PHASES, NUM_THREADS),
     ),
     Kernel("low_latency_mask", "kernels/low_latency/mask.cuh"),
-    Kernel("low_latency_refuse", "kernels/low_latency/refuse.cuh", shared="LowLatencyRefuseShared"),
+    Kernel(
+        "low_latency_refuse",
+        "kernels/low_latency/refuse.cuh",
+        shared="LowLatencyRefuseShared",
+        spec=(SpecParameter("has_nodes", (False, True)),),
+    ),
 )
 
 

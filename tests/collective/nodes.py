@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix over several nodes, which the CPU backend and the CUDA backend both pass."""
+"""The matrices over several nodes, which the CPU backend and the CUDA backend both pass."""
 
 from __future__ import annotations
 
@@ -41,3 +41,54 @@ OPTION_CASES = [
     *(replace(TWO_BY_TWO, num_tokens=34, even=True, layout=layout) for layout in RecvLayout),
 ]
 NODES_CASES = WIRE_CASES + SHAPE_CASES + OPTION_CASES
+
+# Low latency: two kinds of rows and one hidden size where kernels have to be compiled first.
+LOW_LATENCY_TWO_BY_TWO = replace(TWO_BY_TWO, num_tokens=5, hidden=64)
+PADDED = RecvLayout.EXPERT_PADDED
+LOW_LATENCY_CASES = [
+    *(replace(LOW_LATENCY_TWO_BY_TWO, layout=layout) for layout in (TOKEN, PADDED)),
+    *(
+        replace(LOW_LATENCY_TWO_BY_TWO, layout=layout, wire="fp8", num_topk=4)
+        for layout in (TOKEN, PADDED)
+    ),
+    *(
+        replace(
+            LOW_LATENCY_TWO_BY_TWO,
+            num_ranks=SHAPES[shape][0],
+            ranks_per_node=SHAPES[shape][1],
+            num_tokens=3,
+            layout=layout,
+            routing="uniform",
+        )
+        for shape, layout in (("2x4", PADDED), ("4x2", TOKEN), ("3x2", PADDED), ("2x1", PADDED))
+    ),
+    replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED, routing="one_expert", num_tokens=33),
+    replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED, routing="none"),
+]
+LOW_LATENCY_SLOW_CASES = [
+    *(
+        replace(LOW_LATENCY_TWO_BY_TWO, layout=layout, wire=wire, strided=wire == "scaled")
+        for layout, wire in itertools.product(
+            (TOKEN, PADDED), ("fp8_ue8m0", "scaled", "scaled_ue8m0")
+        )
+    ),
+    *(
+        replace(
+            LOW_LATENCY_TWO_BY_TWO,
+            num_ranks=ranks,
+            ranks_per_node=per_node,
+            layout=layout,
+            wire=wire,
+            num_topk=6,
+        )
+        for (ranks, per_node), layout, wire in itertools.product(
+            SHAPES.values(), (TOKEN, PADDED), ("bf16", "fp8")
+        )
+        if ranks > 2
+    ),
+    # Rows of several packets a thread, in parts.
+    *(
+        replace(LOW_LATENCY_TWO_BY_TWO, layout=layout, hidden=1168, wire=wire)
+        for layout, wire in ((TOKEN, "bf16"), (PADDED, "fp8"))
+    ),
+]

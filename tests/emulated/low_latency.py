@@ -61,7 +61,7 @@ class EmulatedBackend:
         self.runtime: EmulatedRuntime = group.runtime
         self.config = config
         self.device = self.runtime.device
-        self.topology = Topology(group.rank, group.size, group.size)
+        self.topology = Topology(group.rank, group.size, config.ranks_per_node or group.size)
         place = Place(
             group,
             LazyRuntime(self.runtime),  # type: ignore[arg-type]
@@ -114,6 +114,7 @@ class LowLatencySession(Session):
             num_topk=case.num_topk,
             hidden=case.hidden,
             max_tokens_per_rank=case.num_tokens,
+            ranks_per_node=case.ranks_per_node,
             **{"timeout_s": TIMEOUT_S, **options},
         )
         config.check(case.num_ranks)

@@ -85,6 +85,16 @@ SURVIVORS: dict[str, str] = {
 }
 
 
+# Of lines that one node has no use for.
+NOTES_OF_NODES = {
+    "the peers are found",
+    "who is masked, to all",
+    "who is masked has been read, and may change",
+    "who takes part, and what they say, to all",
+    "what the headers say, to all",
+}
+
+
 def flights(session: LowLatencySession) -> None:
     """More operations than slots, in flight together; ranks may be a slot's turn apart."""
     for round_idx in range(3):
@@ -130,6 +140,18 @@ def late(session: LowLatencySession) -> None:
     session.group.barrier()
 
 
+def late_in_nodes(session: LowLatencySession) -> None:
+    """The last rank does not come to a combine any more, nor to what follows."""
+    absent = session.case.num_ranks - 1
+    one = session.low_latency_dispatch(0, on_timeout="mask")
+    options: dict[str, Any] = {"masked": {absent}, "on_timeout": "mask"}
+    if session.rank != absent:
+        session.low_latency_combine(one, override=True, **options)
+        two = session.low_latency_dispatch(1, **options)
+        session.low_latency_combine(two, carried=True, apply_weights=False, **options)
+    session.group.barrier()
+
+
 @dataclass(frozen=True)
 class Scene:
     """What mutants are tried on."""
@@ -143,6 +165,17 @@ SCENES = {
     "refusal": Scene(CASE, refusal),
     "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
 }
+NODES = Case(
+    **{**SMALL, "num_ranks": 4, "num_tokens": 3},
+    ranks_per_node=2,
+    layout=PADDED,
+    routing="uniform",
+)
+NODES_SCENES = {
+    "nodes": Scene(NODES, flights),
+    "nodes-refusal": Scene(NODES, refusal),
+    "nodes-late": Scene(NODES, late_in_nodes),
+}
 
 
 @cache
@@ -152,7 +185,7 @@ def build_mutated() -> tuple[Variant, list[Mutant]]:
 
 def fails(name: str, mutant: int, seed: int) -> bool:
     """Whether a scene notices a mutant under one schedule."""
-    scene = SCENES[name]
+    scene = (SCENES | NODES_SCENES)[name]
     options: dict[str, Any] = {"num_low_latency_slots": 3}
     settings = Settings(seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4))
     try:
@@ -191,7 +224,9 @@ def test_every_order_line_matters() -> None:
     attacked = [
         mutant
         for mutant in build_mutated()[1]
-        if mutant.path.startswith(FOLDER) and mutant.change not in names
+        if mutant.path.startswith(FOLDER)
+        and mutant.change not in names
+        and mutant.note not in NOTES_OF_NODES
     ]
     survivors = {
         mutant.name: f"line {mutant.line}"
@@ -200,3 +235,24 @@ def test_every_order_line_matters() -> None:
     }
     assert set(survivors) == set(SURVIVORS), survivors
     assert len(attacked) >= 25, "the markers were not found"
+
+
+@pytest.mark.slow  # kernels of several nodes, mutated
+def test_every_order_line_of_nodes_matters() -> None:
+    assert [
+        (name, seed) for name in NODES_SCENES for seed in range(MAX_SEEDS) if fails(name, 0, seed)
+    ] == []
+    attacked = [
+        mutant
+        for mutant in build_mutated()[1]
+        if mutant.path.startswith(FOLDER) and mutant.note in NOTES_OF_NODES
+    ]
+    survivors = {
+        mutant.name: f"line {mutant.line}"
+        for mutant in attacked
+        if not any(
+            fails(name, mutant.number, seed) for seed in range(MAX_SEEDS) for name in NODES_SCENES
+        )
+    }
+    assert survivors == {}
+    assert {mutant.note for mutant in attacked} == NOTES_OF_NODES

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from collective.case import Case
+from collective.nodes import LOW_LATENCY_CASES, LOW_LATENCY_SLOW_CASES
 from gpu.backend_ranks import WIRES
 
 from deepcomm import RecvLayout
@@ -96,6 +97,24 @@ def nodes_matrix(num_ranks: int, ranks_per_node: int) -> list[Case]:
     return [replace(case, ranks_per_node=ranks_per_node) for case in cases]
 
 
+def low_latency_nodes() -> list[Case]:
+    """Return the shared matrix of low latency over nodes, and sizes of models."""
+    shared = [replace(case, device="cuda") for case in LOW_LATENCY_CASES + LOW_LATENCY_SLOW_CASES]
+    large = replace(
+        base_case(8), ranks_per_node=4, hidden=7168, num_tokens=128, num_topk=8, even=True
+    )
+    return [
+        *shared,
+        *(replace(large, layout=layout, wire=wire)
+          for layout, wire in itertools.product((TOKEN, PADDED), ("bf16", "fp8"))),
+        replace(large, layout=PADDED, ranks_per_node=2, wire="scaled_ue8m0", routing="uniform"),
+    ]  # fmt: skip
+
+
+LOW_LATENCY_GRAPHS = [
+    replace(base_case(ranks), ranks_per_node=per_node, layout=layout, num_tokens=16)
+    for ranks, per_node, layout in ((4, 2, PADDED), (8, 4, TOKEN), (6, 2, PADDED))
+]
 GRAPH_CASES = [
     replace(base_case(2), capacity=150),
     replace(base_case(2), capacity=20, wire="fp8"),

@@ -113,6 +113,17 @@ def test_buffer_bytes_grow_with_tokens_and_need_no_group() -> None:
         )
 
 
+def test_low_latency_bytes_on_gpus_are_those_of_the_layouts_example() -> None:
+    sizes = {"num_experts": 256, "num_topk": 8, "hidden": 7168, "max_tokens_per_rank": 128}
+
+    def low_latency(ranks_per_node: int | None) -> int:
+        every = {**sizes, "ranks_per_node": ranks_per_node}
+        return deepcomm.buffer_bytes(num_ranks=8, device="cuda", **every).low_latency
+
+    assert low_latency(None) == low_latency(8) == low_latency(1) == 79_373_056
+    assert low_latency(4) == 79_373_056 + 4 * 4_982_912
+
+
 def test_buffer_on_an_unknown_device_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="device: expected cpu or cuda, got meta"):
         deepcomm.Buffer(

@@ -33,11 +33,11 @@ class RecordingRuntime:
 
 
 def load(
-    rank: int = 0, position: Position = ALONE, **options: Any
+    rank: int = 0, position: Position = ALONE, ranks_per_node: int = 8, **options: Any
 ) -> tuple[list[str], Functions, LowLatencyFunctions]:
     sizes = {"num_experts": 64, "num_topk": 4, "hidden": 7168, "max_tokens_per_rank": 128}
     runtime: Any = RecordingRuntime()
-    config, topology = BufferConfig(**{**sizes, **options}), Topology(rank, 8, 8)
+    config, topology = BufferConfig(**{**sizes, **options}), Topology(rank, 8, ranks_per_node)
     high_throughput = Functions.load(runtime, config, topology, position)
     return (runtime.asked, high_throughput, LowLatencyFunctions.load(runtime, config, topology))
 
@@ -66,6 +66,21 @@ def test_construction_loads_every_kernel_once() -> None:
             rows = kind - 2 if phase == 2 and kind > 2 else kind
             assert f"'rows': {rows}, 'phases': {phase}" in str(function)
     assert all(f"'phases': {phase}" in str(low_latency.combine[phase]) for phase in (1, 2, 3))
+
+
+def test_construction_over_nodes_loads_phases_that_pass_on() -> None:
+    asked, _, low_latency = load(ranks_per_node=4)
+    assert names(asked)["low_latency_dispatch"] == 8
+    assert "low_latency_refuse {'has_nodes': True}" in asked
+    for by_phase in (*low_latency.dispatch.values(), low_latency.combine):
+        assert sorted(by_phase) == [1, 2]
+        assert all(f"'phases': {phase | 4}" in str(by_phase[phase]) for phase in (1, 2))
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 8])
+def test_construction_where_every_way_is_direct_loads_the_same(ranks_per_node: int) -> None:
+    asked, _, _ = load(ranks_per_node=ranks_per_node)
+    assert asked == load()[0]
 
 
 def test_construction_leaves_out_fp8_where_rows_do_not_allow_it() -> None:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// low_latency_combine: send phase, receive phase, or both in one launch. PROTOCOLS.md:
-// low_latency_combine.
+// low_latency_combine: send phase, receive phase, or both in one launch; over several nodes one of
+// them. PROTOCOLS.md: low_latency_combine, low latency over nodes.
 #pragma once
 
 #include "kernels/low_latency/combine_receive.cuh"
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     if constexpr (kSends) {
         if (!low_latency::send_combine(params, block, &turn, shared)) return;
     } else {
+        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
         turn = *params.base.turn;
         if (low_latency::is_void(params.base)) return;
         low_latency::read_record(params, block, shared);

@@ -1,57 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Role: for each token that came here, a block sums the rows of its experts, rounds once and stores
-// packets to the token's rank. Before that, weights given at the sources go to the expert ranks.
-// PROTOCOLS.md: low_latency_combine.
+// packets to the token's rank, or to the rank of this node that sums for it. PROTOCOLS.md:
+// low_latency_combine.
 #pragma once
 
 #include "kernels/low_latency/combine_sum.cuh"
-#include "kernels/low_latency/peers.cuh"
+#include "kernels/low_latency/combine_weights.cuh"
 
 namespace deepcomm::kernels::low_latency {
-
-/// Rank of an expert, -1 where there is none or it takes no part.
-template <typename Shared>
-DEEPCOMM_DEVICE int32_t rank_of_expert(const LowLatencyCombineParams& params, const Shared& shared,
-                                       int32_t expert) {
-    if (expert < 0) return -1;
-    const int32_t rank = expert / params.base.map.num_local_experts;
-    return shared.peers.masked[rank] || !shared.connected[rank] ? -1 : rank;
-}
-
-/// Sends the weights of this rank's tokens to each of their ranks; all blocks share the work.
-template <typename Shared>
-DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const device::Block& block,
-                                  const LowLatencyTurn& turn, const Shared& shared) {
-    const LowLatencyParams& base = params.base;
-    const int32_t num_topk = base.num_topk;
-    const auto num_packets = static_cast<int32_t>(layout::packets_of(num_topk));
-    const int32_t stride = block.num_blocks() * block.size();
-    DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.block_idx() * block.size() + block.thread_idx();
-         i < base.num_tokens * num_topk * num_packets; i += stride) {
-        const int32_t packet = i % num_packets, k = i / num_packets % num_topk;
-        const int32_t token = i / num_packets / num_topk;
-        const int64_t first = static_cast<int64_t>(token) * num_topk;
-        const int32_t dst = rank_of_expert(params, shared, params.topk_idx[first + k]);
-        bool is_first = dst >= 0;
-        DEEPCOMM_NO_UNROLL
-        for (int32_t before = 0; before < k && is_first; ++before) {
-            const int32_t expert = params.topk_idx[first + before];
-            is_first = rank_of_expert(params, shared, expert) != dst;
-        }
-        if (!is_first) continue;
-        uint32_t words[layout::kPacketWords];
-        DEEPCOMM_UNROLL
-        for (int32_t part = 0; part < layout::kPacketWords; ++part) {
-            const auto column = static_cast<int32_t>(packet * layout::kPacketWords) + part;
-            words[part] =
-                column < num_topk ? device::float_bits(params.source_weights[first + column]) : 0;
-        }
-        const int64_t offset = base.map.weights_offset(turn.slot, base.comm.rank, token);
-        device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + packet,
-                               {{words[0], words[1], words[2], turn.tag}});
-    }
-}
 
 /// One token of one source, to be summed here.
 struct Summed {
@@ -134,6 +90,26 @@ DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, int32_t
                              device::float_bits(carried_value(params, entries, column + 2)), tag}});
 }
 
+/// Where the sum of a token here is stored.
+struct PartialPlace {
+    int32_t rank;
+    int64_t offset;
+};
+
+/// At the token's rank; of another node, at the rank of this one and its rail, which sums for it.
+template <bool kHasNodes>
+DEEPCOMM_DEVICE PartialPlace place_of(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                      const Summed& summed) {
+    const layout::LowLatencyLayout& map = params.map;
+    const int32_t own = params.comm.rank, token = summed.token;
+    if (!kHasNodes) return {summed.source, map.row_offset(turn.slot, own, token)};
+    const int32_t node = summed.source / map.ranks_per_node;
+    if (node == params.node_idx) return {summed.source, map.row_offset(turn.slot, own, token)};
+    const int32_t rank = node_rank(params, summed.source % map.ranks_per_node);
+    if (rank == own) return {own, map.rail_row_offset(turn.slot, node, token)};
+    return {rank, map.row_offset(turn.slot, rail_rank(params, node), token)};
+}
+
 /// Sums one token's rows, stages the sum and stores its packets. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const device::Block& block,
@@ -149,8 +125,8 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
     if (!is_here || count == 0) return true;
     sum_rows(mine, count, params.apply_weights != 0, block, shared);
     block.sync();  // ORDER: the staged row before its packets
-    const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, summed.token);
-    Vec128* head = packets_at(shared.peers.bases[summed.source], offset);
+    const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
+    Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
@@ -208,19 +184,6 @@ struct SummedWalk {
     }
 };
 
-/// Weights given at the sources go first; who ends the operation is then known. False: leave.
-template <typename Shared>
-DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
-                                      const device::Block& block, const LowLatencyTurn& turn,
-                                      Shared& shared, bool* has_ended) {
-    *has_ended = false;
-    if (params.source_weights == nullptr) return true;
-    send_weights(params, block, turn, shared);
-    if (!receive_combine_headers(params.base, block, turn, 0, shared)) return false;
-    *has_ended = find_culprit(params.base, shared.refusals) != layout::kNoPeer;
-    return true;
-}
-
 /// What the block probably sums first: ranks have the same number of tokens, as a rule.
 DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device::Block& block) {
     const int32_t most = params.num_tokens;
@@ -242,11 +205,12 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     *turn = take_turn(base, block, &early);
     read_record(params, block, shared);
     if (is_refused) return false;
-    const bool has_peers =
-        open_peers(base, Operation::kLowLatencyCombine, block, *turn, early, &shared.peers);
+    const bool has_peers = open_peers<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
+                                                         *turn, early, &shared.peers);
     clear_tail(block, shared);
     // ORDER: what the record says, and the credits before all that is sent, to all
     if (!block.sync_and(has_peers)) return false;
+    find_cut_sources(base, block, shared);
     SummedWalk<Shared> walk(base, block, shared);
     Summed summed = {0, 0};
     bool has_token = walk.advance(block, &summed);
@@ -263,7 +227,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
         const ExpertRow row = row_of(params, entry);
         has_token = walk.advance(block, &summed);
         if (has_token) entry = load_entry(params, warp, summed);
-        if (shared.peers.masked[current.source]) continue;
+        if (cut_sources(shared)[current.source]) continue;
         if (!send_partial(params, block, *turn, current, row, shared)) return false;
     }
     return true;

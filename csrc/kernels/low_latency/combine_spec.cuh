@@ -3,11 +3,12 @@
 // operation: one packet a pair of ranks.
 #pragma once
 
-#include "kernels/low_latency/refusal.cuh"
+#include "kernels/low_latency/forward.cuh"
 
 namespace deepcomm::kernels {
 
-template <int kHidden, int kThreads>
+/// kAtOnce: packets of a row that a thread adds up at once, at most.
+template <int kHidden, int kThreads, int kAtOnce>
 struct LowLatencyCombineSpec {
     static constexpr int kNumThreads = kThreads;
     static constexpr int kRowVectors = kHidden / 8;
@@ -15,15 +16,42 @@ struct LowLatencyCombineSpec {
     static constexpr int kPackets = static_cast<int>(layout::packets_of(kRowWords));
     static constexpr int kStagedWords =
         static_cast<int>(round_up(kPackets * layout::kPacketWords, 4));
+    static constexpr int kPacketsOfThread = (kPackets + kThreads - 1) / kThreads;
+    static constexpr int kSumPackets = kPacketsOfThread < kAtOnce ? kPacketsOfThread : kAtOnce;
+    static constexpr int kParkedFloats =
+        kSumPackets * static_cast<int>(layout::kPacketWords) * 2 * kThreads;
 
     static_assert(kHidden % 8 == 0, "rows move in 16-byte vectors");
     static_assert(kHidden <= layout::kMaxLowLatencyHidden, "a row is staged in shared memory");
     static_assert(kThreads % 32 == 0, "whole warps");
 };
 
+/// What a combine over several nodes keeps beside the rest: nothing on one node.
+template <bool kHasNodes, int kNumFloats>
+struct LowLatencyNodesShared {};
+
+template <int kNumFloats>
+struct LowLatencyNodesShared<true, kNumFloats> {
+    uint32_t cut_sources[layout::kMaxLowLatencyRanks];  ///< 1: nothing comes from there
+    float parked[kNumFloats];                           ///< the sum of this node, set aside
+};
+
+/// Over several nodes fewer packets are added at once: other registers hold where terms come from.
+constexpr int low_latency_packets_at_once(int phases) { return (phases & kOverNodes) != 0 ? 3 : 5; }
+
 template <int kHidden, int kPhases, int kThreads>
-struct LowLatencyCombineShared {
-    using Spec = LowLatencyCombineSpec<kHidden, kThreads>;
+struct LowLatencyCombineConfig {
+    using Spec = LowLatencyCombineSpec<kHidden, kThreads, low_latency_packets_at_once(kPhases)>;
+    static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
+    static constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
+    using OfNodes = LowLatencyNodesShared<kHasNodes, kReceives ? Spec::kParkedFloats : 1>;
+};
+
+template <int kHidden, int kPhases, int kThreads>
+struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThreads>::OfNodes {
+    using Config = LowLatencyCombineConfig<kHidden, kPhases, kThreads>;
+    using Spec = typename Config::Spec;
+    static constexpr bool kHasNodes = Config::kHasNodes;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< of the partial sum that is sent
     low_latency::Peers peers;
@@ -66,6 +94,31 @@ DEEPCOMM_DEVICE void read_record(const LowLatencyCombineParams& params, const de
     if (warp.warp_idx() == 0) shared.experts[warp.thread_idx()] = expert;
 }
 
+/// Sources of which nothing comes: over several nodes not only those that are masked.
+template <typename Shared>
+DEEPCOMM_DEVICE uint32_t* cut_sources(Shared& shared) {
+    if constexpr (Shared::kHasNodes) {
+        return shared.cut_sources;
+    } else {
+        return shared.peers.masked;
+    }
+}
+
+/// Finds them; the block meets before and after.
+template <typename Shared>
+DEEPCOMM_DEVICE void find_cut_sources(const LowLatencyParams& params, const device::Block& block,
+                                      Shared& shared) {
+    if constexpr (Shared::kHasNodes) {
+        for (int32_t source = block.thread_idx(); source < params.map.num_ranks;
+             source += block.size()) {
+            const int32_t last = last_rank_from<true>(params, source);
+            const uint32_t masked = shared.peers.masked[source] | shared.peers.masked[last];
+            shared.cut_sources[source] = masked;
+        }
+        block.sync();  // ORDER: who is masked, to all
+    }
+}
+
 /// Tells every peer that this rank takes part, with what, and of which dispatch.
 template <typename Shared>
 DEEPCOMM_DEVICE void send_combine_headers(const LowLatencyParams& params,
@@ -76,9 +129,37 @@ DEEPCOMM_DEVICE void send_combine_headers(const LowLatencyParams& params,
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
         if (shared.peers.masked[peer]) continue;
+        if (Shared::kHasNodes && shared.peers.bases[peer] == nullptr) continue;
         device::st_relaxed_sys(packets_at(shared.peers.bases[peer], offset),
                                {{params.signature, 0, handle, turn.tag}});
     }
+}
+
+/// Waits for the first packet of a source's header. Over several nodes it may say that there is none.
+template <bool kHasNodes>
+DEEPCOMM_DEVICE Arrival wait_source(const LowLatencyParams& params, const device::WaitSite& site,
+                                    const Vec128* address, uint32_t tag, Vec128* packet) {
+    if (!kHasNodes) return wait_packet(params, site, address, tag, packet);
+    if (!params.mask_late) {
+        return must_take_part(params, site, address, tag, packet) ? Arrival::kHere
+                                                                  : Arrival::kFailed;
+    }
+    const Arrival arrival = wait_packet(params, site, address, tag, packet);
+    if (arrival != Arrival::kHere || !tells_absence(*packet)) return arrival;
+    return Arrival::kAbsent;
+}
+
+/// Masks a late source, or the rank that would have told of it; packet: the last that was seen.
+template <typename Shared>
+DEEPCOMM_DEVICE void note_absence(const LowLatencyParams& params, int32_t source,
+                                  const Vec128& packet, const LowLatencyTurn& turn,
+                                  Shared& shared) {
+    const bool is_told = Shared::kHasNodes && packet.words[3] == turn.tag;
+    const int32_t last = last_rank_from<Shared::kHasNodes>(params, source);
+    const int32_t late = is_told ? source : last;
+    mask_late_peer(params, late);
+    cut_sources(shared)[source] = 1;
+    if (late == source) shared.peers.masked[source] = 1;
 }
 
 /// Waits for the header of each rank that is not masked, and notes who ends the operation; start_ns
@@ -92,19 +173,17 @@ DEEPCOMM_DEVICE bool receive_combine_headers(const LowLatencyParams& params,
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
         shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
-        if (shared.peers.masked[peer]) continue;
-        const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kCount, peer,
+        if (cut_sources(shared)[peer]) continue;
+        const int32_t last = last_rank_from<Shared::kHasNodes>(params, peer);
+        const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kCount, last,
                                        turn.slot};
         const int64_t offset = params.map.header_offset(turn.slot, peer);
         Vec128 packet;
-        const Arrival arrival =
-            wait_packet(params, site, packets_at(params.local, offset), turn.tag, &packet);
+        const Arrival arrival = wait_source<Shared::kHasNodes>(
+            params, site, packets_at(params.local, offset), turn.tag, &packet);
         add_wait(params, peer, start_ns);
         goes_on = goes_on && arrival != Arrival::kFailed;
-        if (arrival == Arrival::kAbsent) {
-            mask_late_peer(params, peer);
-            shared.peers.masked[peer] = 1;
-        }
+        if (arrival == Arrival::kAbsent) note_absence(params, peer, packet, turn, shared);
         if (arrival != Arrival::kHere) continue;
         note_header(params, &shared.refusals, peer, packet);
         if (shared.refusals.kinds[peer] == layout::RefusalKind::kNone &&

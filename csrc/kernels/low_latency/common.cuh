@@ -12,6 +12,12 @@ namespace deepcomm::kernels {
 constexpr int kLowLatencyDispatchBlocks = 3;
 constexpr int kLowLatencyCombineBlocks = 2;
 
+/// Of a dispatch: fewer where long rows are both passed on and received, which else spills.
+constexpr int low_latency_dispatch_blocks(int rows, int phases) {
+    const bool is_long = rows == static_cast<int>(LowLatencyRows::kBf16);
+    return is_long && phases == (kReceivePhase | kOverNodes) ? 2 : kLowLatencyDispatchBlocks;
+}
+
 }  // namespace deepcomm::kernels
 
 namespace deepcomm::kernels::low_latency {
@@ -34,9 +40,11 @@ DEEPCOMM_DEVICE bool is_in_last_warp(const device::Block& block) {
 /// How a wait for a peer ended; after kFailed the block leaves and signals nobody.
 enum class Arrival { kHere, kAbsent, kFailed };
 
-DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params) {
+DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params,
+                                                 device::Role role) {
     const CommParams& comm = params.comm;
-    return {comm.record, comm.timeout_ns, comm.rank, comm.names, comm.failed};
+    const uint64_t timeout_ns = params.timeouts_ns[static_cast<int32_t>(role)];
+    return {comm.record, timeout_ns, comm.rank, comm.names, comm.failed};
 }
 
 /// Skips a peer from now on, because it is late.
@@ -49,7 +57,7 @@ DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, int32_t peer
 template <typename Poll>
 DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::WaitSite& site,
                                  uint64_t expected, const void* address, Poll&& poll) {
-    device::WaitContext context = wait_context(params);
+    device::WaitContext context = wait_context(params, site.role);
     if (params.mask_late) context.record = nullptr;  // no failure
     if (device::wait_until(context, site, expected, address, poll)) return Arrival::kHere;
     return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
@@ -78,7 +86,8 @@ DEEPCOMM_DEVICE Arrival wait_packet(const LowLatencyParams& params, const device
 /// The same for a packet without which the operation fails in any case. False: leave.
 DEEPCOMM_DEVICE bool must_arrive(const LowLatencyParams& params, const device::WaitSite& site,
                                  const Vec128* address, uint32_t tag, Vec128* packet) {
-    return device::wait_until(wait_context(params), site, tag, address, [&]() -> device::Observed {
+    const device::WaitContext context = wait_context(params, site.role);
+    return device::wait_until(context, site, tag, address, [&]() -> device::Observed {
         *packet = device::ld_relaxed_sys(address);
         return {packet->words[3], packet->words[3] == tag};
     });
@@ -150,12 +159,15 @@ struct PacketBatch {
 
 /// Tells every peer, masked ones too, that this rank has read what came in this turn. The peers'
 /// addresses are in shared memory: loaded one after the other, they would be what a launch ends with.
+/// Over several nodes those that this rank shares neither node nor rail with have none.
+template <bool kHasNodes>
 DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                      const Peers& peers) {
     device::fence_acq_rel_sys();  // ORDER: acquires all blocks' arrivals, releases the credits
     const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
+        if (kHasNodes && peers.bases[peer] == nullptr) continue;
         auto* credit = reinterpret_cast<uint64_t*>(peers.bases[peer] + offset);
         device::st_relaxed_sys(credit, turn.number);
     }
@@ -200,7 +212,7 @@ DEEPCOMM_DEVICE void end_receive(const LowLatencyParams& params, const device::B
     if (!ends_receive(block) || num_before != last) return;
     // The slot's next turn starts after this one.
     device::st_relaxed_gpu(&params.state->num_receive_finished[turn.slot], 0u);
-    pass_on_credits(params, turn, peers);
+    pass_on_credits<(kPhases & kOverNodes) != 0>(params, turn, peers);
     if (kPhases & kSendPhase) params.state->last = turn;
 }
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// low_latency_dispatch: send phase, receive phase, or both in one launch. PROTOCOLS.md:
-// low_latency_dispatch.
+// low_latency_dispatch: send phase, receive phase, or both in one launch; over several nodes one of
+// them. PROTOCOLS.md: low_latency_dispatch, low latency over nodes.
 #pragma once
 
-#include "kernels/low_latency/dispatch_receive.cuh"
+#include "kernels/low_latency/dispatch_forward.cuh"
 #include "kernels/low_latency/dispatch_send.cuh"
 
 namespace deepcomm::kernels {
 
 template <int kHidden, int kRows, int kPhases, int kThreads>
-__global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
+__global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, kPhases))
     low_latency_dispatch(const __grid_constant__ LowLatencyDispatchParams params) {
     using Shared = LowLatencyDispatchShared<kHidden, kRows, kPhases, kThreads>;
     const device::Block block;
@@ -20,8 +20,12 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyDispatchBlocks)
     if constexpr (kSends) {
         if (!low_latency::send_dispatch(params, block, &turn, shared)) return;
     } else {
+        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
         turn = *params.base.turn;
         low_latency::find_peers(params.base, block, &shared.peers);
+    }
+    if constexpr (kReceives && Shared::kHasNodes) {
+        if (!low_latency::forward_dispatch(params, block, turn, shared)) return;
     }
     if constexpr (kReceives) {
         low_latency::receive_dispatch<kPhases>(params, block, turn, shared);

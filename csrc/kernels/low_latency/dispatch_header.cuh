@@ -114,12 +114,32 @@ DEEPCOMM_DEVICE uint32_t header_word(const LowLatencyDispatchParams& params, con
                                      int32_t dst, int32_t word) {
     const layout::LowLatencyLayout& map = params.base.map;
     if (word == 0) return params.base.signature;
+    // A masked rank, beyond one that is not: nothing comes there from here.
+    if (Shared::kHasNodes && shared.peers.masked[dst]) {
+        return word == 1 ? refusal_flag(layout::RefusalKind::kAbsent) : 0;
+    }
     if (word == 1) return static_cast<uint32_t>(params.base.num_tokens) | shared.refusal;
     const int32_t expert = word - static_cast<int32_t>(layout::kHeaderWords);
     if (expert < 0) return 0;
     if (expert < map.num_local_experts) return shared.counts[dst * map.num_local_experts + expert];
     const int32_t bits = expert - map.num_local_experts;
     return bits < map.token_words ? shared.token_bits[dst * map.token_words + bits] : 0;
+}
+
+/// Where the header for dst is stored.
+struct HeaderPlace {
+    int32_t rank;
+    int64_t offset;
+};
+
+template <bool kHasNodes>
+DEEPCOMM_DEVICE HeaderPlace header_place(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                         int32_t dst) {
+    const layout::LowLatencyLayout& map = params.map;
+    const int32_t rank = next_rank_to<kHasNodes>(params, dst);
+    if (rank == dst) return {rank, map.header_offset(turn.slot, params.comm.rank)};
+    const int32_t local = dst % map.ranks_per_node;
+    return {rank, map.rail_header_offset(turn.slot, params.node_idx, local)};
 }
 
 template <typename Shared>
@@ -131,11 +151,11 @@ DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
     for (int32_t i = block.thread_idx(); i < map.num_ranks * map.header_packets;
          i += block.size()) {
         const int32_t dst = i / map.header_packets, packet = i % map.header_packets;
-        if (shared.peers.masked[dst]) continue;
+        const HeaderPlace place = header_place<Shared::kHasNodes>(params.base, turn, dst);
+        if (shared.peers.masked[place.rank]) continue;
         const int32_t word = packet * static_cast<int32_t>(layout::kPacketWords);
-        const int64_t offset = map.header_offset(turn.slot, params.base.comm.rank);
         device::st_relaxed_sys(
-            packets_at(shared.peers.bases[dst], offset) + packet,
+            packets_at(shared.peers.bases[place.rank], place.offset) + packet,
             {{header_word(params, shared, dst, word), header_word(params, shared, dst, word + 1),
               header_word(params, shared, dst, word + 2), turn.tag}});
     }
@@ -153,8 +173,8 @@ DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
     clear_counts(params, block, shared);
     EarlyPeer early;
     *turn = take_turn(params.base, block, &early);
-    const bool goes_on =
-        open_peers(params.base, Operation::kLowLatencyDispatch, block, *turn, early, &shared.peers);
+    const bool goes_on = open_peers<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
+                                                       block, *turn, early, &shared.peers);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the zeros and the credits, to all
     count_tokens(params, block, mine, batch, shared);
     store_headers(params, block, *turn, shared);
@@ -162,17 +182,6 @@ DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
 }
 
 // ---- receiving
-
-/// Where late sources are masked, all blocks must agree on who takes part: the first to know says.
-DEEPCOMM_DEVICE bool takes_part(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                int32_t source, bool is_here) {
-    uint64_t* decision = &params.decisions[turn.slot * params.map.num_ranks + source];
-    const uint64_t mine = static_cast<uint64_t>(turn.tag) << 1 | (is_here ? 1u : 0u);
-    const uint64_t before = device::ld_relaxed_gpu(decision);
-    if (before >> 1 == turn.tag) return before & 1;
-    const uint64_t found = device::atom_cas_relaxed_gpu(decision, before, mine);
-    return found == before ? is_here : (found & 1) != 0;
-}
 
 /// Waits for the first packet of each source, where one must know how long that takes or where a
 /// late source is masked: the blocks then agree about who takes part. False: leave.
@@ -185,19 +194,25 @@ DEEPCOMM_DEVICE bool await_sources(const LowLatencyParams& params, const device:
          source += block.size()) {
         const bool was_masked = shared.peers.masked[source] != 0;
         Arrival arrival = Arrival::kAbsent;
+        int32_t late = source;
         if (!was_masked) {
+            const int32_t peer = last_rank_from<Shared::kHasNodes>(params, source);
             const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kCount,
-                                           source, turn.slot};
+                                           peer, turn.slot};
             const int64_t offset = params.map.header_offset(turn.slot, source);
             Vec128 packet;
             arrival =
                 wait_packet(params, site, packets_at(params.local, offset), turn.tag, &packet);
             add_wait(params, source, start_ns);
+            if (arrival == Arrival::kAbsent) late = peer;
+            if (Shared::kHasNodes && arrival == Arrival::kHere && tells_absence(packet)) {
+                arrival = Arrival::kAbsent;
+            }
         }
         goes_on = goes_on && arrival != Arrival::kFailed;
         if (!params.mask_late) continue;
         const bool is_present = takes_part(params, turn, source, arrival == Arrival::kHere);
-        if (!is_present && !was_masked) mask_late_peer(params, source);
+        if (!is_present && !was_masked) mask_late_peer(params, late);
         shared.peers.masked[source] = is_present ? 0 : 1;
     }
     return block.sync_and(goes_on);  // ORDER: the decisions before the block acts on them
@@ -226,6 +241,10 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
     const LowLatencyParams& base = params.base;
     const uint64_t start_ns = start_of_waits(base, block);
     block.sync();  // ORDER: the peers are found, and what was sent from shared memory is read
+    if constexpr (Shared::kHasNodes) {
+        mask_cut_sources(base, block, &shared.peers);
+        block.sync();  // ORDER: who is masked, to all
+    }
     bool goes_on = true;
     if (start_ns != 0 || base.mask_late)
         goes_on = await_sources(base, block, turn, start_ns, shared);
@@ -237,11 +256,15 @@ DEEPCOMM_DEVICE bool receive_headers(const LowLatencyDispatchParams& params,
         Vec128 packet = {{index == 0 ? base.signature : 0, 0, 0, 0}};  // masked: nothing comes
         if (!shared.peers.masked[source]) {
             const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kCount,
-                                           source, turn.slot};
+                                           last_rank_from<Shared::kHasNodes>(base, source),
+                                           turn.slot};
             const int64_t offset = base.map.header_offset(turn.slot, source);
-            goes_on = must_arrive(base, site, packets_at(base.local, offset) + index, turn.tag,
-                                  &packet) &&
-                      goes_on;
+            const Vec128* address = packets_at(base.local, offset) + index;
+            if (Shared::kHasNodes && index == 0) {
+                goes_on = must_take_part(base, site, address, turn.tag, &packet) && goes_on;
+            } else {
+                goes_on = must_arrive(base, site, address, turn.tag, &packet) && goes_on;
+            }
         }
         if (index == 0) note_header(base, &shared.refusals, source, packet);
         const int32_t word = index * static_cast<int32_t>(layout::kPacketWords);

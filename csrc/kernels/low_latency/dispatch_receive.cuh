@@ -82,7 +82,7 @@ DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const d
 /// A row's packets and its head, on their way to the threads that stage them.
 template <typename Spec>
 struct RowPackets {
-    static constexpr int32_t kAll = (Spec::kPackets + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int32_t kAll = Spec::kPacketsOfThread;
     static constexpr int32_t kCount = kAll < 6 ? kAll : 6;  ///< of a thread in flight
 
     Pair pair;  ///< token -1: none yet

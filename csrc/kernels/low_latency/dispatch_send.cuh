@@ -4,119 +4,9 @@
 // packets to every destination at once. PROTOCOLS.md: low_latency_dispatch.
 #pragma once
 
-#include "kernels/low_latency/dispatch_header.cuh"
-#include "kernels/rows/cast.cuh"
+#include "kernels/low_latency/dispatch_input.cuh"
 
 namespace deepcomm::kernels::low_latency {
-
-/// Casts 8 channels of a lane; the lanes of a tile agree on its scale. All lanes call it.
-template <typename Shared>
-DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& shared) {
-    using Spec = typename Shared::Spec;
-    constexpr bool kIsFp32 = Spec::kScaleFormat == ScaleFormat::kFp32;
-    const uint32_t amax = tile_amax(input);
-    if (vector >= Spec::kInputVectors) return;
-    const device::TileScale scale =
-        kIsFp32 ? device::fp32_tile_scale(amax) : device::ue8m0_tile_scale(amax);
-    reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(input, scale.inverse);
-    if (vector % kLanesPerTile != 0) return;
-    uint32_t* scales = shared.row + Spec::kRowWords;
-    const int32_t tile = vector / kLanesPerTile;
-    if constexpr (kIsFp32) {
-        scales[tile] = scale.stored;
-    } else {
-        reinterpret_cast<uint8_t*>(scales)[tile] = static_cast<uint8_t>(scale.stored);
-    }
-}
-
-/// The vectors of a row that a thread stages: loaded early, used late.
-template <typename Shared>
-struct RowInput {
-    using Spec = typename Shared::Spec;
-    static constexpr int kAll = (Spec::kInputVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
-    static constexpr int kCount = kAll < 4 ? kAll : 4;  ///< in flight at once
-
-    Vec128 vectors[kCount];
-
-    DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t vector = first + i * Spec::kNumThreads;
-            vectors[i] =
-                vector < Spec::kInputVectors
-                    ? device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + vector)
-                    : Vec128{};
-        }
-    }
-
-    DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t vector = first + i * Spec::kNumThreads;
-            if constexpr (Spec::kCasts) {
-                cast_vector(vectors[i], vector, shared);
-            } else if (vector < Spec::kInputVectors) {
-                reinterpret_cast<Vec128*>(shared.row)[vector] = vectors[i];
-            }
-        }
-    }
-};
-
-/// Zeros behind the row, and scales that come with it.
-template <typename Shared>
-DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const device::Block& block,
-                                int32_t token, Shared& shared) {
-    using Spec = typename Shared::Spec;
-    constexpr int32_t kGiven = Spec::kCasts ? 0 : Spec::kScaleWords;
-    const uint32_t* scales = params.scales + token * params.scale_stride;
-    const int32_t first_zero = Spec::kRowWords + Spec::kScaleWords;
-    DEEPCOMM_NO_UNROLL
-    for (int32_t word = Spec::kRowWords + block.thread_idx(); word < Spec::kStagedWords;
-         word += block.size()) {
-        if (word < Spec::kRowWords + kGiven) shared.row[word] = scales[word - Spec::kRowWords];
-        if (word >= first_zero) shared.row[word] = 0;
-    }
-    // The absent tiles of the last word of exponents.
-    if (Spec::kCasts && Spec::kScaleFormat == ScaleFormat::kUe8m0 && block.is_leader()) {
-        auto* bytes = reinterpret_cast<uint8_t*>(shared.row + Spec::kRowWords);
-        DEEPCOMM_NO_UNROLL
-        for (int32_t tile = Spec::kTiles; tile < 4 * Spec::kScaleWords; ++tile) bytes[tile] = 0;
-    }
-}
-
-/// What the threads of a block load of a token, ahead of its turn.
-template <typename Shared>
-struct TokenInput {
-    static constexpr int32_t kEarlier =
-        4;  ///< ids in flight at once: all of them at T = 128, K = 8
-
-    int32_t token;
-    RowInput<Shared> row;
-    IdBatch<1> own;             ///< of a lane's column
-    IdBatch<kEarlier> earlier;  ///< of tokens before this one
-    float weight;               ///< of a lane's column; in the last warp
-
-    DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const device::Block& block,
-                              int32_t token_idx) {
-        const int32_t num_topk = params.base.num_topk, lane = device::Warp{}.thread_idx();
-        const int32_t first = token_idx * num_topk;
-        token = token_idx;
-        row.load(params.x + token * params.x_stride, block.thread_idx());
-        own.load(params, {first + lane, 0, first + num_topk});
-        earlier.load(params, earlier_ids(params, block, 0));
-        weight = 0;
-        if (params.topk_weights != nullptr && is_in_last_warp(block) && lane < num_topk) {
-            weight = params.topk_weights[first + lane];
-        }
-    }
-
-    /// The ids before the token that a thread compares, from a round on.
-    DEEPCOMM_DEVICE IdRange earlier_ids(const LowLatencyDispatchParams& params,
-                                        const device::Block& block, int32_t round) const {
-        return {block.thread_idx() + round * block.size(), block.size(),
-                token * params.base.num_topk};
-    }
-};
 
 /// The last warp: writes the handle's copies.
 template <typename Shared>
@@ -129,7 +19,8 @@ DEEPCOMM_DEVICE void write_handle(const LowLatencyDispatchParams& params, const 
     if (params.topk_weights != nullptr) params.handle_topk_weights[index] = input.weight;
 }
 
-/// The last warp: destinations of the token, in the order of their first columns.
+/// The last warp: destinations of the token, in the order of their first columns. The rank of another
+/// node's rail is one for all experts there, which it counts from its own first one.
 template <typename Shared>
 DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
                                        const device::Warp& warp, const TokenInput<Shared>& input,
@@ -137,8 +28,10 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     const int32_t k = warp.thread_idx();
     const int32_t expert = expert_of(params, input.own.ids[0]);
     const int32_t num_local = params.base.map.num_local_experts;
-    const int32_t dst = expert < 0 ? -1 : expert / num_local;
-    const bool is_sent = dst >= 0 && !shared.peers.masked[dst];
+    const int32_t owner = expert < 0 ? -1 : expert / num_local;
+    const bool is_sent =
+        owner >= 0 && !is_cut_to<Shared::kHasNodes>(params.base, shared.peers, owner);
+    const int32_t dst = is_sent ? next_rank_to<Shared::kHasNodes>(params.base, owner) : -1;
     const uint32_t alike = device::warp_match(is_sent ? static_cast<uint32_t>(dst) : kNoExpert);
     const int32_t first = device::lowest_bit(alike);
     const uint32_t firsts = device::warp_ballot(is_sent && first == k);
@@ -177,6 +70,41 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
     }
 }
 
+/// Whether an entry is an expert of that destination itself, not of a rank beyond it.
+template <typename Shared>
+DEEPCOMM_DEVICE bool is_entry_of(const LowLatencyParams& params, const LowLatencyEntry& entry,
+                                 int32_t dst_idx) {
+    const bool is_beyond =
+        Shared::kHasNodes &&
+        (entry.local_expert < 0 || entry.local_expert >= params.map.num_local_experts);
+    return entry.dst_idx == dst_idx && !is_beyond;
+}
+
+/// Tells the ranks of other nodes' rails where a token goes in the whole node.
+template <typename Shared>
+DEEPCOMM_DEVICE void store_rail_heads(const LowLatencyDispatchParams& params,
+                                      const device::Block& block, const LowLatencyTurn& turn,
+                                      int32_t token, const uint32_t* positions,
+                                      const Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const int32_t num_topk = base.num_topk;
+    const int32_t own_first = base.rail_idx * base.map.num_local_experts;
+    const int64_t offset = base.map.rail_head_offset(turn.slot, base.node_idx, token);
+    DEEPCOMM_NO_UNROLL
+    for (int32_t i = block.thread_idx(); i < shared.num_destinations * num_topk;
+         i += block.size()) {
+        const int32_t dst_idx = i / num_topk, k = i % num_topk;
+        const int32_t dst = shared.destinations[dst_idx];
+        if (dst / base.map.ranks_per_node == base.node_idx) continue;
+        const LowLatencyEntry& entry = shared.entries[k];
+        const bool is_there = entry.dst_idx == dst_idx;
+        const int32_t expert = own_first + entry.local_expert;
+        device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + k,
+                               {{is_there ? static_cast<uint32_t>(expert) : kNoExpert, positions[k],
+                                 device::float_bits(entry.weight), turn.tag}});
+    }
+}
+
 /// Stores the staged row and what its destinations need to place it.
 template <typename Shared>
 DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
@@ -190,7 +118,7 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
     for (int32_t i = block.thread_idx(); i < num_destinations * num_topk; i += block.size()) {
         const int32_t dst_idx = i / num_topk, k = i % num_topk;
         const LowLatencyEntry& entry = shared.entries[k];
-        const bool is_there = entry.dst_idx == dst_idx;
+        const bool is_there = is_entry_of<Shared>(params.base, entry, dst_idx);
         const uint32_t expert = is_there ? static_cast<uint32_t>(entry.local_expert) : kNoExpert;
         unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
         device::st_relaxed_sys(
@@ -246,6 +174,9 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     if (following < params.base.num_tokens) input.load(params, block, following);
     if (!block.sync_and(has_peers)) return false;  // ORDER: the credits and the staged row, to all
     store_packets(params, block, turn, token, positions, shared);
+    if constexpr (Shared::kHasNodes) {
+        store_rail_heads(params, block, turn, token, positions, shared);
+    }
     return true;
 }
 
@@ -256,7 +187,7 @@ DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::B
     int32_t* connected = params.record + params.record_map.connected;
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
-        connected[peer] = shared.peers.masked[peer] ? 0 : 1;
+        connected[peer] = is_cut_to<Shared::kHasNodes>(params, shared.peers, peer) ? 0 : 1;
     }
     if (block.is_leader()) params.record[params.record_map.tag] = static_cast<int32_t>(turn.tag);
 }
@@ -278,8 +209,8 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     if (!sends_headers) {
         EarlyPeer early;
         *turn = take_turn(params.base, block, &early);
-        has_peers = open_peers(params.base, Operation::kLowLatencyDispatch, block, *turn, early,
-                               &shared.peers);
+        has_peers = open_peers<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
+                                                  block, *turn, early, &shared.peers);
     }
     DEEPCOMM_NO_UNROLL
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {

@@ -26,6 +26,7 @@ struct LowLatencyDispatchSpec {
                                        : kScaleFormat == ScaleFormat::kFp32 ? kTiles
                                                                             : (kTiles + 3) / 4;
     static constexpr int kPackets = static_cast<int>(layout::packets_of(kRowWords + kScaleWords));
+    static constexpr int kPacketsOfThread = (kPackets + kThreads - 1) / kThreads;
     static constexpr int kStagedWords =
         static_cast<int>(round_up(kPackets * layout::kPacketWords, 4));
     static constexpr int kInputVectors = (kCasts ? 2 * kHidden : kRowBytes) / 16;
@@ -45,6 +46,7 @@ struct LowLatencyEntry {
 
 template <int kHidden, int kRows, int kPhases, int kThreads>
 struct LowLatencyDispatchShared {
+    static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
     using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales

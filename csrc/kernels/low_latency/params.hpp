@@ -8,8 +8,16 @@
 
 namespace deepcomm::kernels {
 
-/// Which part of an operation a launch does: a template argument of dispatch and combine.
-enum LowLatencyPhase : int32_t { kSendPhase = 1, kReceivePhase = 2, kBothPhases = 3 };
+/// Which part of an operation a launch does: a template argument of dispatch and combine. With
+/// kOverNodes the operation is one of several nodes of several ranks, whose receive phase passes on.
+enum LowLatencyPhase : int32_t {
+    kSendPhase = 1,
+    kReceivePhase = 2,
+    kBothPhases = 3,
+    kOverNodes = 4
+};
+
+constexpr int32_t kNumLowLatencyRoles = static_cast<int32_t>(layout::Role::kMeet);
 
 /// Rows of a dispatch, as given and as they travel: a template argument.
 enum class LowLatencyRows : int32_t {
@@ -38,6 +46,10 @@ struct LowLatencyParams {
     int32_t num_topk;    ///< K of this operation
     int32_t num_tokens;  ///< of this rank
     int32_t mask_late;   ///< a late peer is masked instead of failing the operation
+    int32_t node_idx;    ///< of this rank
+    int32_t rail_idx;    ///< its index in the node
+    /// Of each wait, by role: over several nodes some wait for ranks that wait themselves.
+    uint64_t timeouts_ns[kNumLowLatencyRoles];
 };
 
 struct LowLatencyDispatchParams {

@@ -3,7 +3,7 @@
 // PROTOCOLS.md: low latency.
 #pragma once
 
-#include "kernels/low_latency/common.cuh"
+#include "kernels/low_latency/nodes.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -67,11 +67,13 @@ DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params, const d
 }
 
 /// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked.
+template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
                                const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
     uint32_t masked = early.masked;
     bool goes_on = true;
-    if (!is_free(params, turn, early.received) && !masked) {
+    const bool is_written = !kHasNodes || early.base != nullptr;
+    if (is_written && !is_free(params, turn, early.received) && !masked) {
         const uint64_t* credit = credit_of(params, turn.slot, early.peer);
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
@@ -92,6 +94,7 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
 
 /// The last warp: find_peers, and waits for those that are not masked. The block meets before others
 /// use them. False: leave.
+template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
                                 const device::Block& block, const LowLatencyTurn& turn,
                                 EarlyPeer early, Peers* peers) {
@@ -103,9 +106,20 @@ DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operat
          item += device::kWarpSize) {
         if (item != lane) early.load(params, item, turn.slot);
         if (early.slot != turn.slot) continue;
-        goes_on = open_peer(params, operation, turn, early, peers) && goes_on;
+        goes_on = open_peer<kHasNodes>(params, operation, turn, early, peers) && goes_on;
     }
     return goes_on;
+}
+
+/// Where late sources are masked, all blocks must agree on who takes part: the first to know says.
+DEEPCOMM_DEVICE bool takes_part(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                int32_t source, bool is_here) {
+    uint64_t* decision = &params.decisions[turn.slot * params.map.num_ranks + source];
+    const uint64_t mine = static_cast<uint64_t>(turn.tag) << 1 | (is_here ? 1u : 0u);
+    const uint64_t before = device::ld_relaxed_gpu(decision);
+    if (before >> 1 == turn.tag) return before & 1;
+    const uint64_t found = device::atom_cas_relaxed_gpu(decision, before, mine);
+    return found == before ? is_here : (found & 1) != 0;
 }
 
 }  // namespace deepcomm::kernels::low_latency

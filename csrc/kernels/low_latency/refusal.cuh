@@ -15,6 +15,21 @@ DEEPCOMM_DEVICE uint32_t refusal_flag(layout::RefusalKind kind) {
     return static_cast<uint32_t>(kind) << kRefusalShift;
 }
 
+/// Whether a header says, over several nodes, that its rank takes no part.
+DEEPCOMM_DEVICE bool tells_absence(const Vec128& packet) {
+    return packet.words[1] >> kRefusalShift == static_cast<uint32_t>(layout::RefusalKind::kAbsent);
+}
+
+/// Waits for the header of a rank that must take part: where it is said not to, the deadline passes.
+DEEPCOMM_DEVICE bool must_take_part(const LowLatencyParams& params, const device::WaitSite& site,
+                                    const Vec128* address, uint32_t tag, Vec128* packet) {
+    const device::WaitContext context = wait_context(params, site.role);
+    return device::wait_until(context, site, tag, address, [&]() -> device::Observed {
+        *packet = device::ld_relaxed_sys(address);
+        return {packet->words[3], packet->words[3] == tag && !tells_absence(*packet)};
+    });
+}
+
 /// What the headers of an operation said, by rank; in shared memory.
 struct Refusals {
     layout::RefusalKind kinds[layout::kMaxLowLatencyRanks];

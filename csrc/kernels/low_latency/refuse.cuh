@@ -3,13 +3,19 @@
 // Every peer learns why; what they send is dropped. PROTOCOLS.md: low_latency_refuse.
 #pragma once
 
-#include "kernels/low_latency/peers.cuh"
-#include "kernels/low_latency/refusal.cuh"
+#include "kernels/low_latency/forward.cuh"
 
 namespace deepcomm::kernels {
 
+template <bool kHasNodes>
 struct LowLatencyRefuseShared {
     low_latency::Peers peers;
+};
+
+template <>
+struct LowLatencyRefuseShared<true> {
+    low_latency::Peers peers;
+    low_latency::Refusals refusals;  ///< of the rail's ranks
 };
 
 namespace low_latency {
@@ -25,32 +31,59 @@ DEEPCOMM_DEVICE Vec128 refusal_packet(const LowLatencyRefuseParams& params, int3
     return {{params.message[first], params.message[first + 1], params.message[first + 2], tag}};
 }
 
+/// Stores it to all peers, or over several nodes to those of this node and rail.
+template <bool kHasNodes>
+DEEPCOMM_DEVICE void store_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
+                                   const LowLatencyTurn& turn, const Peers& peers) {
+    const LowLatencyParams& base = params.base;
+    const int64_t offset = base.map.header_offset(turn.slot, base.comm.rank);
+    DEEPCOMM_NO_UNROLL
+    for (int32_t i = block.thread_idx(); i < base.map.num_ranks * base.map.header_packets;
+         i += block.size()) {
+        const int32_t peer = i / base.map.header_packets, packet = i % base.map.header_packets;
+        if (peers.masked[peer] || (kHasNodes && peers.bases[peer] == nullptr)) continue;
+        device::st_relaxed_sys(packets_at(peers.bases[peer], offset) + packet,
+                               refusal_packet(params, packet, turn.tag));
+    }
+}
+
+/// The ranks of this node wait for what comes along the rail, whatever this one does. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool pass_on_beside_refusal(const LowLatencyParams& params,
+                                            const device::Block& block, const RailHeaders& headers,
+                                            Shared& shared) {
+    const bool goes_on =
+        await_rail(params, block, headers, &shared.peers, [](int32_t, const Vec128&) {});
+    return goes_on && pass_on_headers(params, block, headers, shared.peers,
+                                      [](int32_t, int32_t, const Vec128&) {});
+}
+
 }  // namespace low_latency
 
-extern "C" __global__ void __launch_bounds__(256)
+template <bool kHasNodes>
+__global__ void __launch_bounds__(256)
     low_latency_refuse(const __grid_constant__ LowLatencyRefuseParams params) {
     using namespace low_latency;
     const LowLatencyParams& base = params.base;
     // A combine of a dispatch that was refused itself takes no turn on any rank.
     if (base.record != nullptr && base.record[base.record_map.is_void]) return;
     const device::Block block;
-    auto& shared = device::shared_storage<LowLatencyRefuseShared>();
+    auto& shared = device::shared_storage<LowLatencyRefuseShared<kHasNodes>>();
     EarlyPeer early;
     const LowLatencyTurn turn = take_turn(base, block, &early);
     const Operation operation =
         params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
-    const bool has_peers = open_peers(base, operation, block, turn, early, &shared.peers);
+    const bool has_peers =
+        open_peers<kHasNodes>(base, operation, block, turn, early, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
-    const int64_t offset = base.map.header_offset(turn.slot, base.comm.rank);
-    DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < base.map.num_ranks * base.map.header_packets;
-         i += block.size()) {
-        const int32_t peer = i / base.map.header_packets, packet = i % base.map.header_packets;
-        if (shared.peers.masked[peer]) continue;
-        device::st_relaxed_sys(packets_at(shared.peers.bases[peer], offset) + packet,
-                               refusal_packet(params, packet, turn.tag));
+    store_refusal<kHasNodes>(params, block, turn, shared.peers);
+    if constexpr (kHasNodes) {
+        if (!pass_on_beside_refusal(base, block, {operation, turn, shared.refusals}, shared)) {
+            return;
+        }
     }
-    finish_receive<kBothPhases>(base, block, turn, shared.peers);
+    constexpr int kPhases = kBothPhases | (kHasNodes ? kOverNodes : 0);
+    finish_receive<kPhases>(base, block, turn, shared.peers);
 }
 
 }  // namespace deepcomm::kernels

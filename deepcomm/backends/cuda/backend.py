@@ -44,9 +44,18 @@ RAILS = ("auto", "lsa", "nccl")
 GROWTH = 1.5
 
 
-def is_carried(rail: str, labels: Sequence[str]) -> bool:
-    """Return whether rails need a network: by what the user says, or by what ranks reach."""
-    return rail == "nccl" or (rail == "auto" and len(set(labels)) > 1)
+def choose_rail(asked: str, labels: Sequence[str]) -> str:
+    """Return how ranks of a rail reach each other: as asked, or by what they do reach."""
+    if asked != "auto":
+        return asked
+    return "lsa" if len(set(labels)) == 1 else "nccl"
+
+
+def why_rail(asked: str, labels: Sequence[str]) -> str:
+    """Return the reason for that."""
+    if asked != "auto":
+        return "as asked"
+    return "all ranks reach each other" if len(set(labels)) == 1 else "out of each other's reach"
 
 
 class CudaBackend:
@@ -62,8 +71,12 @@ class CudaBackend:
         check_equal("Buffer", self._group.all_gather(entry))
         labels = self._group.all_gather(runtime.reach)
         self.topology = find_nodes(self._group.rank, labels, config.ranks_per_node)
-        self.config = replace(config, ranks_per_node=self.topology.ranks_per_node)
-        self._is_carried = is_carried(config.rail, labels)
+        self._why_rail = why_rail(config.rail, labels)
+        self.config = replace(
+            config,
+            ranks_per_node=self.topology.ranks_per_node,
+            rail=choose_rail(config.rail, labels),
+        )
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
@@ -97,7 +110,7 @@ class CudaBackend:
         if self.topology.num_nodes == 1:
             return FlatEngine(self._group, self.config, machine)
         return NodesEngine(
-            self._group, self.config, machine, self.topology, is_carried=self._is_carried
+            self._group, self.config, machine, self.topology, is_carried=self.config.rail == "nccl"
         )
 
     @property
@@ -370,13 +383,8 @@ class CudaBackend:
             return ["rail       none: one NVLink domain"]
         return [
             f"rail       ranks {topology.rail_ranks}, once a node; then inside the node",
-            f"           {self.engine.describe_rail()} ({self._why_rail()})",
+            f"           {self.engine.describe_rail()} ({self._why_rail})",
         ]
-
-    def _why_rail(self) -> str:
-        if self.config.rail != "auto":
-            return "as asked"
-        return "out of each other's reach" if self._is_carried else "all ranks reach each other"
 
     def close(self) -> None:
         """Release everything; idempotent."""

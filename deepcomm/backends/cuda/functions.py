@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, find_excess
+from deepcomm.backends.cuda.low_latency_slots import (
+    BOTH,
+    OVER_NODES,
+    RECEIVE,
+    SEND,
+    find_excess,
+    has_nodes,
+)
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import BF16, KINDS, wire_of
 from deepcomm.checks.dispatch import FP8_ALIGN
@@ -25,7 +32,6 @@ __all__ = ["Functions", "LowLatencyFunctions"]
 
 NUM_THREADS: Final = 256
 """Of a block of the low-latency kernels."""
-PHASES: Final = (SEND, RECEIVE, BOTH)
 WIRES: Final = {"bf16": 0, "fp8": 1, "cast": 2}
 """Template argument by ``RowFormat.wire``."""
 
@@ -98,7 +104,7 @@ class LowLatencyFunctions:
     Attributes:
         mask: Of every buffer.
         refuse: Takes the turn of an operation whose arguments are wrong.
-        dispatch: By the kind of rows as given, then by phase.
+        dispatch: By the kind of rows as given, then by phase; over nodes no launch has both.
         combine: By phase.
     """
 
@@ -119,9 +125,10 @@ class LowLatencyFunctions:
         wanted: Wanted = {("mask",): ("low_latency_mask", {})}
         if config.num_low_latency_slots == 0 or find_excess(config, topology) is not None:
             return wanted
-        wanted["refuse",] = ("low_latency_refuse", {})
-        for phases in PHASES:
-            shape = {"phases": phases, "num_threads": NUM_THREADS}
+        over_nodes = OVER_NODES if has_nodes(topology) else 0
+        wanted["refuse",] = ("low_latency_refuse", {"has_nodes": bool(over_nodes)})
+        for phases in (SEND, RECEIVE) if over_nodes else (SEND, RECEIVE, BOTH):
+            shape = {"phases": phases | over_nodes, "num_threads": NUM_THREADS}
             wanted[COMBINE, phases] = (COMBINE, {"hidden": config.hidden, **shape})
             for kind in kinds_of(config):
                 # What is received has been cast already.
@@ -138,16 +145,20 @@ class LowLatencyFunctions:
         return LowLatencyFunctions(
             mask=loaded["mask",],
             refuse=loaded["refuse",],
-            dispatch={
-                kind: {
-                    SEND: loaded[DISPATCH, kind, SEND],
-                    RECEIVE: loaded[DISPATCH, wire_of(kind), RECEIVE],
-                    BOTH: loaded[DISPATCH, kind, BOTH],
-                }
-                for kind in kinds_of(config)
-            },
-            combine={phases: loaded[COMBINE, phases] for phases in PHASES},
+            dispatch={kind: dispatches_of(loaded, kind) for kind in kinds_of(config)},
+            combine={key[1]: function for key, function in loaded.items() if key[0] == COMBINE},
         )
+
+
+def dispatches_of(loaded: Loaded, kind: int) -> dict[int, Function]:
+    """Return the low-latency dispatches of a kind of rows, by phase."""
+    by_phase = {
+        SEND: loaded[DISPATCH, kind, SEND],
+        RECEIVE: loaded[DISPATCH, wire_of(kind), RECEIVE],
+    }
+    if (both := loaded.get((DISPATCH, kind, BOTH))) is not None:
+        by_phase[BOTH] = both
+    return by_phase
 
 
 def has_fp8(config: BufferConfig) -> bool:

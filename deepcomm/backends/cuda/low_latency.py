@@ -22,7 +22,14 @@ from deepcomm.backends.cuda.low_latency_operation import (
     DispatchOperation,
     is_known_record,
 )
-from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, Place, Slots
+from deepcomm.backends.cuda.low_latency_slots import (
+    BOTH,
+    RECEIVE,
+    SEND,
+    Place,
+    Slots,
+    has_nodes,
+)
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_words import Sizes
 from deepcomm.errors import Error, InvalidArgument, describe_error
@@ -65,6 +72,7 @@ class LowLatency:
             config.num_experts // self._num_ranks,
             config.hidden,
             place.runtime.device,
+            place.topology.num_nodes if has_nodes(place.topology) else 1,
         )
         self._context: Context | None = None
         self._mask = place.runtime.memory(4 * self._num_ranks)
@@ -154,6 +162,7 @@ class LowLatency:
             return
         params = slots.refuse_params.copy()
         params.is_combine = operation == COMBINE
+        params.base.mask_late = getattr(request, "on_timeout", None) == "mask"
         params.set_message(describe_error(error))
         record = is_known_record(request) if operation == COMBINE else None
         if record is not None:
@@ -179,15 +188,14 @@ class LowLatency:
     ) -> tuple[Event | None, Callable[[], None] | None]:
         """Launch both phases, or the first; return the completion and the hook, if asked for."""
         runtime = self._place.runtime
-        function, grid = operation.plan.launches[SEND if request.return_hook else BOTH]
         event: Event | None = None
         if request.async_op:
             with self._stream_of(request, operation):
-                runtime.launch(function, grid, operation.params)
+                self._launch(operation, request.return_hook)
                 runtime.flush()
                 event = runtime.record_event(self.check)
         else:
-            runtime.launch(function, grid, operation.params)
+            self._launch(operation, request.return_hook)
             runtime.flush()
         number = slots.open()
         if not request.return_hook:
@@ -196,6 +204,17 @@ class LowLatency:
             return event, None
         slots.leave_in_flight(number)
         return event, self._make_hook(slots, number, (operation, request), event)
+
+    def _launch(self, operation: Operation, has_hook: bool) -> None:
+        """Launch both phases, or the first."""
+        launches, launch = operation.plan.launches, self._place.runtime.launch
+        if has_hook:
+            launch(*launches[SEND], operation.params)
+        elif self._sizes.num_nodes == 1:
+            launch(*launches[BOTH], operation.params)
+        else:
+            launch(*launches[SEND], operation.params)
+            launch(*launches[RECEIVE], operation.params)
 
     def _make_hook(
         self, slots: Slots, number: int, flying: tuple[Operation, Any], sent: Event | None

@@ -100,7 +100,7 @@ class CombineOperation:
         params.set_tensors(
             inputs[0].data_ptr(), self._x.data_ptr(), words, words + 4 * record.map.topk_idx
         )
-        if request.return_hook:
+        if request.return_hook or context.sizes.num_nodes > 1:
             self._turn = plan.turn()
             params.base.turn = self._turn.data_ptr()
         if plan.has_extras:

@@ -323,7 +323,12 @@ def _plan_combine(
     handle, sizes = request.handle, context.sizes
     words: Words = handle.records.map
     num_tokens = handle.num_tokens
-    num_wanted = {SEND: sizes.block_rows, RECEIVE: num_tokens, BOTH: sizes.block_rows}
+    num_passed_on = (sizes.num_nodes - 1) * sizes.max_tokens
+    num_wanted = {
+        SEND: sizes.block_rows,
+        RECEIVE: max(num_tokens, num_passed_on),
+        BOTH: sizes.block_rows,
+    }
     device = sizes.device
     carried = None
     if checked.carried is not None:

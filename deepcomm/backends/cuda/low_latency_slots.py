@@ -13,7 +13,7 @@ from deepcomm.errors import InvalidArgument
 from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.runtime import Function, Memory, Runtime
@@ -23,17 +23,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOTH",
+    "OVER_NODES",
     "RECEIVE",
     "SEND",
     "Failure",
     "Launches",
     "Place",
     "Slots",
+    "find_excess",
+    "has_nodes",
     "low_latency_layout",
 ]
 
 SEND, RECEIVE, BOTH = 1, 2, 3
 """Phases of a launch; csrc/kernels/low_latency/params.hpp."""
+OVER_NODES: Final = 4
+"""Added to them in a kernel's template argument: the operation spans several nodes."""
+
+PATIENCE: Final = (2, 4, 4, 3, 1)
+"""Over several nodes, how many ``timeout_s`` a wait may take, by layout::Role.
+
+Who passes on (the last role) waits for a rank of another node; its node waits for it with the
+headers, it for its node's sums, and the token's rank for its sum. A wait ends after those that it
+depends on, so that a rank that has stopped is named by those who know.
+"""
 
 MAX_BLOCKS_PER_SM: Final = 3
 TOKEN_BITS: Final = 32
@@ -75,8 +88,17 @@ class Place:
     num_sms: int
 
 
-def low_latency_shape(config: BufferConfig, num_ranks: int) -> kernels.LowLatencyShape:
+def has_nodes(topology: Topology) -> bool:
+    """Return whether ranks pass on what comes from other nodes.
+
+    Where each node is one rank, all of them are of one rail, and every way is direct.
+    """
+    return topology.num_nodes > 1 and topology.ranks_per_node > 1
+
+
+def low_latency_shape(config: BufferConfig, topology: Topology) -> kernels.LowLatencyShape:
     """Return the sizes that decide the map of the symmetric memory."""
+    num_ranks = topology.num_ranks
     shape = kernels.LowLatencyShape()
     shape.num_ranks = num_ranks
     shape.num_experts = config.num_experts
@@ -84,16 +106,19 @@ def low_latency_shape(config: BufferConfig, num_ranks: int) -> kernels.LowLatenc
     shape.hidden = config.hidden
     shape.max_tokens = config.max_tokens_per_rank
     shape.num_slots = config.num_low_latency_slots
+    shape.ranks_per_node = topology.ranks_per_node if has_nodes(topology) else num_ranks
     return shape
 
 
-def low_latency_layout(config: BufferConfig, num_ranks: int) -> kernels.LowLatencyLayout:
+def low_latency_layout(config: BufferConfig, topology: Topology) -> kernels.LowLatencyLayout:
     """Return the map of one rank's symmetric memory."""
-    return kernels.LowLatencyLayout.make(low_latency_shape(config, num_ranks))
+    return kernels.LowLatencyLayout.make(low_latency_shape(config, topology))
 
 
 def find_excess(config: BufferConfig, topology: Topology) -> str | None:
     """Return what is beyond the kernels of this mode, None where all is well."""
+    if config.rail == "nccl" and topology.num_nodes > 1:
+        return "rail: expected 'lsa' for low-latency operations over several nodes, got 'nccl'"
     limits = (
         ("ranks", topology.num_ranks, kernels.MAX_LOW_LATENCY_RANKS),
         ("num_experts", config.num_experts, kernels.MAX_LOW_LATENCY_EXPERTS),
@@ -111,11 +136,6 @@ def find_excess(config: BufferConfig, topology: Topology) -> str | None:
             most = most // topology.num_ranks * TOKEN_BITS
             value = config.max_tokens_per_rank
         return f"{name}: expected at most {most} for low-latency operations, got {value}"
-    if topology.num_nodes > 1:
-        return (
-            "ranks_per_node: expected one node for low-latency operations on GPUs, "
-            f"got {topology.num_nodes}"
-        )
     return None
 
 
@@ -154,7 +174,7 @@ class Slots:
         """
         if (excess := find_excess(config, place.topology)) is not None:
             raise InvalidArgument(excess)
-        self.map = low_latency_layout(config, place.topology.num_ranks)
+        self.map = low_latency_layout(config, place.topology)
         self._place = place
         self._config = config
         self.memory = place.runtime.symmetric_memory(
@@ -181,18 +201,28 @@ class Slots:
         runtime, topology, config = self._place.runtime, self._place.topology, self._config
         status = runtime.host_memory(kernels.LOW_LATENCY_STATUS_BYTES)
         self.status = Status(status, topology.rank, config.num_experts)
-        table = b"".join(base.to_bytes(8, "little") for base in self.memory.bases)
-        self._bases = runtime.upload(table)
+        self._bases = runtime.upload(b"".join(self._bases_of_peers()))
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         num_decisions = topology.num_ranks * config.num_low_latency_slots
         self._decisions = runtime.memory(8 * num_decisions)
+
+    def _bases_of_peers(self) -> Iterator[bytes]:
+        """Yield where the memory of each rank is; 0 for ranks of another node and rail."""
+        topology = self._place.topology
+        peers = {*topology.node_ranks, *topology.rail_ranks}
+        for rank, base in enumerate(self.memory.bases):
+            yield (base if rank in peers else 0).to_bytes(8, "little")
 
     def _fill(self, base: kernels.LowLatencyParams, addresses: tuple[int, int]) -> None:
         """Fill what does not change from one operation to the next."""
         topology = self._place.topology
         base.comm.rank = topology.rank
         base.comm.num_ranks = topology.num_ranks
-        base.comm.timeout_ns = int(self._config.timeout_s * 1e9)
+        patience = PATIENCE if has_nodes(topology) else (1,) * len(PATIENCE)
+        timeout_ns = int(self._config.timeout_s * 1e9)
+        base.comm.timeout_ns = timeout_ns
+        base.set_timeouts([factor * timeout_ns for factor in patience])
+        base.node_idx, base.rail_idx = topology.node, topology.local
         base.comm.record = self._place.failure.record_device_address
         base.comm.failed = self._place.failure.failed_address
         base.comm.bases = self._bases.address

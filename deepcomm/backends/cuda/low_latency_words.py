@@ -31,13 +31,18 @@ MAX_MAPS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Sizes of a buffer's outputs: L blocks of M rows of H elements."""
+    """Sizes of a buffer's outputs: L blocks of M rows of H elements.
+
+    Attributes:
+        num_nodes: Among which ranks pass on; 1 where every way is direct.
+    """
 
     num_ranks: int
     max_tokens: int
     num_local_experts: int
     hidden: int
     device: torch.device
+    num_nodes: int
 
     @property
     def block_rows(self) -> int:
@@ -84,7 +89,9 @@ def _make_words(
     sizes: Sizes, recv_layout: RecvLayout, shape: tuple[int, int], has_weights: bool
 ) -> Words:
     num_tokens, num_topk = shape
-    record = kernels.LowLatencyRecordLayout.make(sizes.num_ranks, sizes.max_tokens, num_topk)
+    record = kernels.LowLatencyRecordLayout.make(
+        sizes.num_ranks, sizes.max_tokens, num_topk, sizes.num_nodes
+    )
     is_token = recv_layout is RecvLayout.TOKEN
     num_blocks = 1 if is_token else sizes.num_local_experts
     num_weights = num_blocks * sizes.block_rows * (num_topk if is_token else 1)

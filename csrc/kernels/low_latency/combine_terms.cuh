@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sum of what ranks have stored for a token, by a block, in a fixed order: polls packets and adds
+// them in FP32. Which terms there are and where they lie is the caller's. PROTOCOLS.md:
+// low_latency_combine.
+#pragma once
+
+#include "kernels/low_latency/combine_spec.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// The words of a row that belong to the packets of one thread, as FP32.
+template <typename Spec>
+struct TokenSum {
+    static constexpr int kNumThreads = Spec::kNumThreads;
+    static constexpr int kAll = Spec::kPacketsOfThread;
+    static constexpr int kCount = Spec::kSumPackets;
+    static constexpr int kWords = static_cast<int>(layout::kPacketWords);
+
+    float low[kCount][kWords];
+    float high[kCount][kWords];
+
+    DEEPCOMM_DEVICE void clear() {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            DEEPCOMM_UNROLL
+            for (int32_t part = 0; part < kWords; ++part) low[i][part] = high[i][part] = 0;
+        }
+    }
+
+    DEEPCOMM_DEVICE void add_word(int32_t i, int32_t part, uint32_t pair) {
+        low[i][part] = device::fadd_rn(low[i][part], device::bf16x2_low(pair));
+        high[i][part] = device::fadd_rn(high[i][part], device::bf16x2_high(pair));
+    }
+
+    DEEPCOMM_DEVICE void add(const PacketBatch<kCount>& batch) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            DEEPCOMM_UNROLL
+            for (int32_t part = 0; part < kWords; ++part) {
+                add_word(i, part, batch.packets[i].words[part]);
+            }
+        }
+    }
+
+    /// Adds the bias, if there is one, and writes the words of packets first, first + threads, ...
+    DEEPCOMM_DEVICE void store(const uint32_t* bias, uint32_t* out, int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            DEEPCOMM_UNROLL
+            for (int32_t part = 0; part < kWords; ++part) {
+                const int32_t word = (first + i * Spec::kNumThreads) * kWords + part;
+                if (word >= Spec::kRowWords) continue;
+                if (bias != nullptr) add_word(i, part, bias[word]);
+                out[word] = device::bf16x2_from_floats(low[i][part], high[i][part]);
+            }
+        }
+    }
+};
+
+/// The terms of a token's sum on one node: what its ranks have summed, by rank.
+struct RankTerms {
+    static constexpr device::Role kRole = device::Role::kReceive;
+
+    /// That of a rank, -1 for none.
+    DEEPCOMM_DEVICE int32_t of(const LowLatencyParams&, int32_t rank) const { return rank; }
+    DEEPCOMM_DEVICE int32_t num(const LowLatencyParams& params) const {
+        return params.map.num_ranks;
+    }
+    /// Who stored a term.
+    DEEPCOMM_DEVICE int32_t rank_of(const LowLatencyParams&, int32_t term) const { return term; }
+    DEEPCOMM_DEVICE int64_t offset(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                   int32_t term, int32_t token) const {
+        return params.map.row_offset(turn.slot, term, token);
+    }
+    /// Called before a term is added, and after the last one.
+    template <typename Sum>
+    DEEPCOMM_DEVICE void come_to(const LowLatencyParams&, int32_t, Sum*) {}
+};
+
+/// One part of a token's row, of two of its terms: loaded together, added in their order.
+template <typename Spec>
+struct TermPair {
+    using Batch = PacketBatch<TokenSum<Spec>::kCount>;
+
+    int32_t terms[2];  ///< ascending; num: none
+    Batch batches[2];
+
+    template <typename Terms>
+    static DEEPCOMM_DEVICE PacketRange packets_of(const LowLatencyParams& params,
+                                                  const LowLatencyTurn& turn, const Terms& of,
+                                                  int32_t term, int32_t token) {
+        const int64_t offset = of.offset(params, turn, term, token);
+        return {packets_at(params.local, offset) + params.num_topk, Spec::kNumThreads,
+                Spec::kPackets};
+    }
+
+    /// The first term of the token after one; mine: that of a lane's column. All lanes call it.
+    static DEEPCOMM_DEVICE int32_t term_after(int32_t num, int32_t mine, int32_t term) {
+        do ++term;
+        DEEPCOMM_NO_UNROLL
+        while (term < num && device::warp_ballot(mine == term) == 0);
+        return term;
+    }
+
+    /// Waits for both and adds them.
+    template <typename Terms>
+    DEEPCOMM_DEVICE Arrival add_to(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                   Terms& of, int32_t token, int32_t first, TokenSum<Spec>* sum) {
+        Arrival arrival = Arrival::kHere;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < 2; ++i) {
+            if (terms[i] >= of.num(params)) continue;
+            const PacketRange range = packets_of(params, turn, of, terms[i], token);
+            const int32_t rank = of.rank_of(params, terms[i]);
+            const device::WaitSite site = {Operation::kLowLatencyCombine, Terms::kRole, rank,
+                                           token};
+            const Arrival one = batches[i].wait(params, site, range, first, turn.tag);
+            if (one == Arrival::kHere) {
+                of.come_to(params, terms[i], sum);
+                sum->add(batches[i]);
+            } else {
+                arrival = arrival == Arrival::kFailed ? arrival : one;
+                if (one == Arrival::kAbsent) mask_late_peer(params, rank);
+            }
+        }
+        return arrival;
+    }
+};
+
+/// A token that a block sums, and what of it is on its way.
+template <typename Spec, typename Terms>
+struct Awaited {
+    int32_t token;
+    Terms terms;
+    int32_t mine;         ///< the term of a lane's column, or -1
+    TermPair<Spec> pair;  ///< the first two terms, of the first part
+
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                              int32_t first) {
+        load_after(params, turn, -1, first);
+    }
+
+    /// Finds and loads the two after a term.
+    DEEPCOMM_DEVICE void load_after(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                    int32_t term, int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < 2; ++i) {
+            pair.terms[i] = term = pair.term_after(terms.num(params), mine, term);
+            if (term >= terms.num(params)) continue;
+            pair.batches[i].load(pair.packets_of(params, turn, terms, term, token), first);
+        }
+    }
+};
+
+/// Sums one part of a token's row over its terms; the first two are on their way.
+template <typename Spec, typename Terms>
+DEEPCOMM_DEVICE Arrival sum_part(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                 Awaited<Spec, Terms>& awaited, int32_t first,
+                                 TokenSum<Spec>* sum) {
+    TermPair<Spec>& pair = awaited.pair;
+    const int32_t num = awaited.terms.num(params);
+    Arrival arrival = Arrival::kHere;
+    sum->clear();
+    DEEPCOMM_NO_UNROLL
+    while (pair.terms[0] < num) {
+        const Arrival both = pair.add_to(params, turn, awaited.terms, awaited.token, first, sum);
+        arrival = arrival == Arrival::kFailed ? arrival : both;
+        if (pair.terms[1] >= num) break;
+        awaited.load_after(params, turn, pair.terms[1], first);
+    }
+    awaited.terms.come_to(params, num, sum);
+    return arrival;
+}
+
+/// The value brought back for a lane's column, 0 where there is none.
+template <typename Spec, typename Terms>
+DEEPCOMM_DEVICE Arrival wait_carried(const LowLatencyParams& params, const device::Warp& warp,
+                                     const LowLatencyTurn& turn,
+                                     const Awaited<Spec, Terms>& awaited, float* value) {
+    *value = 0;
+    const int32_t k = warp.thread_idx(), mine = awaited.mine, token = awaited.token;
+    if (mine < 0) return Arrival::kHere;
+    const auto words = static_cast<int32_t>(layout::kPacketWords);
+    const int64_t offset = awaited.terms.offset(params, turn, mine, token);
+    const Vec128* head = packets_at(params.local, offset) + k / words;
+    const device::WaitSite site = {Operation::kLowLatencyCombine, Terms::kRole,
+                                   awaited.terms.rank_of(params, mine), token};
+    Vec128 packet{};
+    const Arrival arrival = wait_packet(params, site, head, turn.tag, &packet);
+    *value = device::float_from_bits(payload_word(packet, k % words));
+    return arrival;
+}
+
+}  // namespace deepcomm::kernels::low_latency

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block loads of a token that it sends, ahead of its turn, and how the row is staged in shared
+// memory as it travels: cast if need be, scales behind it.
+#pragma once
+
+#include "kernels/low_latency/dispatch_header.cuh"
+#include "kernels/rows/cast.cuh"
+
+namespace deepcomm::kernels::low_latency {
+
+/// Casts 8 channels of a lane; the lanes of a tile agree on its scale. All lanes call it.
+template <typename Shared>
+DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    constexpr bool kIsFp32 = Spec::kScaleFormat == ScaleFormat::kFp32;
+    const uint32_t amax = tile_amax(input);
+    if (vector >= Spec::kInputVectors) return;
+    const device::TileScale scale =
+        kIsFp32 ? device::fp32_tile_scale(amax) : device::ue8m0_tile_scale(amax);
+    reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(input, scale.inverse);
+    if (vector % kLanesPerTile != 0) return;
+    uint32_t* scales = shared.row + Spec::kRowWords;
+    const int32_t tile = vector / kLanesPerTile;
+    if constexpr (kIsFp32) {
+        scales[tile] = scale.stored;
+    } else {
+        reinterpret_cast<uint8_t*>(scales)[tile] = static_cast<uint8_t>(scale.stored);
+    }
+}
+
+/// The vectors of a row that a thread stages: loaded early, used late.
+template <typename Shared>
+struct RowInput {
+    using Spec = typename Shared::Spec;
+    static constexpr int kAll = (Spec::kInputVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int kCount = kAll < 4 ? kAll : 4;  ///< in flight at once
+
+    Vec128 vectors[kCount];
+
+    DEEPCOMM_DEVICE void load(const unsigned char* row, int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t vector = first + i * Spec::kNumThreads;
+            vectors[i] =
+                vector < Spec::kInputVectors
+                    ? device::ld_weak_streaming(reinterpret_cast<const Vec128*>(row) + vector)
+                    : Vec128{};
+        }
+    }
+
+    DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t vector = first + i * Spec::kNumThreads;
+            if constexpr (Spec::kCasts) {
+                cast_vector(vectors[i], vector, shared);
+            } else if (vector < Spec::kInputVectors) {
+                reinterpret_cast<Vec128*>(shared.row)[vector] = vectors[i];
+            }
+        }
+    }
+};
+
+/// Zeros behind the row, and scales that come with it.
+template <typename Shared>
+DEEPCOMM_DEVICE void stage_tail(const LowLatencyDispatchParams& params, const device::Block& block,
+                                int32_t token, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    constexpr int32_t kGiven = Spec::kCasts ? 0 : Spec::kScaleWords;
+    const uint32_t* scales = params.scales + token * params.scale_stride;
+    const int32_t first_zero = Spec::kRowWords + Spec::kScaleWords;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t word = Spec::kRowWords + block.thread_idx(); word < Spec::kStagedWords;
+         word += block.size()) {
+        if (word < Spec::kRowWords + kGiven) shared.row[word] = scales[word - Spec::kRowWords];
+        if (word >= first_zero) shared.row[word] = 0;
+    }
+    // The absent tiles of the last word of exponents.
+    if (Spec::kCasts && Spec::kScaleFormat == ScaleFormat::kUe8m0 && block.is_leader()) {
+        auto* bytes = reinterpret_cast<uint8_t*>(shared.row + Spec::kRowWords);
+        DEEPCOMM_NO_UNROLL
+        for (int32_t tile = Spec::kTiles; tile < 4 * Spec::kScaleWords; ++tile) bytes[tile] = 0;
+    }
+}
+
+/// What the threads of a block load of a token, ahead of its turn.
+template <typename Shared>
+struct TokenInput {
+    static constexpr int32_t kEarlier =
+        4;  ///< ids in flight at once: all of them at T = 128, K = 8
+
+    int32_t token;
+    RowInput<Shared> row;
+    IdBatch<1> own;             ///< of a lane's column
+    IdBatch<kEarlier> earlier;  ///< of tokens before this one
+    float weight;               ///< of a lane's column; in the last warp
+
+    DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const device::Block& block,
+                              int32_t token_idx) {
+        const int32_t num_topk = params.base.num_topk, lane = device::Warp{}.thread_idx();
+        const int32_t first = token_idx * num_topk;
+        token = token_idx;
+        row.load(params.x + token * params.x_stride, block.thread_idx());
+        own.load(params, {first + lane, 0, first + num_topk});
+        earlier.load(params, earlier_ids(params, block, 0));
+        weight = 0;
+        if (params.topk_weights != nullptr && is_in_last_warp(block) && lane < num_topk) {
+            weight = params.topk_weights[first + lane];
+        }
+    }
+
+    /// The ids before the token that a thread compares, from a round on.
+    DEEPCOMM_DEVICE IdRange earlier_ids(const LowLatencyDispatchParams& params,
+                                        const device::Block& block, int32_t round) const {
+        return {block.thread_idx() + round * block.size(), block.size(),
+                token * params.base.num_topk};
+    }
+};
+
+}  // namespace deepcomm::kernels::low_latency
