@@ -15,11 +15,12 @@ from collective.session import Oracle, Session
 from emulated.cluster import Settings
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
-from deepcomm import Buffer
+from deepcomm import Buffer, reference
 from deepcomm.backends.cuda import functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.config import BufferConfig
 from deepcomm.errors import CommTimeout
+from deepcomm.testing.oracle import assert_combine_equal
 from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
@@ -141,6 +142,29 @@ def play(
             return body(session)
 
     return run_emulated(on_rank, case.num_ranks, settings)
+
+
+CANCELLING = torch.tensor([1.0, -1.0, 2.0**-10, -(2.0**-10), 2.0**25, -(2.0**25)])
+
+
+def combine_what_cancels(session: LowLatencySession) -> None:
+    """Give back numbers whose sums depend on the order of terms and on what is rounded when."""
+    one = session.low_latency_dispatch(0)
+    ys, expected = session._oracle.get("cancelling", lambda: cancelling_outputs(one.expected))
+    back = session.buffer.low_latency_combine(
+        ys[session.rank], one.actual.handle, apply_weights=False
+    )
+    assert_combine_equal(back, expected[session.rank], rank=session.rank)
+
+
+def cancelling_outputs(received: list[Any]) -> tuple[list[torch.Tensor], list[Any]]:
+    random = torch.Generator().manual_seed(0)
+    choices = [
+        torch.randint(len(CANCELLING), output.x.shape, generator=random) for output in received
+    ]
+    ys = [CANCELLING[choice].bfloat16() for choice in choices]
+    handles = [output.handle for output in received]
+    return ys, list(reference.low_latency_combine(ys, handles, apply_weights=False))
 
 
 def use_small_blocks(monkeypatch: Any) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,12 @@ import pytest
 from collective.case import Case
 from emulated.build import Variant
 from emulated.cluster import Settings
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import (
+    LowLatencySession,
+    combine_what_cancels,
+    play,
+    use_small_blocks,
+)
 from emulated.mutants import LOW_LATENCY as FOLDER
 from emulated.mutants import Mutant, Twin, mutate
 
@@ -67,6 +72,34 @@ TWINS = [
         "packet->words[3] == tag};\n    });\n}\n\n/// A row of packets",
         part="packet->words[3] == tag",
         replace="packet->words[3] != 0",
+    ),
+]
+
+NODES_TWINS = [
+    Twin(
+        "gives no credit along the rail",
+        case="nodes",
+        path=FOLDER + "common.cuh",
+        find="kHasNodes && peers.bases[peer] == nullptr",
+        part="peers.bases[peer] == nullptr",
+        replace="peers.bases[peer] == nullptr || "
+        "peer / params.map.ranks_per_node != params.node_idx",
+    ),
+    Twin(
+        "passes packets on before they are here",
+        case="nodes",
+        path=FOLDER + "dispatch_forward.cuh",
+        find="arrival = batch.wait(base, site, payload, first, turn.tag);",
+        part="batch.wait(base, site, payload, first, turn.tag)",
+        replace="Arrival::kHere",
+    ),
+    Twin(
+        "adds the sum of its own node before those of other nodes",
+        case="nodes-three",
+        path=FOLDER + "combine_forward.cuh",
+        find="stage == kBefore && num_before >= params.node_idx",
+        part="num_before >= params.node_idx",
+        replace="true",
     ),
 ]
 
@@ -175,12 +208,13 @@ NODES_SCENES = {
     "nodes": Scene(NODES, flights),
     "nodes-refusal": Scene(NODES, refusal),
     "nodes-late": Scene(NODES, late_in_nodes),
+    "nodes-three": Scene(replace(NODES, num_ranks=6, num_topk=6), combine_what_cancels),
 }
 
 
 @cache
 def build_mutated() -> tuple[Variant, list[Mutant]]:
-    return mutate(TWINS)
+    return mutate(TWINS + NODES_TWINS)
 
 
 def fails(name: str, mutant: int, seed: int) -> bool:
@@ -220,7 +254,7 @@ def test_a_twin_depends_on_the_schedule() -> None:
 
 
 def test_every_order_line_matters() -> None:
-    names = {twin.name for twin in TWINS}
+    names = {twin.name for twin in TWINS + NODES_TWINS}
     attacked = [
         mutant
         for mutant in build_mutated()[1]
@@ -238,6 +272,12 @@ def test_every_order_line_matters() -> None:
 
 
 @pytest.mark.slow  # kernels of several nodes, mutated
+@pytest.mark.parametrize("twin", NODES_TWINS, ids=lambda twin: twin.name)
+def test_twin_of_nodes_is_caught(twin: Twin) -> None:
+    test_twin_is_caught(twin)
+
+
+@pytest.mark.slow
 def test_every_order_line_of_nodes_matters() -> None:
     assert [
         (name, seed) for name in NODES_SCENES for seed in range(MAX_SEEDS) if fails(name, 0, seed)

@@ -12,7 +12,12 @@ from collective.case import Case, Inputs, make_outputs
 from collective.nodes import LOW_LATENCY_CASES, LOW_LATENCY_SLOW_CASES, LOW_LATENCY_TWO_BY_TWO
 from emulated.cluster import Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import (
+    LowLatencySession,
+    combine_what_cancels,
+    play,
+    use_small_blocks,
+)
 from emulated.test_graphs import CapturingRuntime
 from emulated.test_low_latency import all_operations, combine_unaware, go_on, request_of
 
@@ -51,6 +56,12 @@ def test_results_over_nodes_equal_the_reference(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_all_results_over_nodes_equal_the_reference(case: Case, seed: int) -> None:
     play(case, all_operations, Settings(seed, num_sms=1 + seed % 3))
+
+
+@pytest.mark.parametrize("case", [PADDED_CASE, THREE_BY_TWO], ids=lambda case: case.id)
+@pytest.mark.parametrize("layout", [PADDED, TOKEN])
+def test_sums_over_nodes_are_in_order(layout: RecvLayout, case: Case) -> None:
+    play(replace(case, layout=layout, num_topk=6, routing="uniform"), combine_what_cancels)
 
 
 def fly(session: LowLatencySession) -> None:

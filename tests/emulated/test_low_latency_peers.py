@@ -41,6 +41,24 @@ def test_late_peer_times_out_with_its_name() -> None:
     play(Case(**SMALL, layout=PADDED), body)
 
 
+@pytest.mark.parametrize("nodes", [{}, {"ranks_per_node": 1}], ids=["one-node", "two-nodes"])
+def test_hook_of_a_send_that_has_failed_reads_no_turn(nodes: dict[str, int]) -> None:
+    """The host calls it before it knows; whose turn it would be nobody has written."""
+
+    def body(session: LowLatencySession) -> None:
+        slots = session.backend.config.num_low_latency_slots
+        sent = [session.low_latency_dispatch(i, return_hook=True) for i in range(slots)]
+        if session.rank == 0:
+            for one in sent:
+                one.finish()
+            last = session.low_latency_dispatch(slots, return_hook=True)
+            with pytest.raises(CommTimeout):  # rank 1 has read nothing, and frees no slot
+                last.finish()
+        session.group.barrier()
+
+    play(Case(**SMALL, **nodes, layout=PADDED), body)
+
+
 @pytest.mark.parametrize("stop_at_ns", [0, 3_000, 20_000, 60_000, 150_000, 300_000])
 def test_rank_stopped_midway_never_hangs(stop_at_ns: int) -> None:
     """Wherever it stops, the others finish or time out, and what they delivered is right."""

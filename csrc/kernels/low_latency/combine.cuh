@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     if constexpr (kSends) {
         if (!low_latency::send_combine(params, block, &turn, shared)) return;
     } else {
-        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
-        turn = *params.base.turn;
+        turn = *params.base.turn;  // meanwhile, as loads take long
+        if (!low_latency::may_receive(params.base, block)) return;
         if (low_latency::is_void(params.base)) return;
         low_latency::read_record(params, block, shared);
         low_latency::find_peers(params.base, block, &shared.peers);

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, k
     if constexpr (kSends) {
         if (!low_latency::send_dispatch(params, block, &turn, shared)) return;
     } else {
-        if (!low_latency::may_receive<Shared::kHasNodes>(params.base, block)) return;
-        turn = *params.base.turn;
+        turn = *params.base.turn;  // meanwhile, as loads take long
+        if (!low_latency::may_receive(params.base, block)) return;
         low_latency::find_peers(params.base, block, &shared.peers);
     }
     if constexpr (kReceives && Shared::kHasNodes) {

@@ -14,9 +14,7 @@ DEEPCOMM_DEVICE int32_t num_nodes(const LowLatencyParams& params) {
 
 /// Whether the block may begin a receive phase: a send phase that has failed has not said whose turn it
 /// is.
-template <bool kHasNodes>
 DEEPCOMM_DEVICE bool may_receive(const LowLatencyParams& params, const device::Block& block) {
-    if (!kHasNodes) return true;
     return block.sync_and(device::ld_relaxed_gpu(params.comm.failed) == 0);  // as one
 }
 
