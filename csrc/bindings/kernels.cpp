@@ -96,6 +96,7 @@ void bind_rail(py::module_& module) {
             },
             py::arg("rail"), "Name the rail.")
         .def_readwrite("epoch", &RailParams::epoch)
+        .def_readwrite("number", &RailParams::number)
         .def_property(
             "step", [](const RailParams& self) { return static_cast<int32_t>(self.step); },
             [](RailParams& self, int32_t value) {
@@ -109,6 +110,7 @@ void bind_rail(py::module_& module) {
     def_address(rail, "inbox", &RailParams::inbox);
     def_address(rail, "state", &RailParams::state);
     def_address(rail, "report", &RailParams::report);
+    def_address(rail, "progress", &RailParams::progress);
     def_address(rail, "plan", &RailParams::plan);
 }
 

@@ -298,8 +298,10 @@ class RailParams:
     epoch: int
     has_counts: int
     inbox: int
+    number: int
     outbox: int
     plan: int
+    progress: int
     report: int
     state: int
     step: int

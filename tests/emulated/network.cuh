@@ -9,7 +9,7 @@
 
 namespace deepcomm::kernels {
 
-constexpr int32_t kMaxSpans = 4;
+constexpr int32_t kMaxSpans = 5;
 constexpr int32_t kMaxNetworkPeers = 8;
 
 struct NetworkSpan {

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from deepcomm.backends.cuda.network import Message, Span
     from deepcomm.group import Group
 
-MAX_SPANS = 4
+MAX_SPANS = 5
 MAX_PEERS = 8
 MOST_BYTES = 1 << 18
 """Of a message between two ranks."""
+
+PATIENCE_S = 60.0
+"""Of virtual time. NCCL has any amount of it."""
 
 KERNEL = Kernel("network_move", "network.cuh")
 
@@ -89,7 +92,7 @@ class EmulatedNetwork:
 
     def __init__(self, runtime: EmulatedRuntime, group: Group, timeout_s: float) -> None:
         self._runtime = runtime
-        self._timeout_ns = int(timeout_s * 1e9)
+        self._timeout_ns = int(max(timeout_s, PATIENCE_S) * 1e9)
         self._rank = group.rank
         self._numbers = [0] * group.size
         lanes = [

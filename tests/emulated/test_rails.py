@@ -134,6 +134,32 @@ def test_what_stops_ends_the_operation_everywhere(
             assert peer is None or peer // 2 == rank // 2 or peer % 2 == rank % 2
 
 
+@pytest.mark.parametrize("delay_from_ns", range(400_000, 1_600_000, 150_000))
+def test_late_rank_takes_no_rows_of_one_that_has_failed(
+    schedules: Schedules, delay_from_ns: int
+) -> None:
+    """Both have told the network how much to carry; what the failed one's mirror holds is old."""
+    oracle = Oracle()
+
+    def repeat(group: LocalGroup) -> None:
+        with Session(group, PAIR, oracle, **CARRIED, timeout_s=2e-3) as session:
+            backend: Any = session.buffer._backend
+            try:
+                first = session.dispatch(0)
+                for round_idx in range(1, 9):
+                    session.combine(session.dispatch(round_idx, cached=first))
+            except AssertionError:  # of an operation that the next call would say has failed
+                if not backend.failure.failed:
+                    raise
+            except CommTimeout:
+                pass
+            assert backend.failure.failed
+
+    late = Faults(delay_rank=1, delay_from_ns=delay_from_ns, delay_for_ns=5_000_000)
+    for settings in schedules(faults=late):
+        run_carried(repeat, PAIR, settings)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT])
 def test_refused_dispatch_is_named_and_the_buffer_goes_on(

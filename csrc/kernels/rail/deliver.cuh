@@ -84,11 +84,18 @@ DEEPCOMM_DEVICE void report_meeting(const RailBlock& my) {
                            static_cast<uint64_t>(params.epoch));
 }
 
+/// Whether a peer had something to carry in this step, too.
+DEEPCOMM_DEVICE bool was_ready(const RailBlock& my, int32_t src) {
+    const RailParams& params = my.params;
+    const auto told = *reinterpret_cast<const uint64_t*>(my.inbox(src) + my.words().ready());
+    return told == ready_tag(params.epoch, params.step, params.begin_row);
+}
+
 /// The rows of every peer are here; the fence of the kernel stands before what says so.
 DEEPCOMM_DEVICE void deliver_rows(const RailBlock& my) {
     for (int32_t src = my.block.thread_idx(); src < my.params.comm.num_ranks;
          src += my.block.size()) {
-        if (src == my.rank()) continue;
+        if (src == my.rank() || !was_ready(my, src)) continue;
         auto* word = my.word<uint32_t>(my.rank(), my.params.layout.arrived_from(src));
         device::red_add_relaxed_sys(word, layout::kArrivals);
     }
@@ -104,7 +111,7 @@ DEEPCOMM_DEVICE void deliver_pushed(const RailBlock& my) {
     for (int32_t i = my.block.thread_idx(); i < params.comm.num_ranks * num_chunks;
          i += my.block.size()) {
         const int32_t src = i / num_chunks, chunk = begin + i % num_chunks;
-        if (src == my.rank()) continue;
+        if (src == my.rank() || !was_ready(my, src)) continue;
         auto* word = my.word<uint32_t>(my.rank(), params.layout.pushed_chunk(src, chunk));
         device::st_relaxed_sys(word, params.epoch);
     }
@@ -124,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     rail_deliver(const __grid_constant__ RailParams params) {
     const RailBlock my = {params, {}};
     const bool is_ready = params.state->is_ready != 0;
-    my.block.sync();              // ORDER: it is read before it counts on
     device::fence_acq_rel_sys();  // ORDER: what the network has brought, before words that say so
     if (params.step == RailStep::kMeeting) {
         deliver_meeting(my);
@@ -138,6 +144,8 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
             deliver_pushed(my);
         }
     }
+    if (!my.block.is_leader()) return;
+    device::st_relaxed_sys(&params.progress->num_deliveries, params.number);
 }
 
 }  // namespace deepcomm::kernels

@@ -13,6 +13,7 @@ constexpr int32_t kRailThreads = 256;
 /// The deadline of whoever writes is the one to run out first: it knows more.
 constexpr uint64_t kGatePatience = 4;
 constexpr uint64_t kGateSliceNs = 20'000;
+constexpr uint64_t kMostSliceNs = 1'000'000'000;
 
 /// What the threads of the block share; they take peers, or words, in turn.
 struct RailBlock {
@@ -39,8 +40,10 @@ struct RailBlock {
     /// Whether what is not there by now never will be: the stage that writes has come to its end, or
     /// the rank has failed.
     DEEPCOMM_DEVICE bool is_over() const {
-        // Nothing to order: a stage that does not come to nothing ends after its gates.
-        if (device::ld_relaxed_gpu(&params.verdict->done_epoch) == params.epoch) return true;
+        // Nothing to order: a stage that does not come to nothing ends after its gates; or, where a
+        // combine awaits no rows, long before the last look at its words.
+        const uint32_t done_epoch = device::ld_relaxed_gpu(&params.verdict->done_epoch);
+        if (device::is_reached(done_epoch, params.epoch)) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
         return device::ld_relaxed_sys(&params.comm.record->state) != clear;
     }
@@ -49,16 +52,20 @@ struct RailBlock {
     DEEPCOMM_DEVICE bool await(int32_t peer, const void* address, IsThere&& is_there) const {
         // A wait knows one word; the other reason to end it is looked at between ever longer ones.
         const uint64_t patience_ns = kGatePatience * params.comm.timeout_ns;
-        for (uint64_t slice_ns = kGateSliceNs; slice_ns < patience_ns; slice_ns *= 2) {
+        const uint64_t begin_ns = device::globaltimer_ns();
+        uint64_t slice_ns = kGateSliceNs;
+        while (device::globaltimer_ns() - begin_ns < patience_ns) {
             const device::WaitContext brief = {nullptr, slice_ns, params.comm.rank};
             const bool was_over = is_over();
             const bool has_come =
                 device::wait_until(brief, site(peer), params.epoch, address,
                                    [&]() -> device::Observed { return {0, is_there()}; });
             if (has_come || was_over) return has_come;
+            slice_ns = slice_ns < kMostSliceNs / 2 ? 2 * slice_ns : kMostSliceNs;
         }
-        device::record_failure(wait_context(params.comm), site(peer), device::FailureKind::kTimeout,
-                               params.epoch, 0);
+        // It is this rank's own kernel that has not written.
+        device::record_failure(wait_context(params.comm), site(rank()),
+                               device::FailureKind::kTimeout, params.epoch, 0);
         return false;
     }
 };
@@ -177,7 +184,14 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     // ORDER: acquires what the words stand for: releases of dispatch_send and combine, headers
     device::fence_acq_rel_sys();
     const bool is_ready = my.block.sync_and(is_there);
-    if (my.block.is_leader()) params.state->is_ready = is_ready ? 1 : 0;
+    const uint64_t tag = ready_tag(params.epoch, params.step, params.begin_row);
+    for (int32_t peer = my.block.thread_idx(); peer < params.comm.num_ranks;
+         peer += my.block.size()) {
+        *reinterpret_cast<uint64_t*>(my.outbox(peer) + my.words().ready()) = is_ready ? tag : 0;
+    }
+    if (!my.block.is_leader()) return;
+    params.state->is_ready = is_ready ? 1 : 0;
+    device::st_relaxed_sys(&params.progress->num_gates, params.number);
 }
 
 }  // namespace deepcomm::kernels

@@ -21,6 +21,18 @@ struct RailState {
     uint32_t is_ready;      ///< whether the step at hand has something to carry
 };
 
+/// What a rank tells a peer beside what it carries, where that means something: which step it is.
+constexpr uint64_t ready_tag(uint32_t epoch, RailStep step, int32_t begin_row) {
+    const auto low = static_cast<uint32_t>(begin_row) << 3 | static_cast<uint32_t>(step) << 1 | 1;
+    return static_cast<uint64_t>(epoch) << 32 | low;
+}
+
+/// How far a rank's steps have come, for a host that looks now and then.
+struct RailProgress {
+    uint32_t num_gates;       ///< steps that have passed their gates
+    uint32_t num_deliveries;  ///< steps that are through
+};
+
 struct RailParams {
     CommParams comm;  ///< the peers' bases are those of mirrors
     layout::ExchangeLayout layout;
@@ -30,11 +42,13 @@ struct RailParams {
     unsigned char* outbox;   ///< [R] layout::RailWords
     unsigned char* inbox;    ///< likewise
     RailState* state;
-    unsigned char* report;  ///< layout::RailReport
-    int32_t has_counts;     ///< meeting
-    int32_t max_tokens;     ///< meeting
-    const int32_t* plan;    ///< pushed: layout::PlanLayout of one origin
-    int32_t begin_row;      ///< pushed: the part, of each peer's rows
+    RailProgress* progress;  ///< in memory shared with the host
+    uint32_t number;         ///< of the step, from 1
+    unsigned char* report;   ///< layout::RailReport
+    int32_t has_counts;      ///< meeting
+    int32_t max_tokens;      ///< meeting
+    const int32_t* plan;     ///< pushed: layout::PlanLayout of one origin
+    int32_t begin_row;       ///< pushed: the part, of each peer's rows
     int32_t end_row;
 };
 

@@ -44,18 +44,13 @@ RAILS = ("auto", "lsa", "nccl")
 GROWTH = 1.5
 
 
-def choose_rail(asked: str, labels: Sequence[str]) -> str:
-    """Return how ranks of a rail reach each other: as asked, or by what they do reach."""
+def choose_rail(asked: str, labels: Sequence[str]) -> tuple[str, str]:
+    """Return how ranks of a rail reach each other, and why so."""
     if asked != "auto":
-        return asked
-    return "lsa" if len(set(labels)) == 1 else "nccl"
-
-
-def why_rail(asked: str, labels: Sequence[str]) -> str:
-    """Return the reason for that."""
-    if asked != "auto":
-        return "as asked"
-    return "all ranks reach each other" if len(set(labels)) == 1 else "out of each other's reach"
+        return asked, "as asked"
+    if len(set(labels)) == 1:
+        return "lsa", "all ranks reach each other"
+    return "nccl", "out of each other's reach"
 
 
 class CudaBackend:
@@ -71,12 +66,9 @@ class CudaBackend:
         check_equal("Buffer", self._group.all_gather(entry))
         labels = self._group.all_gather(runtime.reach)
         self.topology = find_nodes(self._group.rank, labels, config.ranks_per_node)
-        self._why_rail = why_rail(config.rail, labels)
-        self.config = replace(
-            config,
-            ranks_per_node=self.topology.ranks_per_node,
-            rail=choose_rail(config.rail, labels),
-        )
+        rail, self._why_rail = choose_rail(config.rail, labels)
+        per_node = self.topology.ranks_per_node
+        self.config = replace(config, ranks_per_node=per_node, rail=rail)
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
@@ -141,6 +133,7 @@ class CudaBackend:
             return prepare()
         except Exception:
             if not self.runtime.is_capturing():
+                self._order_on_current_stream(None)
                 refuse()
             raise
 
@@ -172,7 +165,9 @@ class CudaBackend:
             self._check_room(operation.num_tokens)
             return operation
 
-        operation = self._prepare("dispatch", prepare, lambda: self.engine.refuse_dispatch(request))
+        operation = self._prepare(
+            "dispatch", prepare, lambda: self.engine.refuse_dispatch(request, self.buffer_id)
+        )
         self._num_dispatches += 1
         self._tokens_sent += operation.num_tokens
         if not request.async_op:
@@ -199,7 +194,7 @@ class CudaBackend:
         operation = self._prepare(
             "combine",
             lambda: self.engine.combine(request, self.buffer_id),
-            lambda: self.engine.refuse_combine(request),
+            lambda: self.engine.refuse_combine(request, self.buffer_id),
         )
         self._num_combines += 1
         if not request.async_op:
@@ -248,7 +243,11 @@ class CudaBackend:
     def _own_stream(self, previous_event: Event | None) -> Iterator[None]:
         """Work on the communication stream, after the operations before this one."""
         with self.runtime.on_stream(self._order_on_own_stream(previous_event)):
-            yield
+            try:
+                yield
+            except BaseException:  # what was launched is still to be waited for
+                self._keep_last_event(self.runtime.record_event())
+                raise
 
     def _end_async(self, inputs: list[torch.Tensor]) -> Event:
         """Keep what kernels use, and return the operation's end."""
@@ -360,7 +359,7 @@ class CudaBackend:
         sms = "as asked" if config.num_sms else f"{DEFAULT_NUM_SMS} fill the link, or what there is"
         growable = " (growable)" if config.growable else ""
         lines = [
-            f"backend    cuda on {self.device}: kernels on symmetric memory, loads and stores",
+            f"backend    cuda on {self.device}: kernels on symmetric memory",
             f"topology   rank {topology.rank} of {topology.num_ranks}, nodes of "
             f"{topology.ranks_per_node}: {topology.num_nodes}",
             *self._explain_rail(),

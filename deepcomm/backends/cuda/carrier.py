@@ -12,17 +12,18 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.network import Message, Span
-from deepcomm.errors import InvalidArgument
+from deepcomm.backends.cuda.progress import PROGRESS_BYTES, Progress
+from deepcomm.errors import CommTimeout, Error, InvalidArgument
 from deepcomm.types import SCALE_TILE, ScaledTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.domain import Domain
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["REACHED", "CarriedRows", "Carrier", "NetworkCarrier", "Reached", "RowBytes"]
 
+Spans: TypeAlias = tuple[Span, ...]
+
 MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
 """Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
 CHUNK_ROWS: Final = 4  # layout::kPushChunk
 TILES_PER_WORD: Final = 4  # of UE8M0 scales
+PATIENCE: Final = 2
+"""How many ``timeout_s`` a network may take: its peers may be late by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +185,27 @@ class NetworkCarrier:
         self._deliver = runtime.load("rail_deliver", {})
         self._words = kernels.RailReport(domain.topology.num_ranks)
         self._report = runtime.host_memory(self._words.num_bytes)
-        self._epoch = 0
+        self._progress = runtime.host_memory(PROGRESS_BYTES)
+        self._epoch = self._num_steps = 0
         self._has_rows = False
-        failure = domain.failure
-        network.watch(lambda: failure.failed)
+        self._watch()
+        # Connections are made by the first move: not while kernels wait for it.
+        self.follow()
+        with runtime.on_side():
+            network.move(self._messages())
+
+    def _watch(self) -> None:
+        """Let the network end once the rank has failed, or when it comes to no end itself."""
+        failure, limit_s = self._domain.failure, PATIENCE * self._domain.config.timeout_s
+        progress = Progress(self._progress, limit_s)
+
+        def has_failed() -> bool:
+            if not failure.failed and progress.is_stuck():
+                where = f"rail: rank {failure.rank}"
+                failure.condemn(CommTimeout(f"{where}: the network did not end in {limit_s:g} s"))
+            return failure.failed
+
+        self._network.watch(has_failed)
 
     # ---- steps
 
@@ -198,6 +220,9 @@ class NetworkCarrier:
         params.inbox = exchange.inbox.address
         params.state = exchange.rail_state.address
         params.report = self._report.device_address
+        params.progress = self._progress.device_address
+        self._num_steps += 1
+        params.number = self._num_steps & 0xFFFFFFFF
         return params
 
     def _carry(self, params: kernels.RailParams, messages: Sequence[Message]) -> None:
@@ -205,7 +230,10 @@ class NetworkCarrier:
         runtime = self._domain.runtime
         with runtime.on_side():
             runtime.launch(self._gate, 1, params)
-            self._network.move(messages)
+            try:
+                self._network.move(messages)
+            except Error as error:
+                self._domain.failure.raise_fatal(error)
             runtime.launch(self._deliver, 1, params)
 
     @property
@@ -219,17 +247,19 @@ class NetworkCarrier:
         others = range(1, topology.num_ranks)
         return [(topology.rank + step) % topology.num_ranks for step in others]
 
-    def _words_of_all(self) -> list[Message]:
+    def _messages(
+        self, spans: Callable[[int], tuple[Spans, Spans]] = lambda _: ((), ())
+    ) -> list[Message]:
+        """Return what to carry: the words for each peer, and what ``spans`` sends and receives."""
         exchange = self._exchange
-        size = exchange.words_bytes
-        return [
-            Message(
-                peer,
-                (Span(exchange.outbox.address + peer * size, size),),
-                (Span(exchange.inbox.address + peer * size, size),),
+        size, messages = exchange.words_bytes, []
+        for peer in self._peers():
+            outbox, inbox = (box.address + peer * size for box in (exchange.outbox, exchange.inbox))
+            sends, receives = spans(peer)
+            messages.append(
+                Message(peer, (Span(outbox, size), *sends), (Span(inbox, size), *receives))
             )
-            for peer in self._peers()
-        ]
+        return messages
 
     def check_capture(self) -> None:
         """Raise InvalidArgument where a graph is being captured: the network wants sizes."""
@@ -248,7 +278,7 @@ class NetworkCarrier:
         self._epoch += 1
         params = self._params(MEETING)
         params.has_counts = int(has_counts)
-        self._carry(params, self._words_of_all())
+        self._carry(params, self._messages())
 
     def learn_rows(self) -> CarriedRows | None:
         """Wait for the counts; None where the operation does not take place.
@@ -282,7 +312,7 @@ class NetworkCarrier:
 
         def spans(
             base: int, offsets: kernels.LandingOffsets, first: int, count: int, wide: bool
-        ) -> tuple[Span, ...]:
+        ) -> Spans:
             sizes = (
                 (offsets.rows, row_bytes.row),
                 (offsets.scales, row_bytes.scales),
@@ -291,14 +321,15 @@ class NetworkCarrier:
             )
             return tuple(Span(base + at + first * size, count * size) for at, size in sizes)
 
-        messages = []
-        for peer in self._peers():
+        def both(peer: int) -> tuple[Spans, Spans]:
             mirror = exchange.bases[peer] + exchange.there.generation(0)
-            sends = spans(mirror, there, 0, rows.to[peer], rows.ids_are_64[peer])
             first, count = first_rows[peer], rows.from_[peer]
-            receives = spans(begin, here, first, count, rows.ids_are_64[own])
-            messages.append(Message(peer, sends, receives))
-        self._carry(self._params(ROWS), messages)
+            return (
+                spans(mirror, there, 0, rows.to[peer], rows.ids_are_64[peer]),
+                spans(begin, here, first, count, rows.ids_are_64[own]),
+            )
+
+        self._carry(self._params(ROWS), self._messages(both))
 
     def carry_lost(self, node: Domain) -> None:
         """Carry what the stage inside the node says of lost tokens.
@@ -309,7 +340,7 @@ class NetworkCarrier:
             return
         params = self._params(LOST)
         params.verdict = node.workspace.verdict.address
-        self._carry(params, self._words_of_all())
+        self._carry(params, self._messages())
 
     def carry_pushed(
         self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
@@ -338,9 +369,7 @@ class NetworkCarrier:
         here, there = exchange.layout.areas, exchange.there
         first_sums = rows.first_sums(own)
 
-        def spans(
-            base: int, areas: kernels.RowAreas, first: int, num_rows: int
-        ) -> tuple[Span, ...]:
+        def spans(base: int, areas: kernels.RowAreas, first: int, num_rows: int) -> Spans:
             count = max(0, min(end, num_rows) - begin)
             sizes = (
                 (areas.combine_rows, row_bytes.row),
@@ -350,14 +379,12 @@ class NetworkCarrier:
                 Span(base + at + (first + begin) * size, count * size) for at, size in sizes
             )
 
-        return [
-            Message(
-                peer,
+        return self._messages(
+            lambda peer: (
                 spans(exchange.bases[peer], there, 0, rows.from_[peer]),
                 spans(exchange.bases[own], here, first_sums[peer], rows.to[peer]),
             )
-            for peer in self._peers()
-        ]
+        )
 
     def close(self) -> None:
         """End the network; what it still carries for a failed buffer is given up."""

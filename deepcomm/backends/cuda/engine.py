@@ -91,10 +91,10 @@ class Engine(Protocol):
             InvalidArgument: The first argument that is wrong.
         """
 
-    def refuse_dispatch(self, request: DispatchRequest) -> None:
+    def refuse_dispatch(self, request: DispatchRequest, buffer_id: bytes) -> None:
         """Tell the peers that this rank does not take part in a dispatch."""
 
-    def refuse_combine(self, request: CombineRequest) -> None:
+    def refuse_combine(self, request: CombineRequest, buffer_id: bytes) -> None:
         """Tell the peers that this rank does not take part in a combine."""
 
     def grow(self, max_tokens: int) -> None:
@@ -135,14 +135,14 @@ class FlatEngine:
         """Check the arguments of a combine."""
         return Combine(self.domain, buffer_id, request)
 
-    def refuse_dispatch(self, request: DispatchRequest) -> None:
+    def refuse_dispatch(self, request: DispatchRequest, buffer_id: bytes) -> None:
         """Tell the peers that this rank does not take part in a dispatch."""
-        del request
+        del request, buffer_id
         refuse(self.domain)
 
-    def refuse_combine(self, request: CombineRequest) -> None:
+    def refuse_combine(self, request: CombineRequest, buffer_id: bytes) -> None:
         """Tell the peers that this rank does not take part in a combine."""
-        del request
+        del request, buffer_id
         refuse(self.domain)
 
     def grow(self, max_tokens: int) -> None:

@@ -184,6 +184,11 @@ class Failure:
         self._fatal = error
         raise error
 
+    def condemn(self, error: Error) -> None:
+        """Let later calls raise: the buffer can only be closed."""
+        if self._fatal is None:
+            self._fatal = error
+
     @property
     def failed(self) -> bool:
         """Whether the buffer can only be closed."""

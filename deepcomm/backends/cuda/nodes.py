@@ -109,26 +109,26 @@ class NodesEngine:
         self.rail.carrier.check_capture()
         return NodesCombine(self, buffer_id, request)
 
-    def refuse_dispatch(self, request: DispatchRequest) -> None:
+    def refuse_dispatch(self, request: DispatchRequest, buffer_id: bytes) -> None:
         """Tell the peers of both stages that this rank does not take part in a dispatch.
 
         Those of a cached one have told the network already what they will carry.
         """
         refuse(self.rail, Stage(is_last=False))
-        if (routing := routing_on_rail(request.handle)) is not None:
+        if (routing := routing_on_rail(request.handle, buffer_id)) is not None:
             num_topk = int(routing.topk_idx.shape[1])
             row_bytes = RowBytes.of_dispatch(request, self.config.hidden, num_topk)
             self.rail.carrier.carry_rows(routing.rows, row_bytes)
         refuse(self.node, Stage(after=self.rail))
 
-    def refuse_combine(self, request: CombineRequest) -> None:
+    def refuse_combine(self, request: CombineRequest, buffer_id: bytes) -> None:
         """Tell the peers of both stages that this rank does not take part in a combine.
 
         They have told the network already what they will carry.
         """
         refuse(self.node, Stage(is_last=False))
         refuse(self.rail, Stage(after=self.node))
-        if (routing := routing_on_rail(request.handle)) is not None:
+        if (routing := routing_on_rail(request.handle, buffer_id)) is not None:
             row_bytes = RowBytes.of_combine(request, self.config.hidden)
             self.rail.carrier.carry_pushed(routing.rows, routing.plan, row_bytes)
 
@@ -164,10 +164,13 @@ class NodesEngine:
         self.node.close()
 
 
-def routing_on_rail(handle: Handle | None) -> CudaRecord | None:
-    """Return what a handle of unknown origin keeps of the rail, if it is one of a buffer's."""
+def routing_on_rail(handle: Handle | None, buffer_id: bytes) -> CudaRecord | None:
+    """Return what a handle of unknown origin keeps of the rail, if it is one of this buffer's."""
     record = None if handle is None else getattr(handle, "records", None)
-    return record.rail.records if isinstance(record, NodesRecord) else None
+    if not isinstance(record, NodesRecord):
+        return None
+    routing: CudaRecord = record.rail.records
+    return routing if routing.buffer_id == buffer_id else None
 
 
 def record_of(handle: Handle) -> NodesRecord:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a network still carries what it was given, as a host sees it that looks now and then."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from deepcomm.backends.cuda.runtime import HostMemory
+
+__all__ = ["PROGRESS_BYTES", "Progress"]
+
+
+class RailProgress(ctypes.Structure):
+    """kernels::RailProgress."""
+
+    _fields_ = (("num_gates", ctypes.c_uint32), ("num_deliveries", ctypes.c_uint32))
+
+
+PROGRESS_BYTES = ctypes.sizeof(RailProgress)
+
+
+class Progress:
+    """Steps of a rail; kernels may all have ended while the network waits for a peer for ever."""
+
+    def __init__(
+        self, memory: HostMemory, limit_s: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Read what kernels write to ``memory``.
+
+        Args:
+            memory: PROGRESS_BYTES.
+            limit_s: How long the network may take for a step that has passed its gate.
+            now: The clock.
+        """
+        self._memory = memory
+        self._words = RailProgress.from_address(memory.address)
+        self._limit_s = limit_s
+        self._now = now
+        self._seen = (0, 0)
+        self._since = now()
+
+    def is_stuck(self) -> bool:
+        """Return whether a step has been on its way for longer than the limit."""
+        seen = (int(self._words.num_gates), int(self._words.num_deliveries))
+        if seen != self._seen:
+            self._seen, self._since = seen, self._now()
+        num_gates, num_deliveries = seen
+        return num_gates != num_deliveries and self._now() - self._since > self._limit_s
