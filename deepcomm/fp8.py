@@ -9,11 +9,19 @@ from torch.nn.functional import pad
 from deepcomm.errors import InvalidArgument
 from deepcomm.types import SCALE_TILE, ScaledTensor
 
-__all__ = ["dequantize_fp8", "quantize_fp8", "unpack_ue8m0"]
+__all__ = ["dequantize_fp8", "num_scale_words", "quantize_fp8", "unpack_ue8m0"]
 
 FP8_MAX = 448.0
 AMAX_FLOOR = 1e-4
 UE8M0_NAN = 0xFF
+TILES_PER_WORD = 4
+"""Of UE8M0 scales."""
+
+
+def num_scale_words(hidden: int, *, is_ue8m0: bool) -> int:
+    """Return the 32-bit words of scales that a row of ``hidden`` elements has."""
+    num_tiles = -(-hidden // SCALE_TILE)
+    return -(-num_tiles // TILES_PER_WORD) if is_ue8m0 else num_tiles
 
 
 def quantize_fp8(x: torch.Tensor, scale_format: str = "fp32") -> ScaledTensor:

@@ -17,7 +17,8 @@ from deepcomm.backends.cpu_results import OutputShape, allocate_rows, allocate_s
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
 from deepcomm.event import CompletedEvent
-from deepcomm.types import SCALE_TILE, DispatchOutput, Handle, RecvLayout
+from deepcomm.fp8 import num_scale_words
+from deepcomm.types import DispatchOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
@@ -255,9 +256,8 @@ def point_at_rows(target: cpu.DeliverTarget, x: torch.Tensor) -> None:
 def output_shape(checked: CheckedDispatch, rows: int, num_local: int) -> OutputShape:
     """Return the sizes of the rows and their scales."""
     hidden = int(checked.rows.shape[1])
-    tiles = -(-hidden // SCALE_TILE)
     ue8m0 = checked.scale_format == "ue8m0"
-    words = 0 if checked.scale_format == "none" else -(-tiles // 4) if ue8m0 else tiles
+    words = 0 if checked.scale_format == "none" else num_scale_words(hidden, is_ue8m0=ue8m0)
     return OutputShape(
         layout=checked.recv_layout,
         rows=rows,

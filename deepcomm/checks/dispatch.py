@@ -19,7 +19,8 @@ from deepcomm.checks.common import (
     row_dtypes,
 )
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import SCALE_TILE, Handle, RecvLayout, ScaledTensor
+from deepcomm.fp8 import num_scale_words
+from deepcomm.types import Handle, RecvLayout, ScaledTensor
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
@@ -156,8 +157,8 @@ def check_scaled_rows(
     data = check_tensor("x.data", request.x.data, expected, device)
     if data.dtype != torch.float8_e4m3fn or data.ndim != 2 or data.shape[1] != config.hidden:
         raise InvalidArgument(f"x.data: expected {expected}, got {describe(data)}")
-    tiles = -(-config.hidden // SCALE_TILE)
-    words = -(-tiles // 4)
+    tiles = num_scale_words(config.hidden, is_ue8m0=False)
+    words = num_scale_words(config.hidden, is_ue8m0=True)
     expected = f"float32 [T, {tiles}] or int32 [T, {words}], T = {data.shape[0]}"
     scales = check_tensor("x.scales", request.x.scales, expected, device)
     widths = {torch.float32: tiles, torch.int32: words}

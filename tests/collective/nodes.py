@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from collective.case import Case
 
 from deepcomm import RecvLayout
+
+if TYPE_CHECKING:
+    import torch
 
 TOKEN, EXPERT, _ = RecvLayout
 TWO_BY_TWO = Case(num_ranks=4, ranks_per_node=2, num_tokens=10, num_topk=3)
@@ -92,3 +96,14 @@ LOW_LATENCY_SLOW_CASES = [
         for layout, wire in ((TOKEN, "bf16"), (PADDED, "fp8"))
     ),
 ]
+
+
+def bytes_to_other_nodes(case: Case, ids: torch.Tensor, rank: int) -> int:
+    """Return the bytes of a rank's tokens times the other nodes that they visit, once each."""
+    assert case.ranks_per_node is not None
+    experts_per_node = case.experts_per_rank * case.ranks_per_node
+    own = rank // case.ranks_per_node
+    visits = ({i // experts_per_node for i in row if i >= 0} - {own} for row in ids.tolist())
+    tiles = -(-case.hidden // 128)
+    row_bytes = case.hidden + 4 * tiles if case.wire == "fp8" else 2 * case.hidden
+    return sum(map(len, visits)) * row_bytes

@@ -86,3 +86,14 @@ def low_latency_exchange(group: Any, case: Case, oracle: Oracle | None = None) -
         for operation in (bare, *returning):
             operation.finish()
         session.low_latency_combine(bare, apply_weights=False)
+
+
+def lose_after_dispatch(session: Session, absent: int, *, override: bool) -> None:
+    """Go on with low latency without a rank that leaves after a dispatch: it is masked."""
+    one = session.low_latency_dispatch(0)
+    if session.rank != absent:
+        for _ in range(2):
+            session.low_latency_combine(one, masked={absent}, override=override, on_timeout="mask")
+        again = session.low_latency_dispatch(1, masked={absent}, on_timeout="mask")
+        session.low_latency_combine(again, masked={absent}, on_timeout="mask")
+    session.group.barrier()

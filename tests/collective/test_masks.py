@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case, case_params
+from collective.scenario import lose_after_dispatch
 from collective.session import Oracle, Session
 
 from deepcomm import InvalidArgument, RecvLayout
@@ -171,15 +172,7 @@ def test_rank_that_leaves_after_dispatch_is_masked_by_those_who_need_it(
     absent = 3
 
     def body(session: Session) -> None:
-        one = session.low_latency_dispatch(0)
-        if session.rank != absent:
-            for _ in range(2):
-                session.low_latency_combine(
-                    one, masked={absent}, override=override, on_timeout="mask"
-                )
-            again = session.low_latency_dispatch(1, masked={absent}, on_timeout="mask")
-            session.low_latency_combine(again, masked={absent}, on_timeout="mask")
-        session.group.barrier()
+        lose_after_dispatch(session, absent, override=override)
 
     run(case, body, timeout_s=SHORT_S)
 

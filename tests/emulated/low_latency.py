@@ -144,6 +144,22 @@ def play(
     return run_emulated(on_rank, case.num_ranks, settings)
 
 
+def go_apart(session: LowLatencySession, others: list[int]) -> None:
+    """Mask the ranks of the other side, which does the same, and take them back."""
+    session.low_latency_combine(session.low_latency_dispatch(0))
+    for rank in others:
+        session.buffer.set_rank_mask(rank, True)
+    for round_idx in range(1, 4):  # both sides go on by themselves
+        inputs = session.inputs(round_idx)
+        got = session.buffer.low_latency_dispatch(inputs.xs[session.rank], inputs.ids[session.rank])
+        session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
+    for rank in others:
+        session.buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in range(4, 10):
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
 CANCELLING = torch.tensor([1.0, -1.0, 2.0**-10, -(2.0**-10), 2.0**25, -(2.0**25)])
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from collective.case import Case
+from collective.nodes import LOW_LATENCY_TWO_BY_TWO
 from emulated.cluster import Settings
 from emulated.host_api import Faults
 from emulated.low_latency import LowLatencySession, play, use_small_blocks
@@ -300,7 +302,15 @@ def test_ranks_that_learn_of_a_refusal_at_different_calls_stay_in_step(knowing: 
         ({"topk_weights": None}, "topk_weights differs"),
     ],
 )
-def test_ranks_that_differ_are_told_so(own: dict[str, Any], match: str) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED),
+        replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED),
+    ],
+    ids=["one-node", "two-nodes"],
+)
+def test_ranks_that_differ_are_told_so(case: Case, own: dict[str, Any], match: str) -> None:
     def body(session: LowLatencySession) -> None:
         inputs = session.inputs(0)
         arguments = {"recv_layout": PADDED, "topk_weights": inputs.weights[session.rank]}
@@ -311,7 +321,7 @@ def test_ranks_that_differ_are_told_so(own: dict[str, Any], match: str) -> None:
             session.buffer.low_latency_dispatch(x, ids, **arguments)
         go_on(session)
 
-    play(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), body)
+    play(case, body)
 
 
 def test_combines_of_different_handles_are_told_so() -> None:

@@ -181,28 +181,6 @@ def test_wrong_ids_end_the_operation_on_every_node(
     play(replace(case, even=True), body)
 
 
-@pytest.mark.parametrize(
-    ("own", "match"),
-    [
-        ({"recv_layout": TOKEN}, "recv_layout differs .* TOKEN"),
-        ({"quantize": "fp8_e4m3"}, "rows differs between ranks: .*FP8 rows with FP32 scales"),
-        ({"topk_weights": None}, "topk_weights differs"),
-    ],
-)
-def test_ranks_of_several_nodes_that_differ_are_told_so(own: dict[str, Any], match: str) -> None:
-    def body(session: LowLatencySession) -> None:
-        inputs = session.inputs(0)
-        arguments = {"recv_layout": PADDED, "topk_weights": inputs.weights[session.rank]}
-        if session.rank == 0:
-            arguments |= own
-        x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
-        with pytest.raises(ConfigMismatch, match=match):
-            session.buffer.low_latency_dispatch(x, ids, **arguments)
-        go_on(session)
-
-    play(PADDED_CASE, body)
-
-
 @pytest.mark.parametrize("override", [False, True])
 def test_combines_of_different_handles_are_told_to_every_node(override: bool) -> None:
     def body(session: LowLatencySession) -> None:

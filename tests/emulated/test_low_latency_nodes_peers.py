@@ -10,9 +10,10 @@ import pytest
 import torch
 from collective.case import Case
 from collective.nodes import LOW_LATENCY_TWO_BY_TWO
+from collective.scenario import lose_after_dispatch
 from emulated.cluster import RankStopped, Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import LowLatencySession, go_apart, play, use_small_blocks
 
 from deepcomm import CommTimeout, RecvLayout
 
@@ -119,15 +120,7 @@ def test_rank_that_leaves_after_dispatch_is_masked(override: bool) -> None:
     absent = 3
 
     def body(session: LowLatencySession) -> None:
-        one = session.low_latency_dispatch(0)
-        if session.rank != absent:
-            for _ in range(2):
-                session.low_latency_combine(
-                    one, masked={absent}, override=override, on_timeout="mask"
-                )
-            again = session.low_latency_dispatch(1, masked={absent}, on_timeout="mask")
-            session.low_latency_combine(again, masked={absent}, on_timeout="mask")
-        session.group.barrier()
+        lose_after_dispatch(session, absent, override=override)
 
     play(replace(PADDED_CASE, routing="uniform"), body)
 
@@ -164,21 +157,7 @@ def test_node_can_be_taken_back(seed: int) -> None:
     """Two nodes mask each other, go on by themselves, and come together again."""
 
     def body(session: LowLatencySession) -> None:
-        session.low_latency_combine(session.low_latency_dispatch(0))
-        others = [rank for rank in range(4) if rank // 2 != session.rank // 2]
-        for rank in others:
-            session.buffer.set_rank_mask(rank, True)
-        for round_idx in range(1, 4):
-            inputs = session.inputs(round_idx)
-            got = session.buffer.low_latency_dispatch(
-                inputs.xs[session.rank], inputs.ids[session.rank]
-            )
-            session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-        for rank in others:
-            session.buffer.set_rank_mask(rank, False)
-        session.group.barrier()
-        for round_idx in range(4, 10):
-            session.low_latency_combine(session.low_latency_dispatch(round_idx))
+        go_apart(session, [rank for rank in range(4) if rank // 2 != session.rank // 2])
 
     play(replace(PADDED_CASE, routing="uniform"), body, Settings(seed))
 

@@ -10,7 +10,7 @@ import torch
 from collective.case import Case
 from emulated.cluster import RankStopped, Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import LowLatencySession, go_apart, play, use_small_blocks
 
 from deepcomm import CommTimeout, RecvLayout
 
@@ -150,21 +150,7 @@ def test_rank_can_be_taken_back(seed: int) -> None:
     case = Case(num_ranks=3, num_tokens=6, hidden=64, layout=PADDED, num_topk=4, routing="uniform")
 
     def body(session: LowLatencySession) -> None:
-        session.low_latency_combine(session.low_latency_dispatch(0))
-        others = [rank for rank in range(3) if (rank == cut) != (session.rank == cut)]
-        for rank in others:
-            session.buffer.set_rank_mask(rank, True)
-        for round_idx in range(1, 4):  # both sides go on by themselves
-            inputs = session.inputs(round_idx)
-            got = session.buffer.low_latency_dispatch(
-                inputs.xs[session.rank], inputs.ids[session.rank]
-            )
-            session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-        for rank in others:
-            session.buffer.set_rank_mask(rank, False)
-        session.group.barrier()
-        for round_idx in range(4, 10):
-            session.low_latency_combine(session.low_latency_dispatch(round_idx))
+        go_apart(session, [rank for rank in range(3) if (rank == cut) != (session.rank == cut)])
 
     play(case, body, Settings(seed))
 

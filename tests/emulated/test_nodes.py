@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from collective.case import Case
-from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO
+from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO, bytes_to_other_nodes
 from collective.session import Oracle, Session
 from emulated.cluster import RankStopped
 from emulated.conftest import Schedules
@@ -94,22 +94,9 @@ def test_token_crosses_once_per_node(schedules: Schedules, case: Case) -> None:
             session.combine(dispatched)
             after_combine = session.buffer.stats()
             ids = dispatched.inputs.ids[group.rank]
-            num_copies = num_foreign_nodes(case, ids.tolist(), group.rank)
-            assert after_dispatch.bytes_network == num_copies * row_bytes(case)
+            assert after_dispatch.bytes_network == bytes_to_other_nodes(case, ids, group.rank)
             # What comes back was sent by ranks of the rail: together they bring as many rows.
             assert after_combine.bytes_network >= after_dispatch.bytes_network
 
     for settings in schedules():
         run_emulated(count, case.num_ranks, settings)
-
-
-def num_foreign_nodes(case: Case, ids: list[list[int]], rank: int) -> int:
-    assert case.ranks_per_node is not None
-    experts_per_node = case.experts_per_rank * case.ranks_per_node
-    own = rank // case.ranks_per_node
-    return sum(len({i // experts_per_node for i in row if i >= 0} - {own}) for row in ids)
-
-
-def row_bytes(case: Case) -> int:
-    tiles = -(-case.hidden // 128)
-    return case.hidden + 4 * tiles if case.wire == "fp8" else 2 * case.hidden

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
-from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO
+from collective.nodes import NODES_CASES, SHAPE_CASES, TWO_BY_TWO, bytes_to_other_nodes
 from collective.scenario import exchange
 from collective.session import Oracle, Session
 from emulated.build import CSRC
@@ -23,7 +23,6 @@ from emulated.conftest import Schedules
 from emulated.host_api import Faults
 from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
 from emulated.runtime import run_emulated
-from emulated.test_nodes import num_foreign_nodes, row_bytes
 from emulated.test_trouble import (
     AT_FAULT,
     FAULTS,
@@ -263,8 +262,8 @@ def test_token_is_carried_once_per_node(schedules: Schedules) -> None:
         with Session(group, case, oracle, **CARRIED) as session:
             dispatched = session.dispatch(0)
             ids = dispatched.inputs.ids[group.rank]
-            num_copies = num_foreign_nodes(case, ids.tolist(), group.rank)
-            assert session.buffer.stats().bytes_network == num_copies * row_bytes(case)
+            expected = bytes_to_other_nodes(case, ids, group.rank)
+            assert session.buffer.stats().bytes_network == expected
 
     for settings in schedules():
         run_carried(count, case, settings)

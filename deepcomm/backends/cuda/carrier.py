@@ -20,7 +20,8 @@ from deepcomm._C import kernels
 from deepcomm.backends.cuda.network import Message, Span
 from deepcomm.backends.cuda.progress import PROGRESS_BYTES, Progress
 from deepcomm.errors import CommTimeout, Error, InvalidArgument
-from deepcomm.types import SCALE_TILE, ScaledTensor
+from deepcomm.fp8 import num_scale_words
+from deepcomm.types import ScaledTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +39,6 @@ MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
 """Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
 CHUNK_ROWS: Final = 4  # layout::kPushChunk
-TILES_PER_WORD: Final = 4  # of UE8M0 scales
 PATIENCE: Final = 2
 """How many ``timeout_s`` a network may take: its peers may be late by one."""
 
@@ -82,15 +82,13 @@ class RowBytes:
     @staticmethod
     def of_dispatch(request: DispatchRequest, hidden: int, num_topk: int) -> RowBytes:
         """Return those of a dispatch, some of whose arguments may be wrong."""
-        tiles = -(-hidden // SCALE_TILE)
         is_ue8m0 = request.scale_format == "ue8m0"
         if isinstance(request.x, ScaledTensor):
             is_ue8m0 = request.x.scales.dtype != torch.float32
         is_fp8 = request.quantize is not None or isinstance(request.x, ScaledTensor)
-        words = -(-tiles // TILES_PER_WORD) if is_ue8m0 else tiles
         return RowBytes(
             row=hidden * (1 if is_fp8 else 2),
-            scales=4 * words * is_fp8,
+            scales=4 * num_scale_words(hidden, is_ue8m0=is_ue8m0) * is_fp8,
             num_topk=num_topk,
             weights=4 * num_topk * (request.topk_weights is not None),
         )

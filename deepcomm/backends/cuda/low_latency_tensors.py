@@ -12,7 +12,8 @@ import torch
 from deepcomm.backends.cuda.low_latency_words import contiguous_strides
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import SCALE_TILE, RecvLayout
+from deepcomm.fp8 import num_scale_words
+from deepcomm.types import RecvLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,9 +148,8 @@ def _of_scales(
     if checked.scale_format == "none":
         return None, (0, 0, 0)
     *lead, hidden = shape
-    tiles = -(-hidden // SCALE_TILE)
     is_ue8m0 = checked.scale_format == "ue8m0"
-    words = -(-tiles // 4) if is_ue8m0 else tiles
+    words = num_scale_words(hidden, is_ue8m0=is_ue8m0)
     dtype = torch.int32 if is_ue8m0 else torch.float32
     if len(lead) == 1:
         scales = zeroed(empty((*lead, words), dtype, device), request.zero_padding)

@@ -10,7 +10,8 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import SCALE_TILE, RecvLayout
+from deepcomm.fp8 import num_scale_words
+from deepcomm.types import RecvLayout
 
 if TYPE_CHECKING:
     from deepcomm._C import kernels
@@ -112,12 +113,11 @@ def row_format(checked: CheckedDispatch) -> RowFormat:
     """Return how the rows of a dispatch travel."""
     if checked.scale_format == "none":
         return RowFormat("bf16", checked.rows.dtype, 0, torch.float32, 0)
-    tiles = -(-int(checked.rows.shape[1]) // SCALE_TILE)
     ue8m0 = checked.scale_format == "ue8m0"
     return RowFormat(
         wire="cast" if checked.quantize else "fp8",
         dtype=torch.float8_e4m3fn,
-        scale_words=-(-tiles // 4) if ue8m0 else tiles,
+        scale_words=num_scale_words(int(checked.rows.shape[1]), is_ue8m0=ue8m0),
         scale_dtype=torch.int32 if ue8m0 else torch.float32,
         scales=2 if ue8m0 else 1,
     )
