@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-latency dispatch and combine between GPUs: what a decoding step pays.
 
-    python benchmarks/low_latency.py --out benchmarks/results/2x-h200-low-latency.json
-    python benchmarks/low_latency.py --soak 100000        # random sizes and routings, all checked
+    python benchmarks/low_latency.py --out benchmarks/results/2x-h200-low-latency
 
 One process a GPU. Every operation is first compared with the reference on all ranks. Times are of
 CUDA graphs that hold a chain of operations, divided by their number; each sample is the maximum
@@ -13,11 +12,6 @@ between send and hook come from launches on a stream. All waits are bounded.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from low_latency_soak import Soak, SoakShape
+from machine import environment, write_results
+from soak import LowLatencySoak
+from soak_truth import SoakShape
 
 from deepcomm import Buffer, RecvLayout, reference
 from deepcomm.slots import ReferenceConfig
@@ -59,7 +55,6 @@ class Options:
     chain: int
     samples: int
     check_only: bool
-    soak: int
     num_sms: int | None
 
 
@@ -125,8 +120,8 @@ class Work:
         if self.num_tokens > MOST_FOR_REFERENCE:
             options = self.options
             shape = SoakShape(options.experts, options.topk, options.hidden, self.num_tokens)
-            soak = Soak(self.group, shape)
-            soak.run(num_steps=6)
+            soak = LowLatencySoak(self.group, shape, self.device)
+            soak.run(num_operations=12)
             soak.buffer.close()
             return
         for layout in (RecvLayout.EXPERT_PADDED, RecvLayout.TOKEN):
@@ -302,9 +297,6 @@ class Work:
 def on_rank(group: Any, options: Options) -> list[dict[str, Any]]:
     """Measure on one GPU; all ranks return the same figures."""
     torch.cuda.set_device(dist.get_rank(group) % torch.cuda.device_count())
-    if options.soak:
-        Soak(group, SoakShape(options.experts, options.topk)).run(options.soak)
-        return []
     figures: list[Figure] = []
     for num_tokens in options.tokens:
         work = Work(group, options, num_tokens)
@@ -316,22 +308,6 @@ def on_rank(group: Any, options: Options) -> list[dict[str, Any]]:
             print(f"T = {num_tokens}: correct", file=sys.stderr, flush=True)
         work.buffer.close()
     return [asdict(figure) for figure in figures]
-
-
-def environment() -> dict[str, str]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout
-    return {
-        "gpus": "; ".join(gpus.strip().splitlines()),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit.strip() or "unknown",
-        "software": f"torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"Python {platform.python_version()}",
-        "command": shlex.join(["python", *sys.argv]),
-    }
 
 
 def table(figures: list[dict[str, Any]]) -> list[str]:
@@ -360,9 +336,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--num-sms", type=int)
     parser.add_argument("--check-only", action="store_true")
-    parser.add_argument("--soak", type=int, default=0, help="random operations to check instead")
     parser.add_argument("--timeout-s", type=float, default=540.0, help="of the whole run")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--commit", default="unknown", help="goes into the result")
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     args = parser.parse_args()
     options = Options(
         tokens=tuple(map(int, args.tokens.split(","))),
@@ -372,15 +348,14 @@ def main() -> None:
         chain=args.chain,
         samples=args.samples,
         check_only=args.check_only,
-        soak=args.soak,
         num_sms=args.num_sms,
     )
     figures = run_processes(on_rank, args.ranks, options, timeout_s=args.timeout_s)[0] or []
-    if figures:
-        print("\n".join(table(figures)))
+    lines = table(figures)
+    print("\n".join(lines if figures else ["all results are right"]))
     if args.out:
-        result = {"environment": environment(), "figures": figures}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"environment": environment(args.commit), "figures": figures}
+        write_results(args.out, result, lines)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,6 @@ def stages(result: Result, num_ranks: int, repeats: int) -> dict[str, Callable[[
             chain=20,
             samples=30,
             check_only=False,
-            soak=0,
             num_sms=None,
         )
         result.low_latency = ranks(limit_s, low_latency.on_rank, options)
