@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from collective.case import Case
 from collective.scenario import exchange
+from collective.session import Oracle
+from gpu.backend_ranks import meet
 
 from deepcomm import Buffer, RecvLayout, ScaledTensor
 from deepcomm.fp8 import quantize_fp8
+from deepcomm.group import Group, as_group
 from deepcomm.testing.routing import RoutingShape, make_routing
 
 LINK_GBPS = 366.0  # what bulk stores reach in one direction
@@ -140,20 +142,20 @@ class Figure:
 class Workload:
     """Rows and routing of this rank, and the bytes they are on the way."""
 
-    def __init__(self, setting: Setting, routing: str) -> None:
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    def __init__(self, setting: Setting, routing: str, group: Group) -> None:
+        rank, num_ranks = group.rank, group.size
         shape = RoutingShape(num_ranks, setting.num_experts, setting.num_topk)
         routed = make_routing(routing, shape, 0)(rank, setting.num_tokens)
         generator = torch.Generator(device="cuda").manual_seed(rank)
         size = (setting.num_tokens, setting.hidden)
-        self.setting = setting
+        self.setting, self.group = setting, group
         self.x = torch.randn(size, device="cuda", generator=generator).bfloat16()
         self.scaled: ScaledTensor = quantize_fp8(self.x)
         self.ids, self.weights = routed.topk_idx.cuda(), routed.topk_weights.cuda()
         owner = routed.topk_idx // (setting.num_experts // num_ranks)
         owner[routed.topk_idx < 0] = -1
-        to = torch.stack([(owner == dst).any(1).sum() for dst in range(num_ranks)])
-        table = torch.stack(all_gather(to))
+        to = [int((owner == dst).any(1).sum()) for dst in range(num_ranks)]
+        table = torch.tensor(group.all_gather(to))
         self.sent_rows = int((table.sum(1) - table.diagonal()).max())
         self.recv_rows = int(table.sum(0).max())
         # What a combine sends is what its dispatch received from others.
@@ -164,10 +166,18 @@ class Workload:
         return 2 * hidden if wire == "bf16" else hidden + 4 * -(-hidden // 128)
 
 
-def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return parts
+def record(call: Callable[[], None], group: Group) -> torch.cuda.CUDAGraph:
+    """Return a graph of 4 calls, captured one rank after the other: they may share a process."""
+    graph = torch.cuda.CUDAGraph()
+    for turn in range(group.size):
+        meet(group)
+        if turn == group.rank:
+            mode, stream = "thread_local", torch.cuda.Stream()  # NCCL has threads
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+                for _ in range(OPS_IN_GRAPH):
+                    call()
+    meet(group)
+    return graph
 
 
 def capture(buffer: Buffer, load: Workload, variant: Variant) -> Callable[[], Any]:
@@ -198,13 +208,7 @@ def capture(buffer: Buffer, load: Workload, variant: Variant) -> Callable[[], An
             buffer.dispatch(x, load.ids, load.weights, **routing, **quantize)
 
     call()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads
-        for _ in range(OPS_IN_GRAPH):
-            call()
-    dist.barrier()
+    graph = record(call, load.group)
 
     def replay(keep: object = (y, handle)) -> None:
         del keep
@@ -248,31 +252,29 @@ def timed_variants(
     return result
 
 
-def time_pass(item: Timed, repeats: int) -> list[float]:
+def time_pass(item: Timed, repeats: int, group: Group) -> list[float]:
     """Return us of each sample, of the slowest rank."""
-    torch.cuda.synchronize()
-    dist.barrier()
+    meet(group)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + repeats + 1)]
     events[0].record()
     for event in events[1:]:
         item.run()
         event.record()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().synchronize()
     spans = itertools.pairwise(events)
-    times = torch.tensor([start.elapsed_time(end) * 1e3 / item.ops for start, end in spans])
-    slowest = torch.stack(all_gather(times)).max(0).values[WARM_UP:]
-    return [float(time) for time in slowest]
+    times = [start.elapsed_time(end) * 1e3 / item.ops for start, end in spans]
+    return np.max(group.all_gather(times), axis=0)[WARM_UP:].tolist()
 
 
-def check_small(group: Any, hidden: int, num_topk: int) -> None:
+def check_small(group: Any, setting: Setting, oracle: Oracle | None = None) -> None:
     """Compare every kind of operation with the reference; raises AssertionError."""
-    num_ranks = dist.get_world_size()
     base = Case(
-        num_ranks=num_ranks,
+        num_ranks=as_group(group).size,
         num_tokens=64,
-        hidden=hidden,
-        num_topk=min(4, num_topk),
+        hidden=setting.hidden,
+        num_topk=min(4, setting.num_topk),
         experts_per_rank=4,
+        ranks_per_node=setting.ranks_per_node,
         device="cuda",
     )
     for change in (
@@ -283,7 +285,7 @@ def check_small(group: Any, hidden: int, num_topk: int) -> None:
         {"layout": EXPERT, "alignment": ALIGNMENT, "wire": "scaled"},
     ):
         case = dataclasses.replace(base, **change)
-        exchange(group, case, None, num_low_latency_slots=0, timeout_s=TIMEOUT_S)
+        exchange(group, case, oracle, num_low_latency_slots=0, timeout_s=TIMEOUT_S)
 
 
 def measure(
@@ -294,21 +296,20 @@ def measure(
     repeats: int,
 ) -> list[Figure]:
     """Measure the variants and, in the same turns, their opponents with every routing."""
-    figures = []
+    figures, meeting = [], as_group(group)
     for routing in setting.routings:
-        load, buffers = Workload(setting, routing), open_buffers(group, setting)
+        load, buffers = Workload(setting, routing, meeting), open_buffers(group, setting)
         items = [*timed_variants(buffers, load, routing, variants), *opponents(load, routing)]
         for _ in range(NUM_PASSES):
             for item in items:
-                item.passes.append(time_pass(item, repeats))
+                item.passes.append(time_pass(item, repeats, meeting))
         figures += [item.figure(setting) for item in items]
         del items
         for buffer in buffers:  # raises what went wrong in a graph
             buffer.dispatch(load.x, load.ids)
-            torch.cuda.synchronize()
-            dist.barrier()
+            meet(meeting)
             buffer.close()
-        if dist.get_rank() == 0:
+        if meeting.rank == 0:
             print(f"{setting}, {routing}: measured", file=sys.stderr, flush=True)
     return figures
 

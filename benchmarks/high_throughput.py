@@ -38,8 +38,9 @@ RUN_LIMIT_S = 90.0
 def run_rank(group: Any, settings: list[Setting], only: str, repeats: int) -> list[Figure]:
     """Check, then measure every setting."""
     torch.cuda.set_device(dist.get_rank())
-    for hidden, num_topk in dict.fromkeys((each.hidden, each.num_topk) for each in settings):
-        check_small(group, hidden, num_topk)
+    kinds = {(each.hidden, each.num_topk, each.ranks_per_node): each for each in settings}
+    for setting in kinds.values():
+        check_small(group, setting)
     nccl = dist.new_group(backend="nccl")
     assert isinstance(nccl, dist.ProcessGroup)
     variants = tuple(variant for variant in VARIANTS if only in variant.name)
