@@ -51,6 +51,7 @@ class Buffer:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         late_warning_s: float = DEFAULT_LATE_WARNING_S,
         rail: str = "auto",
+        traffic_class: int | None = None,
     ) -> None:
         """Reserve symmetric memory and meet the peers; collective over ``group``.
 
@@ -77,6 +78,9 @@ class Buffer:
             late_warning_s: Seconds of waiting after which a late peer is logged.
             rail: Transport between nodes: "auto"; "gloo" on CPUs; on CUDA "lsa", loads and stores,
                 or "nccl" (docs/cuda.md, Nodes).
+            traffic_class: Of what crosses a network, as that counts classes (a service level on
+                InfiniBand, a traffic class on RoCE); None leaves it to the network. Loads and
+                stores have no classes; gloo cannot choose one.
 
         Raises:
             InvalidArgument: An argument is out of range, or the group's ranks are not node-major or
@@ -100,6 +104,7 @@ class Buffer:
                 timeout_s=timeout_s,
                 late_warning_s=late_warning_s,
                 rail=rail,
+                traffic_class=traffic_class,
             ),
             device,
         )

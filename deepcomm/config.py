@@ -38,6 +38,7 @@ class BufferConfig:
     timeout_s: float = DEFAULT_TIMEOUT_S
     late_warning_s: float = DEFAULT_LATE_WARNING_S
     rail: str = "auto"
+    traffic_class: int | None = None
 
     def shared_fields(self) -> dict[str, Any]:
         """Return the fields that must be equal on all ranks."""
@@ -93,7 +94,7 @@ class BufferConfig:
 
 
 LOCAL_FIELDS = frozenset({"num_sms", "num_threads", "timeout_s", "late_warning_s"})
-_OPTIONAL = frozenset({"ranks_per_node", "num_sms", "num_threads"})
+_OPTIONAL = frozenset({"ranks_per_node", "num_sms", "num_threads", "traffic_class"})
 _INT32_MAX = 2**31 - 1
 _RANGES = (
     ("num_experts", 1, _INT32_MAX),
@@ -105,4 +106,5 @@ _RANGES = (
     ("num_threads", 1, 1024),
     ("num_generations", 2, 64),
     ("num_low_latency_slots", 0, 64),
+    ("traffic_class", 0, _INT32_MAX),
 )

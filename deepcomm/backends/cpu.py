@@ -90,6 +90,10 @@ class CpuBackend:
         config.check(self._group.size)
         if config.rail not in ("auto", "gloo"):
             raise InvalidArgument(f"rail: expected 'auto' or 'gloo' on CPUs, got {config.rail!r}")
+        if config.traffic_class is not None:
+            raise InvalidArgument(
+                f"traffic_class: expected None on CPUs (gloo has none), got {config.traffic_class}"
+            )
 
     def _open_endpoint(self, config: BufferConfig) -> cpu.Endpoint:
         """Create this rank's segment and map those of its node."""

@@ -90,8 +90,15 @@ class Lane:
 class EmulatedNetwork:
     """One rank's end of it."""
 
-    def __init__(self, runtime: EmulatedRuntime, group: Group, timeout_s: float) -> None:
+    def __init__(
+        self,
+        runtime: EmulatedRuntime,
+        group: Group,
+        timeout_s: float,
+        traffic_class: int | None,
+    ) -> None:
         self._runtime = runtime
+        self._traffic_class = traffic_class
         self._timeout_ns = int(max(timeout_s, PATIENCE_S) * 1e9)
         self._rank = group.rank
         self._numbers = [0] * group.size
@@ -137,7 +144,7 @@ class EmulatedNetwork:
         self.is_closed = True
 
     def describe(self) -> str:
-        return "the emulated network"
+        return f"the emulated network, traffic class {self._traffic_class}"
 
 
 def fill_spans(entries: Any, spans: Sequence[Span]) -> int:

@@ -236,8 +236,7 @@ class EmulatedRuntime:
 
     def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> EmulatedNetwork:
         assert self._cluster.settings.has_network
-        assert traffic_class is None
-        return EmulatedNetwork(self, group, timeout_s)
+        return EmulatedNetwork(self, group, timeout_s, traffic_class)
 
     def is_capturing(self) -> bool:
         return False

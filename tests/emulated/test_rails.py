@@ -271,8 +271,8 @@ def test_token_is_carried_once_per_node(schedules: Schedules) -> None:
 
 def test_graph_is_refused_and_explain_and_sizes_know_the_network(schedules: Schedules) -> None:
     def refuse(group: LocalGroup) -> None:
-        with Session(group, PAIR, Oracle(), **CARRIED) as session:
-            assert "the emulated network" in session.buffer.explain()
+        with Session(group, PAIR, Oracle(), **CARRIED, traffic_class=7) as session:
+            assert "the emulated network, traffic class 7" in session.buffer.explain()
             sizes = {"num_ranks": 2, "hidden": PAIR.hidden, "max_tokens_per_rank": PAIR.num_tokens}
             expected = buffer_bytes(
                 **sizes,

@@ -45,6 +45,7 @@ def test_config_good_one_is_accepted() -> None:
         ({"max_tokens_per_rank": 0}, r"max_tokens_per_rank: expected 1\.\.\d+, got 0"),
         ({"num_generations": 1}, r"num_generations: expected 2\.\.64, got 1"),
         ({"num_low_latency_slots": 2}, r"expected 0 or at least 3, got 2"),
+        ({"traffic_class": -1}, r"traffic_class: expected 0\.\.\d+, got -1"),
         ({"ranks_per_node": 3}, r"ranks_per_node: expected a divisor of .* 4 ranks, got 3"),
         ({"timeout_s": 0.0}, r"timeout_s: expected a positive number of seconds, got 0\.0"),
         ({"late_warning_s": -1.0}, r"late_warning_s: expected a positive number"),
@@ -55,6 +56,17 @@ def test_config_out_of_range_names_field_and_values(
 ) -> None:
     with pytest.raises(InvalidArgument, match=message):
         replace(GOOD, **changes).check(num_ranks=4)
+
+
+def test_config_traffic_class_is_nothing_that_gloo_has() -> None:
+    def make(group: LocalGroup) -> None:
+        sizes = {"num_experts": 2, "num_topk": 1, "hidden": 64, "max_tokens_per_rank": 4}
+        with pytest.raises(
+            InvalidArgument, match=r"traffic_class: expected None on CPUs .*, got 3"
+        ):
+            deepcomm.Buffer(group, device="cpu", **sizes, traffic_class=3)
+
+    LocalCluster(2).run(make)
 
 
 def test_config_local_fields_may_differ_between_ranks() -> None:

@@ -124,7 +124,8 @@ def test_library_is_told_what_the_network_needs(fake: FakeNccl) -> None:
     assert (asked.config_bytes, asked.config_version, asked.blocking) == (48, 22600, 0)
     assert (asked.traffic_class, asked.max_ctas) == (undefined, undefined)
     assert made.describe() == f"NCCL 2.28.9, {fake.path}"
-    use({"traffic_class": 104, "max_ctas": 4})
+    made = use({"traffic_class": 104, "max_ctas": 4})
+    assert made.describe() == f"NCCL 2.28.9, {fake.path}, traffic class 104"
     assert (fake.asked().traffic_class, fake.asked().max_ctas) == (104, 4)
 
 

@@ -115,7 +115,9 @@ class Domain:
     def _open_carrier(self) -> Carrier:
         if not self.position.is_carried:
             return REACHED
-        network = self.runtime.network(self._group, self.config.timeout_s, None)
+        network = self.runtime.network(
+            self._group, self.config.timeout_s, self.config.traffic_class
+        )
         try:
             return agree_on(self._group, "Buffer", lambda: NetworkCarrier(self, network))
         except BaseException:

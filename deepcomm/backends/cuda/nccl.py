@@ -120,6 +120,7 @@ class NcclNetwork:
         weakref.finalize(self, self._ended.set)
         self._stream = stream
         self._timeout_s = options.timeout_s
+        self._traffic_class = options.traffic_class
         self._library, unique_id = _agree_on_id(group, library)
         name = f"rank {members_of(group)[group.rank]}"
         config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
@@ -164,8 +165,10 @@ class NcclNetwork:
             logger.warning("a network was closed by force: %s", trouble)
 
     def describe(self) -> str:
-        """Return NCCL's version and file."""
-        return f"NCCL {self._library.version}, {self._library.path}"
+        """Return NCCL's version and file, and the class of what it sends."""
+        asked = self._traffic_class
+        in_class = "" if asked is None else f", traffic class {asked}"
+        return f"NCCL {self._library.version}, {self._library.path}{in_class}"
 
 
 def abort_after(
