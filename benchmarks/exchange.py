@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,14 @@ VARIANTS = (
     Variant("combine, ordinary tensor", "combine", TOKEN, "bf16"),
     Variant("combine, in the received rows", "combine", TOKEN, "bf16", in_place=True),
     Variant("weighted combine from EXPERT", "combine", EXPERT, "bf16"),
+)
+
+CHECKS: tuple[dict[str, Any], ...] = (
+    {},
+    {"wire": "scaled"},
+    {"wire": "fp8"},
+    {"layout": EXPERT, "alignment": ALIGNMENT},
+    {"layout": EXPERT, "alignment": ALIGNMENT, "wire": "scaled"},
 )
 
 
@@ -266,8 +274,11 @@ def time_pass(item: Timed, repeats: int, group: Group) -> list[float]:
     return np.max(group.all_gather(times), axis=0)[WARM_UP:].tolist()
 
 
-def check_small(group: Any, setting: Setting, oracle: Oracle | None = None) -> None:
-    """Compare every kind of operation with the reference; raises AssertionError."""
+def check_small(group: Any, setting: Setting, oracles: Sequence[Oracle] | None = None) -> None:
+    """Compare every kind of operation with the reference; raises AssertionError.
+
+    Ranks of one process share an oracle for each of ``CHECKS``.
+    """
     base = Case(
         num_ranks=as_group(group).size,
         num_tokens=64,
@@ -277,13 +288,7 @@ def check_small(group: Any, setting: Setting, oracle: Oracle | None = None) -> N
         ranks_per_node=setting.ranks_per_node,
         device="cuda",
     )
-    for change in (
-        {},
-        {"wire": "scaled"},
-        {"wire": "fp8"},
-        {"layout": EXPERT, "alignment": ALIGNMENT},
-        {"layout": EXPERT, "alignment": ALIGNMENT, "wire": "scaled"},
-    ):
+    for change, oracle in zip(CHECKS, oracles or [None] * len(CHECKS), strict=True):
         case = dataclasses.replace(base, **change)
         exchange(group, case, oracle, num_low_latency_slots=0, timeout_s=TIMEOUT_S)
 

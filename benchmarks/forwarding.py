@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from collective.session import Oracle  # noqa: E402
 from exchange import (  # noqa: E402
+    CHECKS,
     VARIANTS,
     Figure,
     Setting,
@@ -56,9 +57,9 @@ class Shape:
     figures: list[Figure]
 
 
-def play(group: Any, setting: Setting, oracle: Oracle, args: argparse.Namespace) -> Shape:
+def play(group: Any, setting: Setting, oracles: list[Oracle], args: argparse.Namespace) -> Shape:
     """Check, count, measure; on every rank."""
-    check_small(group, setting, oracle)
+    check_small(group, setting, oracles)
     load, (buffer,) = Workload(setting, setting.routings[0], group), open_buffers(group, setting)
     buffer.dispatch(load.scaled, load.ids, load.weights)
     stats = buffer.stats()
@@ -113,7 +114,8 @@ def main() -> None:
         sizes = (args.tokens, args.hidden, args.experts, args.topk)
         setting = Setting(*sizes, ranks_per_node, (args.sms,), ("uniform",))
         cluster = LocalCluster(args.ranks, device="cuda:0", timeout_s=CONTROL_PLANE_S)
-        body = functools.partial(play, setting=setting, oracle=Oracle(), args=args)
+        oracles = [Oracle() for _ in CHECKS]
+        body = functools.partial(play, setting=setting, oracles=oracles, args=args)
         shapes.append(cluster.run(body)[0])
     facts = {**environment(args.commit), "ranks": f"{args.ranks}, threads on one GPU"}
     lines = ["# Forwarding", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]

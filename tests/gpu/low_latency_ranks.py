@@ -75,10 +75,11 @@ def replay(group: Any, case: Case, num_replays: int, oracle: Oracle | None = Non
     """Capture sends and hooks, replay them with other rows and ids, and compare."""
     with Session(group, case, Oracle(), timeout_s=TIMEOUT_S) as session:
         shared, rank = oracle or Oracle(), session.rank
-        session.low_latency_combine(session.low_latency_dispatch(0))  # reserves the slots
-        inputs = session.inputs(0)
+        eager = session.low_latency_dispatch(0)  # reserves the slots
+        session.low_latency_combine(eager)
+        inputs, y = session.inputs(0), torch.zeros_like(eager.actual.x)
         given = [session._own(part) for part in (inputs.xs, inputs.ids, inputs.weights)]
-        graph, y, received, back = capture(session, group, given)
+        graph, received, back = capture(session, group, given, y)
         for round_idx in range(1, num_replays + 1):
             inputs = session.inputs(round_idx)
             expected = shared.get(
@@ -101,8 +102,8 @@ def replay(group: Any, case: Case, num_replays: int, oracle: Oracle | None = Non
 
 
 def capture(
-    session: Session, group: Any, given: list[torch.Tensor]
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, DispatchOutput, CombineOutput]:
+    session: Session, group: Any, given: list[torch.Tensor], y: torch.Tensor
+) -> tuple[torch.cuda.CUDAGraph, DispatchOutput, CombineOutput]:
     """Record the operations, one rank after the other where they share a process."""
     graph, results = torch.cuda.CUDAGraph(), ()
     for turn in range(session.case.num_ranks):
@@ -115,11 +116,10 @@ def capture(
             )
             assert received.hook is not None
             received.hook()
-            y = torch.zeros_like(received.x)
             back = session.buffer.low_latency_combine(y, received.handle, return_hook=True)
             assert back.hook is not None
             back.hook()
-            results = (y, received, back)
+            results = (received, back)
     meet(group)
     return (graph, *results)  # type: ignore[return-value]
 

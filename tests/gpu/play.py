@@ -3,29 +3,32 @@
 
 ``python -m gpu.play RANKS REPEATS`` plays probes. With one rank, which then is its own peer, no
 launch depends on another. With no rank at all a probe writes behind its memory: a tool that says
-nothing then would not have seen a fault either. ``python -m gpu.play operations`` plays dispatches
-and combines of two ranks.
+nothing then would not have seen a fault either. ``python -m gpu.play operations RANKS`` plays
+dispatches and combines: of one rank, or of processes with a GPU each. Threads would not do: under
+a tool, a copy from pageable memory waits for kernels of the process that wait for its rank.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from collective.case import Case
 from collective.scenario import exchange, low_latency_exchange
-from collective.session import Oracle
 from gpu import params
+from gpu.backend_ranks import in_process
 from gpu.launch import World
 from gpu.probes import FIXED_RANKS, PROBES, Setup, run_probe
 
 from deepcomm import RecvLayout
-from deepcomm.testing import LocalCluster
+from deepcomm.testing import run_processes
 
 SELF_PLAYABLE = ("signal", "bulk_put", "bulk_copy", "ring", "barrier_fold", "packet")
 TIMEOUT_S = 60.0
+LIMIT_S = 270.0
 
 
 def overrun() -> None:
@@ -39,26 +42,27 @@ def overrun() -> None:
     world.wait()
 
 
-def operations() -> None:
+def operations(group: Any) -> None:
     """Compare small operations of every layout with the reference."""
-    base = Case(num_ranks=2, num_tokens=6, hidden=128, wire="fp8", device="cuda")
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    base = Case(num_ranks=num_ranks, num_tokens=6, hidden=128, wire="fp8", device="cuda")
+
+    def tell(what: str) -> None:
+        if rank == 0:
+            print(f"{what}: results hold", flush=True)  # noqa: T201
+
     for layout in RecvLayout:
-        case, oracle = replace(base, layout=layout), Oracle()
-        play = partial(exchange, case=case, oracle=oracle, num_sms=2, timeout_s=TIMEOUT_S)
-        LocalCluster(2, device="cuda:0").run(play)
-        print(f"{layout.value}: results hold", flush=True)  # noqa: T201
-        if layout is RecvLayout.EXPERT:
-            continue
-        oracle = Oracle()
-        LocalCluster(2, device="cuda:0").run(
-            partial(low_latency_exchange, case=case, oracle=oracle)
-        )
-        print(f"low latency, {layout.value}: results hold", flush=True)  # noqa: T201
+        case = replace(base, layout=layout)
+        exchange(group, case, num_sms=2, timeout_s=TIMEOUT_S)
+        tell(layout.value)
+        if layout is not RecvLayout.EXPERT:
+            low_latency_exchange(group, case)
+            tell(f"low latency, {layout.value}")
 
 
 def main() -> None:
     if sys.argv[1] == "operations":
-        operations()
+        run_processes(in_process, int(sys.argv[2]), operations, timeout_s=LIMIT_S)
         return
     num_ranks, repeats = int(sys.argv[1]), int(sys.argv[2])
     if num_ranks == 0:
