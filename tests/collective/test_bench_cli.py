@@ -59,6 +59,8 @@ def measured(folder: Path, *arguments: str, launcher: Sequence[str] = ()) -> dic
     done = start(*SMALL, f"--json={path}", *arguments, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "checked on all ranks" in done.stdout
+    has_nodes = any(argument.startswith("--ranks-per-node") for argument in arguments)
+    assert ("rail of rank 0: gloo" in done.stdout) == has_nodes
     return json.loads(path.read_text())
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from deepcomm.types import DispatchOutput
 
+ONE_NODE = "backend    cpu\nrail       none: one node\ntimeout    9 s"
 SMALL = ["--ranks", "3", "--tokens", "40", "--hidden", "272", "--experts", "12", "--topk", "4"]
 CPU = torch.device("cpu")
 
@@ -286,7 +287,7 @@ def test_baseline_skips_what_has_no_expert() -> None:
     assert plan.send_rows == plan.recv_rows == [2]
 
 
-def _results(config: args.BenchConfig) -> list[Result]:
+def _results(config: args.BenchConfig, explanation: str = ONE_NODE) -> list[Result]:
     """Make results of made-up times: 10 rows of 2 ranks, of which 4 cross; 100 us each."""
     ours = [
         _operation("dispatch BF16", Kind.DISPATCH, [], "send", "hook"),
@@ -306,8 +307,10 @@ def _results(config: args.BenchConfig) -> list[Result]:
     }
     traffic = Traffic(rows=10, rows_remote=4, num_ranks=2)
     figures = make_figures(Contenders(ours, rivals, copies), times, traffic, config.hidden)
-    counters = BufferStats(1, 0, 8, 5, 6, 4, 0, (0, 1))
-    return [Result(tokens, traffic, figures, times, counters, "why") for tokens in config.tokens]
+    counters = BufferStats(1, 0, 8, 5, 6, 4, 2_500_000, (0, 1))
+    return [
+        Result(tokens, traffic, figures, times, counters, explanation) for tokens in config.tokens
+    ]
 
 
 def test_figures_follow_their_formula() -> None:
@@ -346,6 +349,18 @@ def test_table_has_a_line_for_each_figure(capfd: pytest.CaptureFixture[str]) -> 
     assert lines[5].split() == ["send", "4", "30.0", "30.0", "30.0"]
     assert [line.split()[0] for line in lines[8:12]] == ["dispatch", "send", "hook", "dispatch"]
     assert any("checked on all ranks" in line for line in lines)
+    assert not any(line.startswith("rail of rank 0") for line in lines)
+
+
+def test_table_says_how_nodes_are_reached(capfd: pytest.CaptureFixture[str]) -> None:
+    config = config_of("--ranks", "2")
+    rail = (
+        "backend    cuda\nrail       ranks [0, 2], once a node\n           by loads\nsms        4"
+    )
+    print_results(config, _results(config, rail))
+    last = capfd.readouterr().out.splitlines()[-1]
+    way = "ranks [0, 2], once a node by loads"
+    assert last == f"rail of rank 0: {way}; one BF16 dispatch sent 2.5 MB over it."
 
 
 def test_json_holds_what_a_reader_needs_to_repeat_it(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class BenchConfig:
     backend: str
     ranks: int
     ranks_per_node: int | None
+    rail: str
     tokens: tuple[int, ...]
     hidden: int
     experts: int
@@ -86,6 +87,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=["cpu", "cuda"], default="cpu", help="where tensors live")
     add("--ranks", type=_positive, help="ranks to start (4, or torchrun's)")
     add("--ranks-per-node", type=_positive, help="play nodes of this many ranks on this host")
+    add("--rail", default="auto", help="how ranks of other nodes are reached: see Buffer")
     add("--mode", choices=["high_throughput", "low_latency"], default="high_throughput", help=" ")
     add("--tokens", type=_positives, metavar="T[,T...]", help="per rank (1024; 1,8,32,128)")
     add("--hidden", type=_positive, default=7168, help="elements of a row")
@@ -162,6 +164,7 @@ def make_config(options: argparse.Namespace, argv: Sequence[str]) -> BenchConfig
         backend=options.backend,
         ranks=ranks,
         ranks_per_node=options.ranks_per_node,
+        rail=options.rail,
         tokens=options.tokens or ((1, 8, 32, 128) if low_latency else (1024,)),
         hidden=options.hidden,
         experts=experts,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["print_intro", "print_results", "write_json"]
 
 SCHEMA_VERSION = 1
+RAIL = "rail"
+"""How the line of an explanation begins."""
 MS_FROM_US = 2000.0
 """Medians from here on make a table in milliseconds."""
 
@@ -105,7 +108,19 @@ def _legend(config: BenchConfig, results: Sequence[Result]) -> str:
             f"{config.baseline}: index_select, all_to_all_single, index_add_, FP8 cast in torch; "
             "TOKEN rows with ids and weights, BF16 sums."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rail(results[0])])
+
+
+def _rail(result: Result) -> list[str]:
+    """Return what rank 0 explains of the way between nodes, if there are several."""
+    lines = result.explanation.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(RAIL))
+    after = itertools.takewhile(lambda line: line.startswith(" "), lines[first + 1 :])
+    text = " ".join(line.strip() for line in (lines[first][len(RAIL) :], *after))
+    if text.startswith("none"):
+        return []
+    sent_mb = result.counters.bytes_network / 1e6
+    return [f"rail of rank 0: {text}; one BF16 dispatch sent {sent_mb:.3g} MB over it."]
 
 
 def write_json(path: Path, config: BenchConfig, results: Sequence[Result]) -> None:

@@ -71,6 +71,7 @@ def _run_case(config: BenchConfig, num_tokens: int, device: torch.device) -> Res
         device=device,
         ranks_per_node=config.ranks_per_node,
         num_threads=config.threads,
+        rail=config.rail,
     )
     workload = Workload(config, dist.get_rank(), num_tokens, device)
     contenders = _prepare(workload, buffer)
