@@ -351,11 +351,12 @@ def main() -> None:
         num_sms=args.num_sms,
     )
     figures = run_processes(on_rank, args.ranks, options, timeout_s=args.timeout_s)[0] or []
-    lines = table(figures)
-    print("\n".join(lines if figures else ["all results are right"]))
+    facts = environment(args.commit)
+    lines = ["# Low latency", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    lines += table(figures) if figures else ["All results are right."]
+    print("\n".join(lines))
     if args.out:
-        result = {"environment": environment(args.commit), "figures": figures}
-        write_results(args.out, result, lines)
+        write_results(args.out, {"environment": facts, "figures": figures}, lines)
 
 
 if __name__ == "__main__":
