@@ -8,14 +8,19 @@
 namespace deepcomm::kernels {
 
 /// Waits for count words of which each carries the epoch, and hands their values to visit. Looks at
-/// all of them at once for as long as that may help, then at one after the other.
+/// all of them at once for as long as that may help, then waits for one after the other.
 template <int32_t kMaxWords, typename Load, typename Await, typename Visit>
 DEEPCOMM_DEVICE bool gather_words(int32_t count, uint32_t epoch, Load&& load, Await&& await,
                                   Visit&& visit) {
     uint64_t values[kMaxWords];
+    bool is_complete = true;
     bool are_there = false;
     DEEPCOMM_NO_UNROLL
-    for (int32_t attempt = 0; attempt < device::kOptimisticPolls && !are_there; ++attempt) {
+    for (int32_t attempt = 0; !are_there && is_complete; ++attempt) {
+        if (attempt >= device::kOptimisticPolls) {
+            DEEPCOMM_NO_UNROLL
+            for (int32_t i = 0; i < count && is_complete; ++i) is_complete = await(i);
+        }
         are_there = true;
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kMaxWords; ++i) {
@@ -26,12 +31,9 @@ DEEPCOMM_DEVICE bool gather_words(int32_t count, uint32_t epoch, Load&& load, Aw
             if (i < count && values[i] >> 32 != epoch) are_there = false;
         }
     }
-    bool is_complete = true;
     DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kMaxWords; ++i) {
-        if (i >= count) continue;
-        if (is_complete && values[i] >> 32 != epoch) is_complete = await(i, &values[i]);
-        visit(i, static_cast<uint32_t>(values[i]));
+        if (i < count) visit(i, static_cast<uint32_t>(values[i]));
     }
     return is_complete;
 }
@@ -60,9 +62,10 @@ DEEPCOMM_DEVICE bool add_blocks_before(const CountBlock<kNumRanks, kNumExperts, 
         is_complete = gather_words<kWordsAtOnce>(
             left < kWordsAtOnce ? left : kWordsAtOnce, my.epoch,
             [&](int32_t n) { return load(my.partial(first + n, counter)); },
-            [&](int32_t n, uint64_t* value) {
+            [&](int32_t n) {
+                uint64_t value;
                 return await_tagged(wait_context(comm), my.site(device::Role::kCount, comm.rank),
-                                    my.partial(first + n, counter), my.epoch, value, load);
+                                    my.partial(first + n, counter), my.epoch, &value, load);
             },
             [&](int32_t, uint32_t value) {
                 *before = counter == my.kNumCounters ? *before | value : *before + value;
@@ -151,10 +154,11 @@ DEEPCOMM_DEVICE bool gather_counts(const CountBlock<kNumRanks, kNumExperts, kNum
             const int32_t count = kSources - first < kAtOnce ? kSources - first : kAtOnce;
             is_complete = gather_words<kAtOnce>(
                 count, my.epoch, [&](int32_t n) { return load(word(first + n)); },
-                [&](int32_t n, uint64_t* value) {
+                [&](int32_t n) {
+                    uint64_t value;
                     return await_tagged(wait_context(comm),
                                         my.site(device::Role::kCount, (first + n) % kNumRanks),
-                                        word(first + n), my.epoch, value, load);
+                                        word(first + n), my.epoch, &value, load);
                 },
                 [&](int32_t n, uint32_t value) {
                     const bool is_first_there = i < kNumRanks && my.is_mirror(i);

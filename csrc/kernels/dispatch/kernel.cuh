@@ -75,37 +75,33 @@ DEEPCOMM_DEVICE bool have_met(const SendBlock<Spec>& my, bool is_complete) {
     return is_complete && my.smem.meet.status == MeetStatus::kGood;
 }
 
-/// Loads its first rows, which need no peer, while the ranks meet; then exchanges.
+/// Loads its first rows, which need no peer, while the ranks meet; then exchanges. A warp that moves
+/// no rows does the same but for them: all warps of a block meet at the same barriers.
 template <typename Spec>
 DEEPCOMM_DEVICE bool move(const SendBlock<Spec>& my) {
-    const int32_t w = my.warp.warp_idx();
+    const int32_t w = my.is_mover() ? my.warp.warp_idx() : 0;
     typename Spec::Pipe pipe = {my.smem.bank.bytes[w], my.smem.bank.full[w]};
-    if (my.warp.is_leader()) pipe.init();
+    if (my.is_mover() && my.warp.is_leader()) pipe.init();
     my.warp.sync();  // ORDER: the mbarriers before the lanes that wait at them
     typename TokenCursor<Spec>::Queue queue(my.params.meet.taken, my.worker(), my.num_workers());
     TokenCursor<Spec> loads(my, queue);
-    (void)load_ahead(pipe, loads);
+    if (my.is_mover()) (void)load_ahead(pipe, loads);
     const bool is_met = meet_or_recall(my);
     if (!have_met(my, is_met)) {
         pipe.drain();
         return is_met;
     }
     return exchange_rows(my, [&]() {
+        if constexpr (Spec::kPairers > 0) {
+            if (!my.is_mover()) {
+                send_pairs(my);
+                return true;
+            }
+        }
         if (!send_tokens(my, pipe, loads)) return false;
         if (!Spec::kByExpert) return true;
         typename Spec::LandedPipe landed = {pipe.stages, pipe.full, pipe.num_loaded, pipe.num_used};
         return expand_rows(my, landed);
-    });
-}
-
-/// The same for a warp that moves no rows.
-template <typename Spec>
-DEEPCOMM_DEVICE bool pair(const SendBlock<Spec>& my) {
-    const bool is_met = meet_or_recall(my);
-    if (!have_met(my, is_met)) return is_met;
-    return exchange_rows(my, [&]() {
-        if constexpr (Spec::kPairers > 0) send_pairs(my);
-        return true;
     });
 }
 
@@ -171,7 +167,7 @@ __global__ void __launch_bounds__(SendSpec<kNumRanks, kHidden, kWire, kByExpert>
         {},          {},
         epoch,       device::current_epoch(static_cast<const device::EpochState*>(params.round)),
         ready_epoch, tokens_to_send<kNumRanks>(params, ready_epoch == epoch)};
-    if (!(my.is_mover() ? move(my) : pair(my))) return;
+    if (!move(my)) return;
     finish(my);
 }
 
