@@ -79,6 +79,12 @@ class FakeNccl:
         """Return how many groups this thread has not ended."""
         return int(self._library.fake_nccl_depth())
 
+    def requirements(self) -> tuple[int, ...]:
+        """Return what was last asked of a device communicator, word by word."""
+        words = (ctypes.c_int32 * 8)()
+        self._library.fake_nccl_requirements(words)
+        return tuple(words)
+
     def asked(self) -> Asked:
         values = (ctypes.c_int64 * 6)()
         self._library.fake_nccl_last(values)
