@@ -71,16 +71,16 @@ class World:
 class AgentRuntime:
     """One rank's machine."""
 
-    def __init__(self, world: World, rank: int, constants: dict[str, bytes] | None = None) -> None:
+    def __init__(self, world: World, rank: int) -> None:
         self.world = world
         self.rank = rank
-        self._constants = synthetic_constants() if constants is None else constants
         self.launched: list[threading.Thread] = []
+        self.moves: list[Move] = []
         self.blocks: list[HostBytes] = []
 
     def load(self, kernel: str, spec: dict[str, int]) -> Any:
         assert (kernel, spec) == ("gin_move", {})
-        return SimpleNamespace(name=kernel, max_threads=256, constants=self._constants)
+        return SimpleNamespace(name=kernel, max_threads=256, constants=synthetic_constants())
 
     def raw_stream(self) -> int:
         return 0xABC
@@ -107,7 +107,9 @@ class AgentRuntime:
         """Run the agent after those before it."""
         assert (function.name, grid) == ("gin_move", 1)
         before = self.launched[-1] if self.launched else None
-        thread = threading.Thread(target=self._run, args=(Move(params), before), daemon=True)
+        self.moves.append(Move(params))
+        arguments = (self.moves[-1], before)
+        thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self.launched.append(thread)
         thread.start()
 

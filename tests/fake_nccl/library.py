@@ -17,6 +17,7 @@ from deepcomm._C import nccl
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     ROOT / "tests/fake_nccl/nccl.cpp",
+    ROOT / "tests/fake_nccl/device_api.hpp",
     ROOT / "csrc/host/nccl_api.hpp",
     ROOT / "csrc/host/cuda_api.hpp",
 )

@@ -41,15 +41,6 @@ struct WindowObject {
     size_t num_bytes;
 };
 
-/// As this library has them; a test says so to who asks.
-struct Properties {
-    uint64_t size;
-    int num_ranks, num_lsa_teams, gin_type, railed_gin_type;
-    bool has_device_api;
-};
-
-constexpr size_t kDevCommBytes = 24, kRequirementsBytes = 32;
-
 struct CommObject {
     std::vector<std::unique_ptr<WindowObject>> windows;
     bool has_dev_comm = false;
@@ -75,7 +66,6 @@ std::map<std::string, int> wishes;
 std::string last_error;
 Config last_config{};
 uintptr_t last_stream = 0;
-std::array<unsigned char, kRequirementsBytes> last_requirements{};
 int num_live = 0;
 
 int wish(const std::string& name, int otherwise = 0) {
@@ -275,6 +265,8 @@ bool is_understood(const Config& config) {
 
 }  // namespace
 
+#include "device_api.hpp"
+
 extern "C" {
 
 Result ncclGetVersion(int* version) {
@@ -376,56 +368,6 @@ Result ncclRecv(void* to, size_t count, int type, int peer, Comm comm, Stream st
     return add({comm, peer, false, {count, static_cast<char*>(to)}}, type, stream);
 }
 
-Result ncclCommWindowRegister(Comm comm, void* address, size_t num_bytes, Window* window,
-                              int flags) {
-    BEGIN("ncclCommWindowRegister")
-    if (flags != kSymmetricWindow) return fail(kInvalidArgument, "not the flags expected");
-    return start(comm, "ncclCommWindowRegister", [=](Comm comm) {
-        if (wish("no windows") != 0) return kSuccess;
-        comm->windows.push_back(std::make_unique<WindowObject>(WindowObject{address, num_bytes}));
-        *window = comm->windows.back().get();
-        return kSuccess;
-    });
-}
-Result ncclCommWindowDeregister(Comm comm, Window window) {
-    BEGIN("ncclCommWindowDeregister")
-    for (auto entry = comm->windows.begin(); entry != comm->windows.end(); ++entry) {
-        if (entry->get() == window) {
-            comm->windows.erase(entry);
-            return kSuccess;
-        }
-    }
-    return fail(kInvalidArgument, "no such window");
-}
-Result ncclCommQueryProperties(Comm comm, void* properties) {
-    BEGIN("ncclCommQueryProperties")
-    auto* const filled = static_cast<Properties*>(properties);
-    if (filled->size != sizeof(Properties)) return fail(kInvalidArgument, "of another size");
-    filled->num_ranks = comm->num_ranks;
-    filled->num_lsa_teams = wish("lsa teams", comm->num_ranks);
-    filled->gin_type = wish("gin type");
-    filled->railed_gin_type = wish("railed gin type");
-    filled->has_device_api = wish("no device api") == 0;
-    return kSuccess;
-}
-Result ncclDevCommCreate(Comm comm, const void* requirements, void* dev_comm) {
-    BEGIN("ncclDevCommCreate")
-    std::memcpy(last_requirements.data(), requirements, last_requirements.size());
-    return start(comm, "ncclDevCommCreate", [=](Comm comm) {
-        std::memset(dev_comm, 0xDC, kDevCommBytes);
-        comm->has_dev_comm = true;
-        return kSuccess;
-    });
-}
-Result ncclDevCommDestroy(Comm comm, const void* dev_comm) {
-    BEGIN("ncclDevCommDestroy")
-    if (*static_cast<const unsigned char*>(dev_comm) != 0xDC) {
-        return fail(kInvalidArgument, "not what was made");
-    }
-    comm->has_dev_comm = false;
-    return kSuccess;
-}
-
 /// "version": what ncclGetVersion says; "async error": a code; "fail CALL": a code; "hang CALL":
 /// what the call has started does not end; "block CALL": the call itself does not. "no windows", "no
 /// device api", "gin type", "railed gin type", "lsa teams": what there is of the device API.
@@ -444,9 +386,6 @@ int fake_nccl_num_live() {
 }
 /// Whether this thread has a group that was not ended.
 int fake_nccl_depth() { return depth; }
-void fake_nccl_requirements(unsigned char* bytes) {
-    std::memcpy(bytes, last_requirements.data(), last_requirements.size());
-}
 /// Size and version of the configuration, blocking, traffic class, maximum of CTAs; the stream.
 void fake_nccl_last(int64_t* values) {
     const std::array<int64_t, 6> last{static_cast<int64_t>(last_config.size),
