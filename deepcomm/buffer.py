@@ -76,7 +76,7 @@ class Buffer:
                 above the skew that compiling or autotuning causes between ranks.
             late_warning_s: Seconds of waiting after which a late peer is logged.
             rail: Transport between nodes: "auto"; "gloo" on CPUs; on CUDA "lsa", loads and stores,
-                or "nccl" (docs/cuda.md, Nodes).
+                "gin" or "nccl" (docs/cuda.md, Nodes).
 
         Raises:
             InvalidArgument: An argument is out of range, or the group's ranks are not node-major or

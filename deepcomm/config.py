@@ -39,6 +39,11 @@ class BufferConfig:
     late_warning_s: float = DEFAULT_LATE_WARNING_S
     rail: str = "auto"
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether a network carries what goes to other nodes, from mirrors of their memory."""
+        return self.rail in ("gin", "nccl")
+
     def shared_fields(self) -> dict[str, Any]:
         """Return the fields that must be equal on all ranks."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL_FIELDS}

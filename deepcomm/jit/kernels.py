@@ -92,7 +92,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("rail_deliver", "kernels/rail/deliver.cuh"),
     Kernel(
         "gin_move",
-        "kernels/gin/kernel.cuh",
+        "kernels/gin/agent.cuh",
         constants=("gin_numbers", "gin_requirements", "gin_properties"),
         uses_nccl=True,
     ),

@@ -3,6 +3,9 @@
 // this rank's bytes where peers want them, and ends when both are through. PROTOCOLS.md: moves over GIN.
 #pragma once
 
+#if defined(__CUDACC__)
+#include "kernels/gin/facts.cuh"
+#endif
 #include "kernels/gin/gin.cuh"
 #include "kernels/gin/params.hpp"
 

@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 
     from deepcomm._C import cuda
     from deepcomm.backends.cuda.network import Message
+    from deepcomm.errors import Error
     from deepcomm.group import Group
 
-__all__ = ["Found", "NcclNetwork", "NcclOptions", "default_library", "find_wheel", "probe_nccl"]
+__all__ = [
+    "Found",
+    "NcclNetwork",
+    "NcclOptions",
+    "default_library",
+    "find_wheel",
+    "meet_nccl",
+    "probe_nccl",
+]
 
 WHAT: Final = "NCCL"
 LIBRARY: Final = "libnccl.so.2"
@@ -100,6 +109,8 @@ class NcclNetwork:
         stream: Callable[[], int],
         options: NcclOptions,
         library: Callable[[], nccl.Library] = default_library,
+        *,
+        why: str = "",
     ) -> None:
         """Meet the other ranks; collective over ``group`` (and the whole, if that is a part).
 
@@ -109,6 +120,7 @@ class NcclNetwork:
             stream: Returns the driver's handle of the current stream.
             options: How the communicator is made.
             library: Finds the library; instead of this process's.
+            why: Why it is this network, for ``explain()``.
 
         Raises:
             NcclError: There is no NCCL here, it is too old, or it failed.
@@ -120,17 +132,19 @@ class NcclNetwork:
         weakref.finalize(self, self._ended.set)
         self._stream = stream
         self._timeout_s = options.timeout_s
-        self._library, unique_id = _agree_on_id(group, library)
-        name = f"rank {members_of(group)[group.rank]}"
-        config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
-        if options.traffic_class is not None:
-            config.traffic_class = options.traffic_class
-        if options.max_ctas is not None:
-            config.max_ctas = options.max_ctas
-        self._native = _meet(
-            group,
-            lambda: nccl.Communicator(device, self._library, config, options.timeout_s),
-        )
+        self._why = f"; {why}" if why else ""
+        self._library, self._native = meet_nccl(group, device, options, library)
+
+    @property
+    def name(self) -> str:
+        """The ``rail`` of a buffer that this is."""
+        return "nccl"
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Do nothing: NCCL sends any memory."""
+
+    def deregister(self, address: int) -> None:
+        """Do nothing."""
 
     def move(self, messages: Sequence[Message]) -> None:
         """Launch all sends and receives on the current stream, as one group."""
@@ -150,8 +164,9 @@ class NcclNetwork:
         """End moves under way; from any thread; idempotent."""
         self._native.abort()
 
-    def watch(self, has_failed: Callable[[], bool]) -> None:
+    def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
+        del condemn  # NCCL's kernels tell nothing
         arguments = (self._native, has_failed, self._ended)
         threading.Thread(
             target=abort_after, args=arguments, name="deepcomm-nccl-watch", daemon=True
@@ -165,7 +180,28 @@ class NcclNetwork:
 
     def describe(self) -> str:
         """Return NCCL's version and file."""
-        return f"NCCL {self._library.version}, {self._library.path}"
+        return f"NCCL {self._library.version}, {self._library.path}{self._why}"
+
+
+def meet_nccl(
+    group: Group,
+    device: cuda.Device,
+    options: NcclOptions,
+    library: Callable[[], nccl.Library] = default_library,
+) -> tuple[nccl.Library, nccl.Communicator]:
+    """Return the library, of one version on all ranks, and their communicator; collective.
+
+    Raises:
+        Error: As the constructor of ``NcclNetwork`` does.
+    """
+    found, unique_id = _agree_on_id(group, library)
+    name = f"rank {members_of(group)[group.rank]}"
+    config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
+    if options.traffic_class is not None:
+        config.traffic_class = options.traffic_class
+    if options.max_ctas is not None:
+        config.max_ctas = options.max_ctas
+    return found, _meet(group, lambda: nccl.Communicator(device, found, config, options.timeout_s))
 
 
 def abort_after(
