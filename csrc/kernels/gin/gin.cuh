@@ -30,7 +30,7 @@ class GinContext {
         put(peer, copy, counter, ncclGin_None{});
     }
     /// The same; then the peer's signal grows by one.
-    // ORDER: after this put and all earlier ones to the peer; pairs with its acquire of the signal
+    /// ORDER: after this put and all earlier ones to the peer; pairs with its acquire of the signal.
     DEEPCOMM_DEVICE void put_and_signal(int32_t peer, const Copy& copy, uint32_t counter,
                                         uint32_t signal) const {
 #if NCCL_VERSION_CODE >= 23007
@@ -39,9 +39,9 @@ class GinContext {
         put(peer, copy, counter, ncclGin_SignalInc{signal});
 #endif
     }
-    // ORDER: acquires what the put that raised the signal, and earlier ones of its peer, have written
+    /// ORDER: acquires what the put that raised the signal, and earlier ones of its peer, have written.
     DEEPCOMM_DEVICE uint64_t signal(uint32_t signal) const { return gin_.readSignal(signal); }
-    // ORDER: acquires the ends of the reads of sources that the counter counts
+    /// ORDER: acquires the ends of the reads of sources that the counter counts.
     DEEPCOMM_DEVICE uint64_t counter(uint32_t counter) const { return gin_.readCounter(counter); }
 
     /// What those two read, for a simulator, whose NCCL tells; hardware polls again at once.
