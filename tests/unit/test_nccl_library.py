@@ -155,6 +155,7 @@ STUBS = {
     "cuda_runtime.h": "typedef struct CUstream_st* cudaStream_t;\n"
     "typedef struct CUevent_st* cudaEvent_t;\n#define CUDART_VERSION 10000\n",
     "cuda_fp16.h": "",
+    "cuda.h": "#define CUDA_VERSION 10000\ntypedef enum { CU_MEM_LOCATION } CUmemLocationType;\n",
 }
 """What NCCL's header takes of CUDA's."""
 
