@@ -77,7 +77,7 @@ class Buffer:
                 above the skew that compiling or autotuning causes between ranks.
             late_warning_s: Seconds of waiting after which a late peer is logged.
             rail: Transport between nodes: "auto"; "gloo" on CPUs; on CUDA "lsa", loads and stores,
-                or "nccl" (docs/cuda.md, Nodes).
+                "gin" or "nccl" (docs/cuda.md, Nodes).
             traffic_class: Of what crosses a network, as that counts classes (a service level on
                 InfiniBand, a traffic class on RoCE); None leaves it to the network. Loads and
                 stores have no classes; gloo cannot choose one.

@@ -40,6 +40,11 @@ class BufferConfig:
     rail: str = "auto"
     traffic_class: int | None = None
 
+    @property
+    def is_carried(self) -> bool:
+        """Whether a network carries what goes to other nodes, from mirrors of their memory."""
+        return self.rail in ("gin", "nccl")
+
     def shared_fields(self) -> dict[str, Any]:
         """Return the fields that must be equal on all ranks."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LOCAL_FIELDS}

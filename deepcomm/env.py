@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepcomm.errors import InvalidArgument
 
-__all__ = ["cache_dir"]
+__all__ = ["cache_dir", "nccl_include"]
 
 
 def cache_dir() -> Path:
@@ -30,3 +30,17 @@ def cache_dir() -> Path:
         raise InvalidArgument(
             "DEEPCOMM_CACHE_DIR: expected a folder, as this user has no home, got nothing"
         ) from None
+
+
+def nccl_include() -> Path | None:
+    """Return the folder of NCCL's headers, ``DEEPCOMM_NCCL_INCLUDE``; None where it is not set.
+
+    Raises:
+        InvalidArgument: There is no such folder.
+    """
+    if not (chosen := os.environ.get("DEEPCOMM_NCCL_INCLUDE")):
+        return None
+    folder = Path(chosen).absolute()
+    if not folder.is_dir():
+        raise InvalidArgument(f"DEEPCOMM_NCCL_INCLUDE: expected a folder, got {chosen!r}")
+    return folder

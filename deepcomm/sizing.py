@@ -60,7 +60,7 @@ def buffer_bytes(
         num_generations: See ``Buffer``.
         num_low_latency_slots: See ``Buffer``.
         device: "cpu" or "cuda".
-        rail: See ``Buffer``; "nccl" needs mirrors of the other nodes' memory.
+        rail: See ``Buffer``; "gin" and "nccl" need mirrors of the other nodes' memory.
 
     Raises:
         InvalidArgument: An argument is out of range.
@@ -112,9 +112,9 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
     else:
         rail = exchange_layout(rail_config(config), num_nodes, 1)
         node = exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes)
-        on_rail = mirrored_bytes(rail) if config.rail == "nccl" else rail.total_bytes
+        on_rail = mirrored_bytes(rail) if config.is_carried else rail.total_bytes
         high_throughput = on_rail + node.total_bytes
-    has_low_latency = config.rail != "nccl" or num_nodes == 1
+    has_low_latency = not config.is_carried or num_nodes == 1
     return BufferBytes(
         high_throughput=high_throughput,
         low_latency=low_latency_layout(config, topology).total_bytes

@@ -6,6 +6,7 @@
 #include "bindings/bind.hpp"
 #include "kernels/combine/params.hpp"
 #include "kernels/dispatch/params.hpp"
+#include "kernels/gin/params.hpp"
 #include "kernels/rail/params.hpp"
 #include "layout/plan.hpp"
 
@@ -20,6 +21,7 @@ using kernels::CommParams;
 using kernels::CountParams;
 using kernels::ExpertOutputs;
 using kernels::ExpertTarget;
+using kernels::GinParams;
 using kernels::Header;
 using kernels::LostParams;
 using kernels::MeetParams;
@@ -112,6 +114,46 @@ void bind_rail(py::module_& module) {
     def_address(rail, "report", &RailParams::report);
     def_address(rail, "progress", &RailParams::progress);
     def_address(rail, "plan", &RailParams::plan);
+}
+
+void bind_gin(py::module_& module) {
+    module.attr("GIN_MOST_SPANS") = layout::kMostGinSpans;
+    module.attr("GIN_MOST_WINDOWS") = layout::kMostGinWindows;
+    module.attr("GIN_PUT_BYTES") = layout::kGinPutBytes;
+    module.attr("GIN_PEER_BYTES") = sizeof(layout::GinPeer);
+    module.def(
+        "gin_control_bytes",
+        [](int32_t num_ranks) { return layout::GinControl{num_ranks}.num_bytes(); },
+        py::arg("num_ranks"), "Of the words with which ranks tell each other where bytes go.");
+    auto gin = kernel_params<GinParams>(module, "GinParams");
+    gin.def(
+           "set_comm",
+           [](GinParams& self, int32_t rank, int32_t num_ranks, uint64_t timeout_ns,
+              uintptr_t record) {
+               self.comm.rank = rank;
+               self.comm.num_ranks = num_ranks;
+               self.comm.timeout_ns = timeout_ns;
+               self.comm.record = pointer<layout::ErrorRecord>(record);
+           },
+           py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_ns"), py::arg("record"),
+           "Say who moves, and how that fails.")
+        .def_property_readonly("timeout_ns",
+                               [](const GinParams& self) { return self.comm.timeout_ns; })
+        .def_property_readonly(
+            "record",
+            [](const GinParams& self) { return reinterpret_cast<uintptr_t>(self.comm.record); })
+        .def_readwrite("num_peers", &GinParams::num_peers)
+        .def_readwrite("number", &GinParams::number)
+        .def_property(
+            "windows",
+            [](const GinParams& self) { return reinterpret_cast<uintptr_t>(self.windows); },
+            [](GinParams& self, uintptr_t value) {
+                self.windows = pointer<const void* const>(value);
+            });
+    def_address(gin, "dev_comm", &GinParams::dev_comm);
+    def_address(gin, "control", &GinParams::control);
+    def_address(gin, "peers", &GinParams::peers);
+    def_address(gin, "done", &GinParams::done);
 }
 
 void bind_meet(py::module_& module) {
@@ -272,6 +314,7 @@ void bind_kernels(py::module_& parent) {
     bind_send(module);
     bind_combine(module);
     bind_rail(module);
+    bind_gin(module);
 }
 
 }  // namespace deepcomm

@@ -14,7 +14,7 @@
 #include "bindings/address.hpp"
 #include "bindings/bind.hpp"
 #include "bindings/signals.hpp"
-#include "host/communicator.hpp"
+#include "host/device_communicator.hpp"
 
 namespace py = pybind11;
 
@@ -65,11 +65,12 @@ void bind_communicator(py::module_& module) {
              py::arg("name"), py::arg("rank"), py::arg("num_ranks"), py::arg("unique_id"))
         .def_readwrite("traffic_class", &host::CommunicatorConfig::traffic_class)
         .def_readwrite("max_ctas", &host::CommunicatorConfig::max_ctas);
-    py::class_<Communicator>(module, "Communicator", py::release_gil_before_calling_cpp_dtor())
+    py::class_<Communicator, std::shared_ptr<Communicator>>(
+        module, "Communicator", py::release_gil_before_calling_cpp_dtor())
         .def(py::init([](std::shared_ptr<host::Device> device, std::shared_ptr<Nccl> library,
                          const host::CommunicatorConfig& config, double timeout_s) {
                  const py::gil_scoped_release release;
-                 return std::make_unique<Communicator>(std::move(device), std::move(library),
+                 return std::make_shared<Communicator>(std::move(device), std::move(library),
                                                        config, Patience{timeout_s, check_signals});
              }),
              py::arg("device"), py::arg("library"), py::arg("config"), py::arg("timeout_s"))
@@ -92,12 +93,66 @@ void bind_communicator(py::module_& module) {
             py::arg("timeout_s"), NoGil(), "What went wrong, or nothing.");
 }
 
+py::bytes bytes_of(const std::string& content) { return {content.data(), content.size()}; }
+
+void bind_device_communicator(py::module_& module) {
+    using host::DeviceCommunicator;
+    py::class_<DeviceCommunicator>(module, "DeviceCommunicator",
+                                   py::release_gil_before_calling_cpp_dtor())
+        .def(py::init<std::shared_ptr<Communicator>>(), py::arg("communicator"), NoGil())
+        .def(
+            "query",
+            [](const DeviceCommunicator& self, const py::bytes& properties, double timeout_s) {
+                std::string filled = properties;
+                {
+                    const py::gil_scoped_release release;
+                    filled = self.query(std::move(filled), {timeout_s, check_signals});
+                }
+                return bytes_of(filled);
+            },
+            py::arg("properties"), py::arg("timeout_s"), "The properties' bytes, filled in.")
+        .def(
+            "create",
+            [](DeviceCommunicator& self, const py::bytes& requirements, int64_t num_bytes,
+               double timeout_s) {
+                const std::string asked = requirements;
+                std::string made;
+                {
+                    const py::gil_scoped_release release;
+                    made = self.create(asked, num_bytes, {timeout_s, check_signals});
+                }
+                return bytes_of(made);
+            },
+            py::arg("requirements"), py::arg("num_bytes"), py::arg("timeout_s"),
+            "The bytes that kernels get; collective.")
+        .def(
+            "register_window",
+            [](DeviceCommunicator& self, uintptr_t address, int64_t num_bytes, double timeout_s) {
+                return self.register_window(address, num_bytes, {timeout_s, check_signals});
+            },
+            py::arg("address"), py::arg("num_bytes"), py::arg("timeout_s"), NoGil(),
+            "The window's handle; collective.")
+        .def(
+            "deregister_window",
+            [](DeviceCommunicator& self, uintptr_t window, double timeout_s) {
+                self.deregister_window(window, {timeout_s, check_signals});
+            },
+            py::arg("window"), py::arg("timeout_s"), NoGil())
+        .def(
+            "close",
+            [](DeviceCommunicator& self, double timeout_s) {
+                self.close({timeout_s, check_signals});
+            },
+            py::arg("timeout_s"), NoGil(), "Before the communicator is closed.");
+}
+
 }  // namespace
 
 void bind_nccl(py::module_& parent) {
     py::module_ module = parent.def_submodule("nccl", "NCCL's library, opened at run time.");
     bind_library(module);
     bind_communicator(module);
+    bind_device_communicator(module);
 }
 
 }  // namespace deepcomm

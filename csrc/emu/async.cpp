@@ -99,7 +99,8 @@ bool AsyncEngine::has_ready() {
 void AsyncEngine::step() {
     const size_t index = machine->random.below(static_cast<uint32_t>(active_.size()));
     Operation& chosen = active_[index];
-    if (chosen.kind != Kind::kRailSignal && !chosen.is_read) {
+    const bool moves_bytes = chosen.kind != Kind::kRailSignal && chosen.kind != Kind::kRailCount;
+    if (moves_bytes && !chosen.is_read) {
         read_source(chosen);
         machine->scheduler.note(0xA000 + index);
         return;
@@ -132,10 +133,13 @@ void AsyncEngine::read_source(Operation& operation) {
         for (Thread* thread : flushing_) machine->scheduler.make_runnable(thread);
         flushing_.clear();
     }
+    const bool is_counted =
+        operation.kind == Kind::kRailPut && operation.counter != Memory::kOutside;
+    if (is_counted) count_read(operation);  // last: it moves the operations
 }
 
 void AsyncEngine::land(Operation& operation) {
-    if (operation.kind == Kind::kRailSignal) return;
+    if (operation.kind == Kind::kRailSignal || operation.kind == Kind::kRailCount) return;
     DEEPCOMM_EMU_TRACE("copy writes %s", machine->memory.describe(operation.dst).c_str());
     const Actor actor = actor_of(operation, operation.span.write_epoch);
     machine->memory.check_copy_write(actor, operation.dst, operation.defined);
@@ -161,6 +165,7 @@ void AsyncEngine::complete(Operation& operation) {
             return;
         case Kind::kRailSignal: {
             Knowledge told;
+            if (operation.tells_all) told.join(operation.know);
             for (int i = 0; i < operation.num_puts_before; ++i) {
                 const AgentSpan& put = operation.lane->puts[static_cast<size_t>(i)];
                 told.seen.raise(static_cast<size_t>(put.agent), put.write_epoch);
@@ -168,6 +173,16 @@ void AsyncEngine::complete(Operation& operation) {
             Actor actor = actor_of(operation, span.write_epoch);
             actor.access = Access::kStrongSys;
             machine->strong.agent_add(actor, operation.dst, operation.signal_value, told);
+            return;
+        }
+        case Kind::kRailCount: {
+            Knowledge told;
+            told.seen.raise(static_cast<size_t>(operation.counted.agent),
+                            operation.counted.read_epoch);
+            Actor actor = actor_of(operation, span.write_epoch);
+            actor.access = Access::kStrongSys;
+            --operation.lane->num_uncounted;
+            machine->strong.agent_add(actor, operation.dst, 1, told);
             return;
         }
     }

@@ -54,8 +54,10 @@ class AsyncEngine {
     void check_exit(const Thread& me) const;
 
     // ---- rails
-    void rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes);
-    void rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value);
+    void rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes,
+                  size_t counter = Memory::kOutside);
+    void rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value,
+                         bool tells_all = false);
     void rail_flush(Thread& me, int context);
 
     // ---- progress
@@ -69,7 +71,7 @@ class AsyncEngine {
     }
 
   private:
-    enum class Kind { kBulkLoad, kBulkStore, kRailPut, kRailSignal };
+    enum class Kind { kBulkLoad, kBulkStore, kRailPut, kRailSignal, kRailCount };
 
     struct Lane;
     struct Operation {
@@ -87,6 +89,9 @@ class AsyncEngine {
         Lane* lane;             ///< rail
         uint64_t signal_value;  ///< rail signal
         int num_puts_before;    ///< rail signal: puts that must land first
+        bool tells_all;         ///< rail signal: what its thread knows, too
+        size_t counter;         ///< rail put: grows once the source is read; or kOutside
+        AgentSpan counted;      ///< rail count: the put
         bool is_read;
         uint64_t ready_ns;
         std::vector<char> bytes;
@@ -101,6 +106,7 @@ class AsyncEngine {
         std::vector<AgentSpan> puts;
         std::vector<std::pair<int, uint32_t>> issuers;  ///< thread and its epoch, by put
         int num_unread = 0;
+        int num_uncounted = 0;
     };
 
     struct Mbarrier {
@@ -128,6 +134,7 @@ class AsyncEngine {
     void complete(Operation& operation);
     void complete_store(const Operation& operation, bool is_written);
     void release_signals(Lane& lane);
+    void count_read(const Operation& put);
     static void check_follows(const Thread& me, const Lane& lane);
     Mbarrier& find_mbarrier(Thread& me, size_t offset);
     void flip_if_complete(Mbarrier& mbarrier);

@@ -213,6 +213,19 @@ void rail_signal_add(RailPeer peer, uint64_t* word, uint64_t value) {
     machine->async.rail_signal_add(me, peer, require("rail_signal", word, 8), value);
 }
 
+void rail_put_counted(RailPeer peer, void* dst, const void* src, uint32_t num_bytes,
+                      uint64_t* counter) {
+    Thread& me = take_turn();
+    machine->async.rail_put(me, peer, require_inside("rail_put", dst),
+                            require_inside("rail_put", src), num_bytes,
+                            require("rail_counter", counter, 8));
+}
+
+void rail_signal_add_told(RailPeer peer, uint64_t* word, uint64_t value) {
+    Thread& me = take_turn();
+    machine->async.rail_signal_add(me, peer, require("rail_signal", word, 8), value, true);
+}
+
 void rail_flush(int context) { machine->async.rail_flush(take_turn(), context); }
 
 }  // namespace deepcomm::emu

@@ -90,6 +90,12 @@ struct RailPeer {
 };
 void rail_put(RailPeer peer, void* dst, const void* src, uint32_t num_bytes);
 void rail_signal_add(RailPeer peer, uint64_t* word, uint64_t value);
+/// As NCCL's device API does it. Once the source has been read, a counter of this rank grows by one;
+/// at most kMostCountedPuts to a peer may be uncounted. A signal also tells what its thread knows.
+constexpr int kMostCountedPuts = 32;
+void rail_put_counted(RailPeer peer, void* dst, const void* src, uint32_t num_bytes,
+                      uint64_t* counter);
+void rail_signal_add_told(RailPeer peer, uint64_t* word, uint64_t value);
 /// Waits until this rank's puts on the context no longer need their sources.
 void rail_flush(int context);
 

@@ -54,16 +54,17 @@ bool StackPool::contains(const void* address) const {
     return false;
 }
 
-void StackPool::forget_frames() {
-#if defined(__SANITIZE_ADDRESS__)
-    for (const Chunk& chunk : chunks_) __asan_unpoison_memory_region(chunk.base, chunk.num_bytes);
-#endif
-}
-
 bool is_overrun(const Context& context) {
     uint64_t word = 0;
     std::memcpy(&word, context.stack.base, sizeof word);
     return word != kCanary;
+}
+
+/// Clears the address sanitizer's poison of who had the stack before, and left it by a switch.
+static void forget_frames([[maybe_unused]] Stack stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack.base, stack.num_bytes);
+#endif
 }
 
 // ---- the switch itself
@@ -97,6 +98,7 @@ deepcomm_emu_switch:
 
 void prepare(Context& context, Stack stack, void (*entry)()) {
     constexpr size_t kSavedRegisters = 6;
+    forget_frames(stack);
     std::memcpy(stack.base, &kCanary, sizeof kCanary);
     const uintptr_t top =
         reinterpret_cast<uintptr_t>(stack.base + stack.num_bytes) & ~uintptr_t{63};
@@ -113,6 +115,7 @@ static void jump(Context& from, Context& to) {
 }
 #else
 void prepare(Context& context, Stack stack, void (*entry)()) {
+    forget_frames(stack);
     std::memcpy(stack.base, &kCanary, sizeof kCanary);
     auto* state = new (stack.base + 64) ucontext_t;
     getcontext(state);

@@ -18,8 +18,6 @@ class StackPool {
     Stack get(size_t index);
     /// Whether address lies in any stack of the pool.
     bool contains(const void* address) const;
-    /// Clears what abandoned fibers left behind (the address sanitizer's poison).
-    void forget_frames();
 
   private:
     struct Chunk {

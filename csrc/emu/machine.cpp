@@ -66,7 +66,6 @@ void Machine::reset(int num_ranks, uint64_t seed, const Options& new_options) {
     strong.reset();
     async.reset();
     scheduler.reset();
-    stacks.forget_frames();
 }
 
 // ---- who is who

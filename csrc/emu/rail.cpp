@@ -10,7 +10,8 @@ AsyncEngine::Lane& AsyncEngine::lane(const Thread& me, RailPeer peer) {
     return lanes_[{me.rank, {peer.context, peer.rank}}];
 }
 
-void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes) {
+void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, uint32_t num_bytes,
+                           size_t counter) {
     machine->memory.check_bounds("rail put", src, num_bytes);
     machine->memory.check_bounds("rail put", dst, num_bytes);
     Operation operation = make(me, Kind::kRailPut, dst, src, num_bytes);
@@ -22,7 +23,23 @@ void AsyncEngine::rail_put(Thread& me, RailPeer peer, size_t dst, size_t src, ui
     const auto id = static_cast<size_t>(me.id);
     to.issuers.emplace_back(me.id, operation.know.seen[id]);
     ++to.num_unread;
+    operation.counter = counter;
+    if (counter != Memory::kOutside && ++to.num_uncounted > kMostCountedPuts) {
+        fail("rail put: more than %d to rank %d are uncounted: a proxy would let it wait for ever",
+             kMostCountedPuts, peer.rank);
+    }
     submit(std::move(operation));
+}
+
+/// The network tells its issuer that a source has been read, some time later.
+void AsyncEngine::count_read(const Operation& put) {
+    Operation count = put;
+    count.kind = Kind::kRailCount;
+    count.span = take_agent(*put.issuer);
+    count.counted = put.span;
+    count.dst = count.src = put.counter;
+    count.num_bytes = 8;
+    submit(std::move(count));
 }
 
 /// A mapped peer's rail releases what the signalling thread knows of, not what a network has queued.
@@ -34,13 +51,15 @@ void AsyncEngine::check_follows(const Thread& me, const Lane& lane) {
     }
 }
 
-void AsyncEngine::rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value) {
+void AsyncEngine::rail_signal_add(Thread& me, RailPeer peer, size_t word, uint64_t value,
+                                  bool tells_all) {
     machine->memory.check_bounds("rail signal", word, 8);
     Operation operation = make(me, Kind::kRailSignal, word, word, 8);
     Lane& to = lane(me, peer);
     check_follows(me, to);
     operation.lane = &to;
     operation.signal_value = value;
+    operation.tells_all = tells_all;
     operation.num_puts_before = to.num_issued;
     if (to.num_landed_in_order >= to.num_issued) {
         submit(std::move(operation));

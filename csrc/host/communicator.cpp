@@ -131,6 +131,16 @@ void Communicator::move(cu::Stream stream, const Transfers& transfers, const Pat
     }
 }
 
+void Communicator::call(const char* name, const Patience& patience,
+                        const std::function<nccl::Result(nccl::Comm)>& function) {
+    const std::lock_guard<std::timed_mutex> lock(calls_);
+    const nccl::Comm comm = usable();
+    const Device::Current current(*device_);
+    Deadline deadline(patience);
+    check(function(comm), name);
+    await(comm, name, deadline);
+}
+
 void Communicator::check_transfers(const std::vector<Transfer>& transfers) const {
     for (const Transfer& transfer : transfers) {
         DEEPCOMM_CHECK_ARG(transfer.peer >= 0 && transfer.peer < num_ranks_,

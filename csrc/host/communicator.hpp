@@ -58,11 +58,17 @@ class Communicator {
     /// n-th receive; those without bytes are left out on both sides. Throws CommTimeout if NCCL does
     /// not get so far in time, and what has gone wrong in earlier moves.
     void move(cu::Stream stream, const Transfers& transfers, const Patience& patience);
+    /// Calls a function of the library for the communicator, and waits until it has done its work, by
+    /// a deadline. It may write to where its arguments point until then, or later if this throws.
+    void call(const char* name, const Patience& patience,
+              const std::function<nccl::Result(nccl::Comm)>& function);
     /// Ends moves under way, on the device too. From any thread; idempotent.
     void abort() noexcept;
     /// Waits for this rank's moves and leaves; aborts if that fails or takes too long. Idempotent.
     /// Returns what went wrong, or nothing.
     std::string close(const Patience& patience);
+
+    const Nccl& nccl() const { return *nccl_; }
 
   private:
     class Deadline;

@@ -108,6 +108,10 @@ Nccl::Nccl(void* library, const std::string& name, bool was_loaded) : was_loaded
     find_function(library, name, #function, api_.function);
     DEEPCOMM_NCCL_FUNCTIONS(DEEPCOMM_FIND)
 #undef DEEPCOMM_FIND
+#define DEEPCOMM_LOOK_FOR(result, function, parameters) \
+    api_.function = reinterpret_cast<decltype(api_.function)>(dlsym(library, #function));
+    DEEPCOMM_NCCL_OPTIONAL_FUNCTIONS(DEEPCOMM_LOOK_FOR)
+#undef DEEPCOMM_LOOK_FOR
     path_ = file_of(reinterpret_cast<void*>(api_.ncclGetVersion), name);
     DEEPCOMM_NCCL_CHECK(*this, ncclGetVersion(&version_));
     if (version_ < nccl::kOldestVersion || version_ >= nccl::kNextSeries) {

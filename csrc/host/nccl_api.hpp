@@ -13,6 +13,7 @@ namespace deepcomm::host::nccl {
 
 using Result = int;  // an enum of C
 using Comm = struct CommObject*;
+using Window = struct WindowObject*;
 
 constexpr Result kSuccess = 0;
 constexpr Result kRemoteError = 6;  ///< the network failed, or a peer's process ended
@@ -22,8 +23,10 @@ constexpr Result kInProgress = 7;   ///< no error: the library goes on in a thre
 constexpr int kOldestVersion = 21900;
 constexpr int kNextSeries = 30000;
 constexpr int kTrafficClassVersion = 22600;
+constexpr int kDeviceApiVersion = 23004;  ///< the oldest whose GIN does what rails ask of it
 
-constexpr int kUint8 = 1;  ///< ncclDataType_t
+constexpr int kUint8 = 1;            ///< ncclDataType_t
+constexpr int kSymmetricWindow = 1;  ///< NCCL_WIN_COLL_SYMMETRIC
 constexpr int kUndefined = INT_MIN;
 
 struct UniqueId {
@@ -63,9 +66,20 @@ struct Config {
       (const void* from, size_t count, int type, int peer, Comm comm, cu::Stream stream)) \
     X(Result, ncclRecv, (void* to, size_t count, int type, int peer, Comm comm, cu::Stream stream))
 
+// What newer libraries have; null where this one has not. Structs of the device API differ from version
+// to version: they are bytes here, and opaque handles.
+#define DEEPCOMM_NCCL_OPTIONAL_FUNCTIONS(X)                                             \
+    X(Result, ncclCommWindowRegister,                                                   \
+      (Comm comm, void* address, size_t num_bytes, Window* window, int flags))          \
+    X(Result, ncclCommWindowDeregister, (Comm comm, Window window))                     \
+    X(Result, ncclCommQueryProperties, (Comm comm, void* properties))                   \
+    X(Result, ncclDevCommCreate, (Comm comm, const void* requirements, void* dev_comm)) \
+    X(Result, ncclDevCommDestroy, (Comm comm, const void* dev_comm))
+
 struct Api {
 #define DEEPCOMM_NCCL_MEMBER(result, name, parameters) result(*name) parameters = nullptr;
     DEEPCOMM_NCCL_FUNCTIONS(DEEPCOMM_NCCL_MEMBER)
+    DEEPCOMM_NCCL_OPTIONAL_FUNCTIONS(DEEPCOMM_NCCL_MEMBER)
 #undef DEEPCOMM_NCCL_MEMBER
 };
 

@@ -27,6 +27,7 @@ enum class Operation : int32_t {
     kCombine = 3,
     kLowLatencyDispatch = 4,
     kLowLatencyCombine = 5,
+    kMove = 6,
 };
 
 /// The part of the operation that failed.

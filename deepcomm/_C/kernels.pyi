@@ -2,6 +2,10 @@
 # Generated from the built extension by `python .ci/stub.py`; do not edit.
 import typing
 
+GIN_MOST_SPANS: int
+GIN_MOST_WINDOWS: int
+GIN_PEER_BYTES: int
+GIN_PUT_BYTES: int
 LOW_LATENCY_STATE_BYTES: int
 LOW_LATENCY_STATUS_BYTES: int
 MAX_LOW_LATENCY_EXPERTS: int
@@ -111,6 +115,25 @@ class ExpertTarget:
     scales: int
     topk_weights: int
     def __init__(self, *args, **kwargs) -> None: ...
+
+class GinParams:
+    control: int
+    dev_comm: int
+    done: int
+    num_peers: int
+    number: int
+    peers: int
+    windows: int
+    def __init__(self) -> None: ...
+    def set_comm(self, rank: typing.SupportsInt | typing.SupportsIndex, num_ranks: typing.SupportsInt | typing.SupportsIndex, timeout_ns: typing.SupportsInt | typing.SupportsIndex, record: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def record(self) -> int: ...
+    @property
+    def timeout_ns(self) -> int: ...
 
 class Header:
     def __init__(self, signature: typing.SupportsInt | typing.SupportsIndex, capacity: typing.SupportsInt | typing.SupportsIndex, num_tokens: typing.SupportsInt | typing.SupportsIndex, landing: typing.SupportsInt | typing.SupportsIndex, alignment: typing.SupportsInt | typing.SupportsIndex, refusal: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -395,4 +418,5 @@ class SendParams:
     @property
     def target(self) -> ExpertTarget: ...
 
+def gin_control_bytes(num_ranks: typing.SupportsInt | typing.SupportsIndex) -> int: ...
 def plan_words(num_ranks: typing.SupportsInt | typing.SupportsIndex, num_origins: typing.SupportsInt | typing.SupportsIndex) -> int: ...

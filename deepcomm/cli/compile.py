@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deepcomm import jit
+from deepcomm.backends.cuda.network_choice import loaded_nccl_headers
 from deepcomm.cli.console import note, print_table
 from deepcomm.cli.environment import num_cores
 from deepcomm.errors import Error, InvalidArgument
@@ -67,6 +68,11 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="print registers, memory and spills of every kernel; a spill ends with status 1",
     )
+    parser.add_argument(
+        "--no-skips",
+        action="store_true",
+        help="end with status 1 if a kernel was left out, for lack of the headers that it includes",
+    )
     parser.add_argument("--json", action="store_true", help="print the kernels as JSON")
     parser.set_defaults(run=_run)
 
@@ -75,9 +81,10 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     del argv
     start = time.perf_counter()
     try:
-        jobs = _jobs(options)
+        jobs, nccl = _jobs(options), _find_nccl()
         compiler = jit.default_compiler()
-        results = _compile(compiler, jobs)
+        skipped = [job for job in jobs if job.kernel.uses_nccl and isinstance(nccl, str)]
+        results = _compile(compiler, [job for job in jobs if job not in skipped], nccl)
     except InvalidArgument as error:
         note(f"deepcomm compile: {error}")
         return USAGE_ERROR
@@ -89,15 +96,27 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     elif options.report:
         print_table(HEADER, [_row(job, result) for job, result in results])
     problems = _problems(results, options.report)
+    skips = [f"{job.label} for {job.arch}: left out: {nccl}" for job in skipped]
+    for skip in skips:
+        note(skip)
     for problem in problems:
         note(problem)
     num_new = sum(isinstance(result, jit.CompiledKernel) and result.is_new for _, result in results)
     note(
-        f"{len(results)} kernels, {num_new} compiled now, problems {len(problems)}, "
+        f"{len(results)} kernels, {num_new} compiled now, {len(skips)} left out, "
+        f"problems {len(problems)}, "
         f"{time.perf_counter() - start:.1f} s, {compiler.toolchain.version}, "
         f"in {compiler.cache.folder}"
     )
-    return int(bool(problems))
+    return int(bool(problems) or (options.no_skips and bool(skips)))
+
+
+def _find_nccl() -> jit.NcclHeaders | str:
+    """Return the headers of the NCCL that kernels would use, or why there are none."""
+    try:
+        return loaded_nccl_headers()
+    except Error as error:
+        return str(error)
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
@@ -117,12 +136,15 @@ def _hidden_sizes(text: str) -> list[int]:
     return [int(value) for value in values]
 
 
-def _compile(compiler: jit.KernelCompiler, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
+def _compile(
+    compiler: jit.KernelCompiler, jobs: Sequence[Job], nccl: jit.NcclHeaders | str
+) -> list[tuple[Job, Result]]:
     """Compile all, in parallel as far as NVRTC lets; a kernel's error becomes its result."""
 
     def compile_one(job: Job) -> Result:
         try:
-            return compiler.compile(job.kernel, arch=job.arch, spec=job.spec)
+            headers = None if isinstance(nccl, str) else nccl
+            return compiler.compile(job.kernel, arch=job.arch, spec=job.spec, nccl=headers)
         except jit.CompileError as error:
             return error
 

@@ -9,6 +9,7 @@ nor a driver nor a CUDA toolkit is needed: NVRTC comes through CuPy, CUDA's head
 from deepcomm.jit.cache import DiskCache
 from deepcomm.jit.compiler import CompiledKernel, KernelCompiler, default_compiler, kernel_cache
 from deepcomm.jit.kernels import KERNELS, Kernel, SpecParameter, spec_grid
+from deepcomm.jit.nccl_headers import HeadersMissing, NcclHeaders, find_nccl_headers
 from deepcomm.jit.sources import source_root
 from deepcomm.jit.toolchain import (
     CompileError,
@@ -29,8 +30,10 @@ __all__ = [
     "CompilerMissing",
     "CudaHeaders",
     "DiskCache",
+    "HeadersMissing",
     "Kernel",
     "KernelCompiler",
+    "NcclHeaders",
     "Nvrtc",
     "SpecParameter",
     "Toolchain",
@@ -38,6 +41,7 @@ __all__ = [
     "Usage",
     "default_compiler",
     "find_headers",
+    "find_nccl_headers",
     "find_nvrtc",
     "kernel_cache",
     "source_root",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deepcomm.jit.kernels import Kernel
+    from deepcomm.jit.nccl_headers import NcclHeaders
 
 __all__ = ["CompiledKernel", "KernelCompiler", "default_compiler", "kernel_cache"]
 
@@ -50,6 +51,7 @@ class CompiledKernel:
         cubin: Machine code, as the driver loads it.
         shared_bytes: Dynamic shared memory to launch with.
         max_threads: Threads a block that it may be launched with; None: the device's limit.
+        constants: Bytes of those that it shows to the host, by name.
         usage: What it takes of an SM; None where the compiler's report could not be read.
         is_new: Whether it was compiled just now rather than found in the cache.
     """
@@ -61,6 +63,7 @@ class CompiledKernel:
     cubin: bytes
     shared_bytes: int
     max_threads: int | None
+    constants: Mapping[str, bytes]
     usage: Usage | None
     is_new: bool
 
@@ -80,7 +83,12 @@ class KernelCompiler:
     cache: DiskCache
 
     def compile(
-        self, kernel: Kernel, *, arch: str, spec: Mapping[str, int] | None = None
+        self,
+        kernel: Kernel,
+        *,
+        arch: str,
+        spec: Mapping[str, int] | None = None,
+        nccl: NcclHeaders | None = None,
     ) -> CompiledKernel:
         """Return a kernel, compiled unless the cache has it.
 
@@ -88,24 +96,28 @@ class KernelCompiler:
             kernel: Entry of the list.
             arch: Such as ``sm_90a``.
             spec: A value for each of the kernel's parameters.
+            nccl: NCCL's headers, for a kernel that uses them.
 
         Raises:
-            InvalidArgument: ``arch`` or ``spec`` is not of the form expected.
+            InvalidArgument: ``arch`` or ``spec`` is not of the form expected, or headers lack.
             CompileError: The kernel does not compile.
         """
         spec = dict(spec or {})
         _check(kernel, arch, spec)
         unit = _translation_unit(kernel, arch, spec, self.root)
+        if kernel.uses_nccl:
+            unit = _with_nccl(unit, nccl)
         key = f"{kernel.name}-{arch}-{_digest(unit, self.toolchain.version)}"
         stored, is_new = self.cache.get_or_build(key, lambda: self._build(kernel, unit))
         head, _, cubin = stored.partition(b"\n")
         facts = json.loads(head)
-        usage = facts.pop("usage")
+        usage, constants = facts.pop("usage"), facts.pop("constants")
         return CompiledKernel(
             name=kernel.name,
             arch=arch,
             spec=spec,
             cubin=cubin,
+            constants={name: bytes.fromhex(text) for name, text in constants.items()},
             usage=Usage(**usage) if usage else None,
             is_new=is_new,
             **facts,
@@ -118,7 +130,7 @@ class KernelCompiler:
             raise CompileError(
                 f"{kernel.name}: uses dynamic shared memory; name its struct in the list of kernels"
             )
-        head = json.dumps(_facts(output)).encode()
+        head = json.dumps(_facts(kernel, output)).encode()
         return head + b"\n" + output.cubin
 
 
@@ -173,12 +185,37 @@ def _digest(unit: TranslationUnit, version: str) -> str:
     return hashlib.sha256(json.dumps([version, asdict(unit)]).encode()).hexdigest()[:32]
 
 
-def _facts(output: Output) -> dict[str, object]:
+def _with_nccl(unit: TranslationUnit, nccl: NcclHeaders | None) -> TranslationUnit:
+    """Return a unit that finds NCCL's headers."""
+    if nccl is None:
+        raise InvalidArgument(f"nccl: expected NCCL's headers for {unit.name}, got None")
+    return replace(
+        unit,
+        text=nccl.preamble + unit.text,
+        headers={**nccl.texts, **unit.headers},
+        options=(*unit.options, *nccl.options),
+    )
+
+
+def _constant(name: str, ptx: str) -> bytes:
+    """Return the bytes of a global constant, which PTX writes without the zeros at the end.
+
+    Raises:
+        CompileError: There is none of the name.
+    """
+    found = re.search(rf"\.b8 deepcomm_{name}\[(\d+)\] = {{([\d, ]*)}};", ptx)
+    if found is None:
+        raise CompileError(f"{name}: expected a constant of bytes, got none")
+    return bytes(map(int, found[2].split(","))).ljust(int(found[1]), b"\0")
+
+
+def _facts(kernel: Kernel, output: Output) -> dict[str, object]:
     shared, threads = SHARED_BYTES_VALUE.search(output.ptx), MAX_THREADS.search(output.ptx)
     usage = parse_usage(output.log)
     return {
         "symbol": output.symbol,
         "shared_bytes": int(shared.group(1)) if shared else 0,
         "max_threads": int(threads.group(1)) if threads else None,
+        "constants": {name: _constant(name, output.ptx).hex() for name in kernel.constants},
         "usage": asdict(usage) if usage else None,
     }

@@ -39,6 +39,8 @@ class Kernel:
             the same parameters; None without any.
         spec: Its template parameters, in order.
         options: Further options of the compiler.
+        constants: Names of global constants that it shows to the host.
+        uses_nccl: Whether it includes NCCL's headers.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Kernel:
     shared: str | None = None
     spec: tuple[SpecParameter, ...] = ()
     options: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    uses_nccl: bool = False
 
 
 NUM_RANKS = SpecParameter("num_ranks", (2, 8))
@@ -86,6 +90,12 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     Kernel("rail_gate", "kernels/rail/gate.cuh"),
     Kernel("rail_deliver", "kernels/rail/deliver.cuh"),
+    Kernel(
+        "gin_move",
+        "kernels/gin/agent.cuh",
+        constants=("gin_numbers", "gin_requirements", "gin_properties"),
+        uses_nccl=True,
+    ),
     Kernel(
         "low_latency_dispatch",
         "kernels/low_latency/dispatch.cuh",

@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulated"
+HEADERS = (HERE, HERE / "gin")
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 COMPILER = "g++"
@@ -119,7 +120,7 @@ def build(name: str, variant: Variant = PLAIN) -> Program:
     emulator = [(path, variant.emulator_flags) for path in sorted((CSRC / "emu").glob("*.cpp"))]
     harness = [(HERE / "harness.cpp", variant.emulator_flags)]
     kernels = [(HERE / f"{name}.cpp", variant.kernel_flags)]
-    includes = tuple(f"-I{path}" for path in (*variant.includes, HERE))
+    includes = tuple(f"-I{path}" for path in (*variant.includes, *HEADERS))
     with ThreadPoolExecutor(MAX_PARALLEL_COMPILES) as pool:
         objects = list(
             pool.map(
@@ -160,7 +161,7 @@ def build_kernel(name: str, text: str, variant: Variant = PLAIN) -> Path:
         BUILD.mkdir(parents=True, exist_ok=True)
         source.write_text(text)
     source.touch()
-    includes = tuple(f"-I{path}" for path in (*variant.includes, HERE))
+    includes = tuple(f"-I{path}" for path in (*variant.includes, *HEADERS))
     unit = compile_unit(source, (*BASE_FLAGS, *variant.kernel_flags, "-fPIC", *includes))
     return link_library(name, [unit])
 
@@ -210,7 +211,7 @@ def headers_digest(flags: tuple[str, ...]) -> str:
     headers = [
         path
         for folder in folders
-        for sub in (KERNEL_FOLDERS if folder != HERE else (".",))
+        for sub in (KERNEL_FOLDERS if folder not in HEADERS else (".",))
         for path in sorted((folder / sub).rglob("*.*h*"))
     ]
     return digest([text for path in headers for text in (path.name, path.read_text())])

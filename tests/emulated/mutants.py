@@ -51,6 +51,7 @@ class Twin:
     find: str
     part: str
     replace: str
+    program: str = "probes"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emulated.runtime import EmulatedMemory, EmulatedRuntime
 
     from deepcomm.backends.cuda.network import Message, Span
+    from deepcomm.errors import Error
     from deepcomm.group import Group
 
 MAX_SPANS = 5
@@ -108,11 +109,17 @@ class EmulatedNetwork:
         ]
         self._lanes: list[list[Lane]] = group.all_gather(lanes)
         self._kernel = runtime.load_once(KERNEL)
+        self.registered: dict[int, int] = {}
         self.num_moves = 0
         self.is_closed = False
 
     def move(self, messages: Sequence[Message]) -> None:
         assert not self.is_closed
+        for span in (span for m in messages for span in (*m.sends, *m.receives)):
+            assert any(
+                base <= span.address and span.address + span.num_bytes <= base + num_bytes
+                for base, num_bytes in self.registered.items()
+            ), "memory that is not registered"
         params = CParams()
         params.comm.rank = self._rank
         params.comm.timeout_ns = self._timeout_ns
@@ -134,7 +141,17 @@ class EmulatedNetwork:
         entry.sent_there, entry.sent = there.sent.address, here.sent.address
         entry.read_there, entry.read = there.read.address, here.read.address
 
-    def watch(self, has_failed: Callable[[], bool]) -> None:
+    @property
+    def name(self) -> str:
+        return "nccl"
+
+    def register(self, address: int, num_bytes: int) -> None:
+        self.registered[address] = num_bytes
+
+    def deregister(self, address: int) -> None:
+        del self.registered[address]
+
+    def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Moves have deadlines of their own."""
 
     def abort(self) -> None:

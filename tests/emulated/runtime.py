@@ -8,7 +8,7 @@ import ctypes
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -234,8 +234,11 @@ class EmulatedRuntime:
         finally:
             self._stream = self._rank
 
-    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> EmulatedNetwork:
+    def network(
+        self, group: Group, timeout_s: float, traffic_class: int | None, kinds: Sequence[str]
+    ) -> EmulatedNetwork:
         assert self._cluster.settings.has_network
+        assert "nccl" in kinds
         return EmulatedNetwork(self, group, timeout_s, traffic_class)
 
     def is_capturing(self) -> bool:

@@ -25,6 +25,7 @@ CASES_OF = {
     "device/epoch.cuh": ("primitives", ("epoch",)),
     "device/group.cuh": ("primitives", ("warp",)),
     "device/wait.cuh": ("primitives", ("record",)),
+    "kernels/gin/agent.cuh": ("gin", ("exchange", "reuse")),
     "kernels/probe/barrier_fold.cuh": ("probes", ("barrier_fold",)),
     "kernels/probe/bulk_copy.cuh": ("probes", ("bulk_copy",)),
     "kernels/probe/bulk_put.cuh": ("probes", ("bulk_put",)),
@@ -157,10 +158,76 @@ TWINS = [
         part=f"device::st_relaxed_sys({PACKET_STORE})",
         replace=f"device::st_weak_streaming({PACKET_STORE})",
     ),
+    Twin(
+        "gin: tells that all is there with the first span",
+        case="spans",
+        path="kernels/gin/agent.cuh",
+        find="is_last = i == peer.num_sends - 1",
+        part="i == peer.num_sends - 1",
+        replace="i == 0",
+        program="gin",
+    ),
+    Twin(
+        "gin: leaves before its sources are read",
+        case="exchange",
+        path="kernels/gin/agent.cuh",
+        find="return await_read(peer.rank, num_puts)",
+        part="await_read(peer.rank, num_puts)",
+        replace="num_puts > 0",
+        program="gin",
+    ),
+    Twin(
+        "gin: leaves before its last source is read",
+        case="ways",
+        path="kernels/gin/agent.cuh",
+        find="(peer.num_receives > 0 ? 1 : 0)",
+        part="(peer.num_receives > 0 ? 1 : 0)",
+        replace="0",
+        program="gin",
+    ),
+    Twin(
+        "gin: takes what the move before has brought",
+        case="exchange",
+        path="kernels/gin/agent.cuh",
+        find="data(peer.rank), peer.num_data",
+        part="peer.num_data",
+        replace="peer.num_data - 1",
+        program="gin",
+    ),
+    Twin(
+        "gin: puts where the move before was to go",
+        case="exchange",
+        path="kernels/gin/agent.cuh",
+        find="ready(peer.rank), peer.num_ready",
+        part="peer.num_ready",
+        replace="peer.num_ready - 1",
+        program="gin",
+    ),
+    Twin(
+        "gin: does not look whose table it is",
+        case="other_number",
+        path="kernels/gin/agent.cuh",
+        find="if (differ(kGinNumber, peer.num_ready, theirs.number)) return false",
+        part="differ(kGinNumber, peer.num_ready, theirs.number)",
+        replace="false",
+        program="gin",
+    ),
+    Twin(
+        "gin: sends after a failure",
+        case="abort",
+        path="kernels/gin/agent.cuh",
+        find="return !has_failed() &&",
+        part="has_failed()",
+        replace="false",
+        program="gin",
+    ),
 ]
 
 # Mutants that nothing can see, and why.
-SURVIVORS: dict[str, str] = {}
+SURVIVORS: dict[str, str] = {
+    "kernels/gin/agent.cuh: the table before the network reads it: delete": "a put releases what "
+    "its thread has written, as NCCL's does by default",
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +247,7 @@ class Mutated:
 @cache
 def build_mutated() -> Mutated:
     variant, mutants = mutate(TWINS)
-    programs = {name: build(name, variant) for name in ("probes", "primitives")}
+    programs = {name: build(name, variant) for name in ("probes", "primitives", "gin")}
     return Mutated(mutants, programs)
 
 
@@ -204,20 +271,20 @@ def test_mutated_program_without_a_mutant_is_right(mutated: Mutated) -> None:
 def test_twin_is_caught(mutated: Mutated, twin: Twin) -> None:
     mutant = find_twin(mutated, twin)
     seeds = range(CATCH_WITHIN)
-    result = mutated.attack("probes", twin.case, mutant, seeds, "--until-failure")
+    result = mutated.attack(twin.program, twin.case, mutant, seeds, "--until-failure")
     assert result.failures == 1, f"not caught within {CATCH_WITHIN} seeds"
 
 
-PROTOCOLS = ("signal", "claim", "bulk_copy", "bulk_put", "ring", "barrier_fold", "packet")
+PROTOCOLS = ("signal", "claim", "bulk_copy", "bulk_put", "ring", "barrier_fold", "packet", "gin")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_protocol_has_a_schedule_dependent_twin(mutated: Mutated, protocol: str) -> None:
     """A twin that some schedules hide shows that the search, not the check alone, finds faults."""
-    twins = [twin for twin in TWINS if twin.case.startswith(protocol)]
+    twins = [twin for twin in TWINS if twin.program == protocol or twin.case.startswith(protocol)]
     rates = {
         twin.name: mutated.attack(
-            "probes", twin.case, find_twin(mutated, twin), RATE_SEEDS
+            twin.program, twin.case, find_twin(mutated, twin), RATE_SEEDS
         ).failures
         for twin in twins
     }

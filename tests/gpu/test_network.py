@@ -61,7 +61,7 @@ def test_network_is_torchs_nccl() -> None:
 
 def test_network_moves_bytes_between_devices() -> None:
     def use(group: LocalGroup) -> None:
-        network = CudaRuntime().network(group, TIMEOUT_S, None)
+        network = CudaRuntime().network(group, TIMEOUT_S, None, ("nccl",))
         for _ in range(20):
             exchange(group, network)
         torch.cuda.current_stream().synchronize()
@@ -73,7 +73,7 @@ def test_network_moves_bytes_between_devices() -> None:
 
 def test_abort_ends_a_move_that_no_peer_meets() -> None:
     def use(group: LocalGroup) -> None:
-        network = CudaRuntime().network(group, TIMEOUT_S, None)
+        network = CudaRuntime().network(group, TIMEOUT_S, None, ("nccl",))
         exchange(group, network)
         stream = torch.cuda.current_stream()
         stream.synchronize()
@@ -100,6 +100,6 @@ def test_abort_ends_a_move_that_no_peer_meets() -> None:
 def test_ranks_that_share_a_device_are_refused_by_nccl() -> None:
     def use(group: LocalGroup) -> None:
         with pytest.raises((NcclError, CommError), match=r"invalid usage|Duplicate GPU"):
-            CudaRuntime().network(group, TIMEOUT_S, None)
+            CudaRuntime().network(group, TIMEOUT_S, None, ("nccl",))
 
     LocalCluster(2, device="cuda:0").run(use)

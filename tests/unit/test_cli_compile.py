@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from jit_project import REPORT, SCALE, FakeToolchain, write_project
 
 from deepcomm import jit
+from deepcomm.cli import compile as compile_command
 from deepcomm.cli import main
 
 if TYPE_CHECKING:
@@ -31,11 +33,11 @@ def test_compile_fills_the_cache(
     compiler: jit.KernelCompiler, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compile", "--arch", "sm_90a"]) == 0
-    assert "4 kernels, 4 compiled now, problems 0" in capfd.readouterr().err
+    assert "4 kernels, 4 compiled now, 0 left out, problems 0" in capfd.readouterr().err
     assert main(["compile"]) == 0  # two architectures, one of them known
     said = capfd.readouterr()
     assert said.out == ""
-    assert "8 kernels, 4 compiled now, problems 0" in said.err
+    assert "8 kernels, 4 compiled now, 0 left out, problems 0" in said.err
     assert str(compiler.cache.folder) in said.err
 
 
@@ -58,6 +60,23 @@ def test_compile_takes_hidden_sizes(
             "num_registers": 40, "static_shared_bytes": 512, "stack_bytes": 16, "spill_bytes": 20,
         },
     }  # fmt: skip
+
+
+def test_compile_leaves_out_what_headers_are_missing_for(
+    compiler: jit.KernelCompiler, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> jit.NcclHeaders:
+        raise jit.HeadersMissing("NCCL's device headers: expected those of 2.30.7")
+
+    monkeypatch.setattr(jit, "KERNELS", (SCALE, replace(SCALE, name="agent", uses_nccl=True)))
+    monkeypatch.setattr(compile_command, "loaded_nccl_headers", missing)
+    assert main(["compile", "--arch", "sm_90a", "--hidden", "64"]) == 0
+    said = capfd.readouterr().err
+    reason = "left out: NCCL's device headers: expected those of 2.30.7"
+    assert f"agent<hidden=64, negate=True> for sm_90a: {reason}" in said
+    assert "2 kernels, 2 compiled now, 2 left out, problems 0" in said
+    assert main(["compile", "--arch", "sm_90a", "--hidden", "64", "--no-skips"]) == 1
+    assert compiler.cache.sizes()
 
 
 def test_compile_report_ends_with_status_1_on_a_spill(
@@ -98,7 +117,7 @@ def test_compile_goes_on_after_a_kernel_that_does_not_compile(
     assert main(["compile", "--arch", "sm_90a", "--report", "--hidden", "64"]) == 1
     said = capfd.readouterr()
     assert "scale.cuh(3): error: no" in said.err
-    assert "2 kernels, 1 compiled now, problems 2" in said.err
+    assert "2 kernels, 1 compiled now, 0 left out, problems 2" in said.err
     assert said.out.count("?") == 5
     assert main(["compile", "--arch", "sm_90a", "--json", "--hidden", "64"]) == 1
     assert json.loads(capfd.readouterr().out)[1]["error"] == "scale.cuh(3): error: no"

@@ -22,8 +22,8 @@ from deepcomm.backends import base
 from deepcomm.backends.cuda import device as devices
 from deepcomm.backends.cuda import driver as drivers
 from deepcomm.backends.cuda.device import CudaRuntime
-from deepcomm.backends.cuda.nccl import NcclNetwork
 from deepcomm.backends.cuda.network import Network
+from deepcomm.backends.cuda.network_choice import open_network
 from deepcomm.backends.cuda.runtime import Runtime
 from deepcomm.errors import CommError, CudaError, InvalidArgument
 from deepcomm.event import CudaEvent
@@ -39,9 +39,12 @@ class FakeCompiler:
 
     asked: list[tuple[str, str, dict[str, int]]] = field(default_factory=list)
 
-    def compile(self, kernel: jit.Kernel, *, arch: str, spec: dict[str, int]) -> Any:
+    def compile(self, kernel: jit.Kernel, *, arch: str, spec: dict[str, int], nccl: Any) -> Any:
+        assert (nccl is not None) == kernel.uses_nccl
         self.asked.append((kernel.name, arch, spec))
-        return SimpleNamespace(cubin=b"cubin", symbol="symbol", shared_bytes=32, max_threads=None)
+        return SimpleNamespace(
+            cubin=b"cubin", symbol="symbol", shared_bytes=32, max_threads=None, constants={}
+        )
 
 
 @pytest.fixture
@@ -153,11 +156,11 @@ def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
 def test_runtime_moves_bytes_to_peers(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nccl = FakeNccl()
     monkeypatch.setattr(
-        devices, "NcclNetwork", functools.partial(NcclNetwork, library=fake_nccl.library)
+        devices, "open_network", functools.partial(open_network, library=fake_nccl.library)
     )
 
     def use(group: LocalGroup) -> None:
-        network: Network = make(fake, f"cuda:{group.rank}").network(group, TIMEOUT_S, 7)
+        network: Network = make(fake, f"cuda:{group.rank}").network(group, TIMEOUT_S, 7, ("nccl",))
         exchange(group, network, (10, 1000))
         network.close()
 

@@ -11,6 +11,7 @@ import pytest
 from jit_project import SCALE, SPEC, write_project
 
 from deepcomm import jit
+from deepcomm.backends.cuda.network_choice import loaded_nccl_headers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,13 +28,20 @@ def real(tmp_path: Path) -> jit.KernelCompiler:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kernel", jit.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(kernel, id=kernel.name, marks=[pytest.mark.nccl] * kernel.uses_nccl)
+        for kernel in jit.KERNELS
+    ],
+)
 def test_nvrtc_compiles_every_kernel_without_spills(
     kernel: jit.Kernel, arch: str, real: jit.KernelCompiler
 ) -> None:
     compiler = replace(real, root=jit.source_root())
+    nccl = loaded_nccl_headers() if kernel.uses_nccl else None
     for spec in jit.spec_grid(kernel):
-        compiled = compiler.compile(kernel, arch=arch, spec=spec)
+        compiled = compiler.compile(kernel, arch=arch, spec=spec, nccl=nccl)
         assert compiled.is_new
         assert compiled.usage is not None
         assert 0 < compiled.usage.num_registers < 256

@@ -164,7 +164,7 @@ def test_watch_ends_a_stuck_move_once_the_rank_has_failed(fake: FakeNccl) -> Non
     def use(group: LocalGroup) -> None:
         has_failed = threading.Event()
         with network(group, fake) as made:
-            made.watch(has_failed.is_set)
+            made.watch(has_failed.is_set, pytest.fail)
             if group.rank == 0:
                 move, raised = in_thread(lambda: made.move(pair(1)))
                 move.join(0.2)

@@ -40,17 +40,19 @@ Output = TypeVar("Output", DispatchOutput, CombineOutput)
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
-RAILS = ("auto", "lsa", "nccl")
+RAILS = ("auto", "lsa", "gin", "nccl")
+NETWORKS = {"auto": ("gin", "nccl"), "gin": ("gin",), "nccl": ("nccl",), "lsa": ()}
+"""What may be between ranks that are out of each other's reach, the best one first."""
 GROWTH = 1.5
 
 
 def choose_rail(asked: str, labels: Sequence[str]) -> tuple[str, str]:
-    """Return how ranks of a rail reach each other, and why so."""
+    """Return how ranks of a rail reach each other, and why so; "auto" leaves open which network."""
     if asked != "auto":
         return asked, "as asked"
     if len(set(labels)) == 1:
         return "lsa", "all ranks reach each other"
-    return "nccl", "out of each other's reach"
+    return "auto", "out of each other's reach"
 
 
 class CudaBackend:
@@ -68,7 +70,11 @@ class CudaBackend:
         self.topology = find_nodes(self._group.rank, labels, config.ranks_per_node)
         rail, self._why_rail = choose_rail(config.rail, labels)
         per_node = self.topology.ranks_per_node
-        self.config = replace(config, ranks_per_node=per_node, rail=rail)
+        # Which network it is shows when it is opened; it makes no other difference.
+        self.config = replace(
+            config, ranks_per_node=per_node, rail="nccl" if rail == "auto" else rail
+        )
+        self._networks = NETWORKS[rail]
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
         self.num_sms = self._sms.high_throughput
@@ -101,9 +107,9 @@ class CudaBackend:
         machine = Machine(self.runtime, self.num_sms, self.failure)
         if self.topology.num_nodes == 1:
             return FlatEngine(self._group, self.config, machine)
-        return NodesEngine(
-            self._group, self.config, machine, self.topology, is_carried=self.config.rail == "nccl"
-        )
+        engine = NodesEngine(self._group, self.config, machine, self.topology, self._networks)
+        self.config = replace(self.config, rail=engine.rail_name)
+        return engine
 
     @property
     def num_bytes(self) -> int:

@@ -203,7 +203,7 @@ class NetworkCarrier:
                 failure.condemn(CommTimeout(f"{where}: the network did not end in {limit_s:g} s"))
             return failure.failed
 
-        self._network.watch(has_failed)
+        self._network.watch(has_failed, failure.condemn)
 
     # ---- steps
 
@@ -214,8 +214,8 @@ class NetworkCarrier:
         params.epoch = self._epoch
         params.step = step
         params.verdict = domain.workspace.verdict.address
-        params.outbox = exchange.outbox.address
-        params.inbox = exchange.inbox.address
+        params.outbox = exchange.outbox
+        params.inbox = exchange.inbox
         params.state = exchange.rail_state.address
         params.report = self._report.device_address
         params.progress = self._progress.device_address
@@ -252,7 +252,7 @@ class NetworkCarrier:
         exchange = self._exchange
         size, messages = exchange.words_bytes, []
         for peer in self._peers():
-            outbox, inbox = (box.address + peer * size for box in (exchange.outbox, exchange.inbox))
+            outbox, inbox = (box + peer * size for box in (exchange.outbox, exchange.inbox))
             sends, receives = spans(peer)
             messages.append(
                 Message(peer, (Span(outbox, size), *sends), (Span(inbox, size), *receives))
@@ -263,8 +263,8 @@ class NetworkCarrier:
         """Raise InvalidArgument where a graph is being captured: the network wants sizes."""
         if self._domain.runtime.is_capturing():
             raise InvalidArgument(
-                "rail: expected 'lsa' while a CUDA graph is captured, got 'nccl': the host has to "
-                "tell the network how much to carry"
+                "rail: expected 'lsa' while a CUDA graph is captured, got "
+                f"{self._network.name!r}: the host has to tell the network how much to carry"
             )
 
     def follow(self) -> None:
@@ -392,4 +392,5 @@ class NetworkCarrier:
 
     def describe(self) -> str:
         """Say how ranks are reached."""
-        return f"nccl: kernels write to mirrors, which {self._network.describe()} carries on"
+        network = self._network
+        return f"{network.name}: kernels write to mirrors, which {network.describe()} carries on"

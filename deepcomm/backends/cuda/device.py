@@ -20,13 +20,15 @@ from deepcomm.backends.cuda.driver import (
     wrap_stream,
 )
 from deepcomm.backends.cuda.heap import open_heap, reach_of
-from deepcomm.backends.cuda.nccl import NcclNetwork, NcclOptions
+from deepcomm.backends.cuda.nccl import NcclOptions
+from deepcomm.backends.cuda.network_choice import loaded_nccl_headers, open_network
 from deepcomm.errors import InvalidArgument
 from deepcomm.event import CudaEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.runtime import Function, KernelParams
     from deepcomm.group import Group
     from deepcomm.types import Event
@@ -44,10 +46,12 @@ class CudaFunction:
     Attributes:
         name: As in the list of kernels.
         native: Its owner.
+        constants: Bytes of those that it shows to the host, by name.
     """
 
     name: str
     native: cuda.Function
+    constants: Mapping[str, bytes]
 
     @property
     def max_threads(self) -> int:
@@ -158,10 +162,12 @@ class CudaRuntime:
         heap, bases = open_heap(group, self._driver, self._native, num_bytes, timeout_s)
         return CudaSymmetricMemory(heap, bases, self._streams_in_use)
 
-    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> NcclNetwork:
-        """Return NCCL between the devices of a group; collective over it."""
+    def network(
+        self, group: Group, timeout_s: float, traffic_class: int | None, kinds: Sequence[str]
+    ) -> Network:
+        """Return the first kind that all ranks of a group have; collective over it."""
         options = NcclOptions(timeout_s, traffic_class)
-        return NcclNetwork(group, self._native, self.raw_stream, options)
+        return open_network(group, self, self._native, options, kinds)
 
     def memory(self, num_bytes: int) -> cuda.DeviceMemory:
         """Return zeroed memory of this device."""
@@ -182,7 +188,8 @@ class CudaRuntime:
         entry = next((entry for entry in jit.KERNELS if entry.name == kernel), None)
         if entry is None:
             raise InvalidArgument(f"kernel: expected one of deepcomm.jit.KERNELS, got {kernel!r}")
-        compiled = self._compiler.compile(entry, arch=self._arch, spec=spec)
+        nccl = loaded_nccl_headers() if entry.uses_nccl else None
+        compiled = self._compiler.compile(entry, arch=self._arch, spec=spec, nccl=nccl)
         native = cuda.Function(
             self._native,
             compiled.cubin,
@@ -190,7 +197,7 @@ class CudaRuntime:
             compiled.shared_bytes,
             compiled.max_threads or 0,
         )
-        return CudaFunction(kernel, native)
+        return CudaFunction(kernel, native, compiled.constants)
 
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""

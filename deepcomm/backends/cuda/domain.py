@@ -24,6 +24,7 @@ from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.runtime import Function, KernelParams, Runtime
     from deepcomm.config import BufferConfig
 
@@ -57,14 +58,20 @@ class Position:
         rank_step: From one of its ranks to the next.
         num_origins: Nodes whose tokens its ranks send on (csrc/layout/plan.hpp).
         is_rail: Whether its ranks are those of a rail.
-        is_carried: Whether they are out of each other's reach, and a network is between them.
+        networks: Kinds of what is between them where they are out of each other's reach, the best
+            one first.
     """
 
     first_rank: int = 0
     rank_step: int = 1
     num_origins: int = 1
     is_rail: bool = False
-    is_carried: bool = False
+    networks: tuple[str, ...] = ()
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether a network is between its ranks."""
+        return bool(self.networks)
 
     @property
     def combine_origins(self) -> int:
@@ -96,6 +103,7 @@ class Domain:
         self.exchange = self._open_exchange(config)
         self.report_tag = 0
         self.num_launches = 0
+        self._network: Network | None = None
         self.carrier: Carrier = self._open_carrier()
 
     def _prepare(self) -> tuple[Functions, Workspace, torch.Tensor]:
@@ -115,15 +123,21 @@ class Domain:
     def _open_carrier(self) -> Carrier:
         if not self.position.is_carried:
             return REACHED
-        network = self.runtime.network(
-            self._group, self.config.timeout_s, self.config.traffic_class
-        )
+        kinds, config = self.position.networks, self.config
+        network = self.runtime.network(self._group, config.timeout_s, config.traffic_class, kinds)
+        self._network = network
         try:
+            self.mirrored.join(network)
             return agree_on(self._group, "Buffer", lambda: NetworkCarrier(self, network))
         except BaseException:
             network.abort()
             network.close()
             raise
+
+    @property
+    def network_name(self) -> str | None:
+        """What is between its ranks; None where that is nothing."""
+        return None if self._network is None else self._network.name
 
     @property
     def mirrored(self) -> MirroredExchange:
@@ -133,7 +147,14 @@ class Domain:
 
     def reserve(self, max_tokens: int) -> Exchange:
         """Return memory for more tokens a rank, to move to; collective."""
-        return self._open_exchange(replace(self.config, max_tokens_per_rank=max_tokens))
+        exchange = self._open_exchange(replace(self.config, max_tokens_per_rank=max_tokens))
+        if isinstance(exchange, MirroredExchange) and self._network is not None:
+            try:
+                exchange.join(self._network)
+            except BaseException:
+                exchange.close()
+                raise
+        return exchange
 
     def move_to(self, exchange: Exchange) -> None:
         """Use other memory from now on; views keep the old one."""

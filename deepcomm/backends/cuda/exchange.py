@@ -15,6 +15,7 @@ from deepcomm.group import agree_on, alone_of
 
 if TYPE_CHECKING:
     from deepcomm.backends.cuda.failure import Failure
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
@@ -87,9 +88,16 @@ def exchange_layout(
 
 
 def mirrored_bytes(layout: kernels.ExchangeLayout) -> int:
-    """Return the bytes of one rank's memory and of mirrors of all its peers'."""
+    """Return the bytes of one rank's memory, of mirrors of all its peers', and of their words."""
+    num_ranks: int = layout.shape.num_ranks
     mirror: int = kernels.ExchangeLayout.make_mirror(layout.shape).total_bytes
-    return int(layout.total_bytes) + (layout.shape.num_ranks - 1) * mirror
+    return int(layout.total_bytes) + (num_ranks - 1) * mirror + 2 * num_ranks * words_bytes(layout)
+
+
+def words_bytes(layout: kernels.ExchangeLayout) -> int:
+    """Return the bytes of what one rank tells another beside rows, where a network carries it."""
+    num_bytes: int = kernels.RailWords(layout.shape.num_counters).num_bytes
+    return num_bytes
 
 
 def rail_config(config: BufferConfig) -> BufferConfig:
@@ -173,11 +181,13 @@ class MirroredExchange(Exchange):
 
     Attributes:
         bases: Of this rank's memory and of the mirrors, by rank.
-        outbox: Words for each rank (layout/rail.hpp).
-        inbox: Words from each rank.
+        outbox: Address of words for each rank (layout/rail.hpp).
+        inbox: Likewise, from each rank.
         words_bytes: Of one rank's words.
         rail_state: kernels::RailState.
     """
+
+    _network: Network | None = None
 
     def _reserve(self, runtime: Runtime, group: Group, timeout_s: float) -> None:
         mirror = kernels.ExchangeLayout.make_mirror(self.layout.shape)
@@ -191,14 +201,25 @@ class MirroredExchange(Exchange):
             base if peer == group.rank else first + (peer - (peer > group.rank)) * mirror_bytes
             for peer in range(group.size)
         )
+        self.words_bytes = words_bytes(self.layout)
+        self.outbox = first + (group.size - 1) * mirror_bytes
+        self.inbox = self.outbox + group.size * self.words_bytes
 
     def _prepare(self, runtime: Runtime) -> None:
         super()._prepare(runtime)
-        shape = self.layout.shape
-        self.words_bytes = kernels.RailWords(shape.num_counters).num_bytes
-        self.outbox = runtime.memory(shape.num_ranks * self.words_bytes)
-        self.inbox = runtime.memory(shape.num_ranks * self.words_bytes)
         self.rail_state = runtime.memory(kernels.RAIL_STATE_BYTES)
+
+    def join(self, network: Network) -> None:
+        """Let a network move what is in the memory; collective."""
+        network.register(self.memory.bases[0], mirrored_bytes(self.layout))
+        self._network = network
+
+    def close(self) -> None:
+        """Take the memory back from the network first."""
+        if self._network is not None:
+            self._network.deregister(self.memory.bases[0])
+            self._network = None
+        super().close()
 
     def meet_params(
         self, workspace: Workspace, failure: Failure, topology: Topology, timeout_s: float

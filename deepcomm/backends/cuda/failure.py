@@ -28,6 +28,7 @@ OPERATIONS = (
     "combine",
     "low_latency_dispatch",
     "low_latency_combine",
+    "move",
 )
 ROLES = ("count", "send", "receive", "reduce", "forward", "meet")
 KIND_CHECK = 1

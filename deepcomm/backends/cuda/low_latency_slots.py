@@ -117,8 +117,11 @@ def low_latency_layout(config: BufferConfig, topology: Topology) -> kernels.LowL
 
 def find_excess(config: BufferConfig, topology: Topology) -> str | None:
     """Return what is beyond the kernels of this mode, None where all is well."""
-    if config.rail == "nccl" and topology.num_nodes > 1:
-        return "rail: expected 'lsa' for low-latency operations over several nodes, got 'nccl'"
+    if config.is_carried and topology.num_nodes > 1:
+        return (
+            "rail: expected 'lsa' for low-latency operations over several nodes, got "
+            f"{config.rail!r}"
+        )
     limits = (
         ("ranks", topology.num_ranks, kernels.MAX_LOW_LATENCY_RANKS),
         ("num_experts", config.num_experts, kernels.MAX_LOW_LATENCY_EXPERTS),

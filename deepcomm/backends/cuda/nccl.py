@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 
     from deepcomm._C import cuda
     from deepcomm.backends.cuda.network import Message
+    from deepcomm.errors import Error
     from deepcomm.group import Group
 
-__all__ = ["Found", "NcclNetwork", "NcclOptions", "default_library", "find_wheel", "probe_nccl"]
+__all__ = [
+    "Found",
+    "NcclNetwork",
+    "NcclOptions",
+    "default_library",
+    "find_wheel",
+    "meet_nccl",
+    "probe_nccl",
+]
 
 WHAT: Final = "NCCL"
 LIBRARY: Final = "libnccl.so.2"
@@ -100,6 +109,8 @@ class NcclNetwork:
         stream: Callable[[], int],
         options: NcclOptions,
         library: Callable[[], nccl.Library] = default_library,
+        *,
+        why: str = "",
     ) -> None:
         """Meet the other ranks; collective over ``group`` (and the whole, if that is a part).
 
@@ -109,6 +120,7 @@ class NcclNetwork:
             stream: Returns the driver's handle of the current stream.
             options: How the communicator is made.
             library: Finds the library; instead of this process's.
+            why: Why it is this network, for ``explain()``.
 
         Raises:
             NcclError: There is no NCCL here, it is too old, or it failed.
@@ -120,18 +132,20 @@ class NcclNetwork:
         weakref.finalize(self, self._ended.set)
         self._stream = stream
         self._timeout_s = options.timeout_s
-        self._traffic_class = options.traffic_class
-        self._library, unique_id = _agree_on_id(group, library)
-        name = f"rank {members_of(group)[group.rank]}"
-        config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
-        if options.traffic_class is not None:
-            config.traffic_class = options.traffic_class
-        if options.max_ctas is not None:
-            config.max_ctas = options.max_ctas
-        self._native = _meet(
-            group,
-            lambda: nccl.Communicator(device, self._library, config, options.timeout_s),
-        )
+        self._why = f"; {why}" if why else ""
+        found, self._native = meet_nccl(group, device, options, library)
+        self._label = label_of(found, options)
+
+    @property
+    def name(self) -> str:
+        """The ``rail`` of a buffer that this is."""
+        return "nccl"
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Do nothing: NCCL sends any memory."""
+
+    def deregister(self, address: int) -> None:
+        """Do nothing."""
 
     def move(self, messages: Sequence[Message]) -> None:
         """Launch all sends and receives on the current stream, as one group."""
@@ -151,8 +165,9 @@ class NcclNetwork:
         """End moves under way; from any thread; idempotent."""
         self._native.abort()
 
-    def watch(self, has_failed: Callable[[], bool]) -> None:
+    def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
+        del condemn  # NCCL's kernels tell nothing
         arguments = (self._native, has_failed, self._ended)
         threading.Thread(
             target=abort_after, args=arguments, name="deepcomm-nccl-watch", daemon=True
@@ -165,10 +180,36 @@ class NcclNetwork:
             logger.warning("a network was closed by force: %s", trouble)
 
     def describe(self) -> str:
-        """Return NCCL's version and file, and the class of what it sends."""
-        asked = self._traffic_class
-        in_class = "" if asked is None else f", traffic class {asked}"
-        return f"NCCL {self._library.version}, {self._library.path}{in_class}"
+        """Return NCCL's version and file, the class of what it sends, and why it was chosen."""
+        return f"{self._label}{self._why}"
+
+
+def label_of(library: nccl.Library, options: NcclOptions) -> str:
+    """Return NCCL's version and file, and the class of what it sends."""
+    asked = options.traffic_class
+    in_class = "" if asked is None else f", traffic class {asked}"
+    return f"NCCL {library.version}, {library.path}{in_class}"
+
+
+def meet_nccl(
+    group: Group,
+    device: cuda.Device,
+    options: NcclOptions,
+    library: Callable[[], nccl.Library] = default_library,
+) -> tuple[nccl.Library, nccl.Communicator]:
+    """Return the library, of one version on all ranks, and their communicator; collective.
+
+    Raises:
+        Error: As the constructor of ``NcclNetwork`` does.
+    """
+    found, unique_id = _agree_on_id(group, library)
+    name = f"rank {members_of(group)[group.rank]}"
+    config = nccl.CommunicatorConfig(name, group.rank, group.size, unique_id)
+    if options.traffic_class is not None:
+        config.traffic_class = options.traffic_class
+    if options.max_ctas is not None:
+        config.max_ctas = options.max_ctas
+    return found, _meet(group, lambda: nccl.Communicator(device, found, config, options.timeout_s))
 
 
 def abort_after(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from deepcomm.errors import Error
+
 __all__ = ["Message", "Network", "Span"]
 
 
@@ -36,12 +38,29 @@ class Message:
 
 
 class Network(Protocol):
-    """The ranks of a group, which call ``move`` alike."""
+    """The ranks of a group, which call ``register`` and ``move`` alike."""
+
+    @property
+    def name(self) -> str:
+        """The ``rail`` of a buffer that this is."""
+
+    def register(self, address: int, num_bytes: int) -> None:
+        """Let moves use memory, as much on every rank; collective.
+
+        Raises:
+            NcclError: The network cannot reach it.
+            CommTimeout: The ranks did not meet in time.
+            CommError: A peer failed; names it.
+        """
+
+    def deregister(self, address: int) -> None:
+        """Wait for moves under way; use the memory no more. Nothing to do after ``close``."""
 
     def move(self, messages: Sequence[Message]) -> None:
         """Launch all sends and receives on the current stream, as one group.
 
-        Spans between two ranks match in order; empty spans are skipped on both sides.
+        Spans between two ranks match in order; empty spans are skipped on both sides. They lie in
+        registered memory.
 
         Raises:
             InvalidArgument: A message is wrong; nothing has been launched.
@@ -53,8 +72,13 @@ class Network(Protocol):
     def abort(self) -> None:
         """End moves under way; from any thread; idempotent. Nothing but ``close`` works then."""
 
-    def watch(self, has_failed: Callable[[], bool]) -> None:
-        """Abort once ``has_failed()``: nobody else may notice that a move does not end."""
+    def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
+        """Abort once ``has_failed()``: nobody else may notice that a move does not end.
+
+        Args:
+            has_failed: Whether the rank has failed elsewhere.
+            condemn: Hears of what a move has run into on the device.
+        """
 
     def close(self) -> None:
         """Wait for this rank's moves and leave; idempotent."""

@@ -59,8 +59,7 @@ class NodesEngine:
         config: BufferConfig,
         machine: Machine,
         topology: Topology,
-        *,
-        is_carried: bool,
+        networks: tuple[str, ...],
     ) -> None:
         """Load kernels and reserve memory; collective.
 
@@ -69,7 +68,8 @@ class NodesEngine:
             config: Likewise.
             machine: Likewise.
             topology: Likewise.
-            is_carried: Whether a network is between the ranks of a rail.
+            networks: Kinds of what is between the ranks of a rail, the best one first; none where
+                they reach each other.
         """
         self.config = config
         self.topology = topology
@@ -79,7 +79,7 @@ class NodesEngine:
             SubGroup(group, topology.rail_ranks),
             rail_config(config),
             machine,
-            Position(topology.local, ranks_per_node, is_rail=True, is_carried=is_carried),
+            Position(topology.local, ranks_per_node, is_rail=True, networks=networks),
         )
         self.node = Domain(
             SubGroup(group, topology.node_ranks),
@@ -152,6 +152,11 @@ class NodesEngine:
     def traffic(self) -> tuple[Traffic, Traffic]:
         """Return the counters inside the node and on the rail."""
         return Traffic(self.node), Traffic(self.rail)
+
+    @property
+    def rail_name(self) -> str:
+        """How ranks of a rail reach each other, as ``rail`` of a buffer names it."""
+        return self.rail.network_name or "lsa"
 
     def describe_rail(self) -> str:
         """Say how ranks of a rail are reached, for ``explain()``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -118,17 +118,20 @@ class Runtime(Protocol):
             CommError: A peer failed; names it.
         """
 
-    def network(self, group: Group, timeout_s: float, traffic_class: int | None) -> Network:
+    def network(
+        self, group: Group, timeout_s: float, traffic_class: int | None, kinds: Sequence[str]
+    ) -> Network:
         """Return what carries bytes between the devices of a group; collective over it.
 
         Args:
             group: The ranks, numbered as ``Message.peer`` will be.
             timeout_s: How long to wait for them, now and in each move.
             traffic_class: Of the packets, as the network counts classes; None is its default.
+            kinds: Names of networks, of which the first is taken that all ranks have.
 
         Raises:
             CommTimeout: They did not meet within ``timeout_s``.
-            NcclError: There is no NCCL, or it failed.
+            NcclError: There is no network of those kinds, or NCCL failed.
             CommError: A peer failed; names it.
             ConfigMismatch: Ranks have different versions of NCCL.
         """
