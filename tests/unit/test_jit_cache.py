@@ -137,7 +137,7 @@ def work(_):
     barrier.wait(60)
     kernels = [
         compiler.compile(kernel, arch="sm_90a", spec=spec)
-        for kernel in jit.KERNELS for spec in jit.spec_grid(kernel)
+        for kernel in jit.KERNELS if not kernel.uses_nccl for spec in jit.spec_grid(kernel)
     ]
     return [(k.symbol, k.cubin.hex(), k.is_new) for k in kernels]
 
@@ -178,7 +178,7 @@ def test_processes_that_start_at_once_compile_each_kernel_once(
     for process in everyone:
         num_compiled.update({symbol: is_new for symbol, _, is_new in process})
     assert set(num_compiled.values()) == {1}
-    assert len(num_compiled) >= len(jit.KERNELS)
+    assert len(num_compiled) >= sum(not kernel.uses_nccl for kernel in jit.KERNELS)
     assert len({tuple((symbol, cubin) for symbol, cubin, _ in p) for p in everyone}) == 1
 
     (later,) = run_processes(tmp_path, toolchain_name, 1)
