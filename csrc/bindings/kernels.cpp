@@ -138,6 +138,11 @@ void bind_gin(py::module_& module) {
            },
            py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_ns"), py::arg("record"),
            py::arg("failed"), "Say who moves, and how that fails.")
+        .def_property_readonly("timeout_ns",
+                               [](const GinParams& self) { return self.comm.timeout_ns; })
+        .def_property_readonly(
+            "record",
+            [](const GinParams& self) { return reinterpret_cast<uintptr_t>(self.comm.record); })
         .def_readwrite("num_peers", &GinParams::num_peers)
         .def_readwrite("number", &GinParams::number)
         .def_property(

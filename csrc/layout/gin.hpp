@@ -17,13 +17,14 @@ namespace deepcomm::layout {
 
 /// Spans between two ranks in one direction of one move that are not empty.
 constexpr int32_t kMostGinSpans = 10;
-/// Windows registered at a time; a window's number modulo this is its place in the list of handles.
+/// Places in the list of windows: the first is that of the control words, the others are taken in turn,
+/// alike on all ranks.
 constexpr int32_t kMostGinWindows = 64;
 /// Of one put: NCCL's proxy cuts larger ones into several operations.
 constexpr int64_t kGinPutBytes = int64_t{1} << 30;
 
 struct GinSpan {
-    int64_t window;  ///< how many were registered before it, on all ranks alike
+    int64_t window;  ///< its place in the list
     int64_t offset;
     int64_t num_bytes;
 };

@@ -329,7 +329,9 @@ def test_low_latency_wants_ranks_that_reach_each_other(schedules: Schedules) -> 
 
 def test_unknown_rail_is_refused(schedules: Schedules) -> None:
     def open_buffer(group: LocalGroup) -> None:
-        with pytest.raises(InvalidArgument, match="rail: expected one of 'auto', 'lsa', 'nccl'"):
+        with pytest.raises(
+            InvalidArgument, match="rail: expected one of 'auto', 'lsa', 'gin', 'nccl'"
+        ):
             PAIR.open(group, rail="pigeon")
 
     run_emulated(open_buffer, PAIR.num_ranks, schedules()[0])

@@ -5,6 +5,7 @@
 #include "host/nccl_api.hpp"
 
 #include <nccl.h>
+#include <nccl_device/host.h>
 
 namespace {
 
@@ -25,6 +26,7 @@ using ours::Comm;
 using ours::Config;
 using ours::Result;
 using ours::UniqueId;
+using ours::Window;
 namespace cu = deepcomm::host::cu;
 
 #define CHECK_FUNCTION(result, name, parameters)                     \
@@ -32,6 +34,7 @@ namespace cu = deepcomm::host::cu;
                         static_cast<result(*) parameters>(nullptr)), \
                   #name);
 DEEPCOMM_NCCL_FUNCTIONS(CHECK_FUNCTION)
+DEEPCOMM_NCCL_OPTIONAL_FUNCTIONS(CHECK_FUNCTION)
 
 #define CHECK_FIELD(our_field, their_field)                                           \
     static_assert(offsetof(Config, our_field) == offsetof(ncclConfig_t, their_field), \
@@ -56,6 +59,7 @@ CHECK_VALUE(ours::kSuccess, ncclSuccess);
 CHECK_VALUE(ours::kRemoteError, ncclRemoteError);
 CHECK_VALUE(ours::kInProgress, ncclInProgress);
 CHECK_VALUE(ours::kUint8, ncclUint8);
+CHECK_VALUE(ours::kSymmetricWindow, NCCL_WIN_COLL_SYMMETRIC);
 CHECK_VALUE(ours::kUndefined, NCCL_CONFIG_UNDEF_INT);
 CHECK_VALUE(NCCL_VERSION_CODE, 10000 * NCCL_MAJOR + 100 * NCCL_MINOR + NCCL_PATCH);
 

@@ -17,6 +17,7 @@ from deepcomm._C import nccl
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     ROOT / "tests/fake_nccl/nccl.cpp",
+    ROOT / "tests/fake_nccl/device_api.hpp",
     ROOT / "csrc/host/nccl_api.hpp",
     ROOT / "csrc/host/cuda_api.hpp",
 )
@@ -78,6 +79,12 @@ class FakeNccl:
     def group_depth(self) -> int:
         """Return how many groups this thread has not ended."""
         return int(self._library.fake_nccl_depth())
+
+    def requirements(self) -> tuple[int, ...]:
+        """Return what was last asked of a device communicator, word by word."""
+        words = (ctypes.c_int32 * 8)()
+        self._library.fake_nccl_requirements(words)
+        return tuple(words)
 
     def asked(self) -> Asked:
         values = (ctypes.c_int64 * 6)()

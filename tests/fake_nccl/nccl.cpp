@@ -36,7 +36,14 @@ constexpr Result kUnhandledCudaError = 1, kSystemError = 2, kInternalError = 3;
 constexpr Result kInvalidArgument = 4, kInvalidUsage = 5;
 constexpr int kPollMs = 2;
 
+struct WindowObject {
+    void* address;
+    size_t num_bytes;
+};
+
 struct CommObject {
+    std::vector<std::unique_ptr<WindowObject>> windows;
+    bool has_dev_comm = false;
     int rank = 0, num_ranks = 0;
     std::string id;
     int listener = -1;
@@ -258,6 +265,8 @@ bool is_understood(const Config& config) {
 
 }  // namespace
 
+#include "device_api.hpp"
+
 extern "C" {
 
 Result ncclGetVersion(int* version) {
@@ -319,6 +328,9 @@ Result ncclCommDestroy(Comm comm) {
     if (!comm->is_finalized || comm->state != kSuccess) {
         return fail(kInvalidUsage, "destroyed before it was finalized");
     }
+    if (!comm->windows.empty() || comm->has_dev_comm) {
+        return fail(kInvalidUsage, "destroyed with windows or a device communicator");
+    }
     free_comm(comm);
     return kSuccess;
 }
@@ -357,7 +369,8 @@ Result ncclRecv(void* to, size_t count, int type, int peer, Comm comm, Stream st
 }
 
 /// "version": what ncclGetVersion says; "async error": a code; "fail CALL": a code; "hang CALL":
-/// what the call has started does not end; "block CALL": the call itself does not.
+/// what the call has started does not end; "block CALL": the call itself does not. "no windows", "no
+/// device api", "gin type", "railed gin type", "lsa teams": what there is of the device API.
 void fake_nccl_wish(const char* name, int value) {
     const std::lock_guard<std::mutex> lock(mutex);
     wishes[name] = value;

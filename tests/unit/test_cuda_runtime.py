@@ -21,10 +21,9 @@ from deepcomm._C import cuda
 from deepcomm.backends import base
 from deepcomm.backends.cuda import device as devices
 from deepcomm.backends.cuda import driver as drivers
-from deepcomm.backends.cuda import network_choice
 from deepcomm.backends.cuda.device import CudaRuntime
-from deepcomm.backends.cuda.nccl import NcclNetwork
 from deepcomm.backends.cuda.network import Network
+from deepcomm.backends.cuda.network_choice import open_network
 from deepcomm.backends.cuda.runtime import Runtime
 from deepcomm.errors import CommError, CudaError, InvalidArgument
 from deepcomm.event import CudaEvent
@@ -157,7 +156,7 @@ def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
 def test_runtime_moves_bytes_to_peers(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nccl = FakeNccl()
     monkeypatch.setattr(
-        network_choice, "NcclNetwork", functools.partial(NcclNetwork, library=fake_nccl.library)
+        devices, "open_network", functools.partial(open_network, library=fake_nccl.library)
     )
 
     def use(group: LocalGroup) -> None:

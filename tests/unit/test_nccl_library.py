@@ -155,6 +155,7 @@ STUBS = {
     "cuda_runtime.h": "typedef struct CUstream_st* cudaStream_t;\n"
     "typedef struct CUevent_st* cudaEvent_t;\n#define CUDART_VERSION 10000\n",
     "cuda_fp16.h": "",
+    "cuda.h": "#define CUDA_VERSION 10000\ntypedef enum { CU_MEM_LOCATION } CUmemLocationType;\n",
 }
 """What NCCL's header takes of CUDA's."""
 
@@ -249,6 +250,25 @@ def test_doctor_says_what_follows_without_nccl(
     assert finding.status is (Status.WARN if has_driver else Status.INFO)
     assert 'rail="lsa"): libnccl.so.2 cannot be opened' in finding.detail
     assert not has_driver or "pip install" in str(finding.remedy)
+
+
+def test_doctor_says_whether_kernels_can_use_nccl(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeNccl, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(check, "probe_nccl", lambda: LOADED)
+    monkeypatch.setattr(check, "default_library", fake.library)
+    (finding,) = check.check_gin()
+    assert finding.status is Status.INFO
+    assert 'no rail="gin": expected NCCL 2.30.4 or newer, got 2.28.9' in finding.detail
+
+    fake.wish("version", 23007)
+    monkeypatch.setenv("DEEPCOMM_NCCL_INCLUDE", str(tmp_path))
+    (finding,) = check.check_gin()
+    assert finding.status is Status.INFO
+    assert f"but {tmp_path} has none; set DEEPCOMM_NCCL_INCLUDE" in finding.detail
+
+    monkeypatch.setattr(check, "probe_nccl", lambda: "there is none")
+    assert list(check.check_gin()) == []
 
 
 def test_doctor_asks_torch_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:

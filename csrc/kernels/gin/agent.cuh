@@ -31,9 +31,7 @@ struct GinAgent {
     DEEPCOMM_DEVICE Table* table(int64_t offset) const {
         return reinterpret_cast<Table*>(params.control + offset);
     }
-    DEEPCOMM_DEVICE const void* window(int64_t number) const {
-        return params.windows[number % layout::kMostGinWindows];
-    }
+    DEEPCOMM_DEVICE const void* window(int64_t place) const { return params.windows[place]; }
     /// Signals of a rank, by the peer that raises them.
     static DEEPCOMM_DEVICE uint32_t ready(int32_t rank) { return 2 * static_cast<uint32_t>(rank); }
     static DEEPCOMM_DEVICE uint32_t data(int32_t rank) { return ready(rank) + 1; }

@@ -22,12 +22,12 @@ __all__ = ["Windows"]
 class _Window:
     address: int
     num_bytes: int
-    number: int
+    place: int
     handle: int
 
 
 class Windows:
-    """Those of one rank.
+    """Those of one rank. The first one stays; the others may come and go.
 
     Attributes:
         device_address: The list of their handles, as the agent sees it.
@@ -53,7 +53,7 @@ class Windows:
         """
         number = self._num_added
         self._num_added += 1  # also where this fails: on other ranks it may not
-        place = number % kernels.GIN_MOST_WINDOWS
+        place = 0 if number == 0 else 1 + (number - 1) % (kernels.GIN_MOST_WINDOWS - 1)
         if self._handles[place] != 0:
             raise InternalError(
                 f"windows: expected at most {kernels.GIN_MOST_WINDOWS} that are younger than the "
@@ -61,7 +61,7 @@ class Windows:
             )
         handle = self._device.register_window(address, num_bytes, self._timeout_s)
         self._handles[place] = handle
-        self._windows.append(_Window(address, num_bytes, number, handle))
+        self._windows.append(_Window(address, num_bytes, place, handle))
 
     def remove(self, address: int) -> None:
         """Give memory back to itself; no rank may be using it."""
@@ -69,11 +69,11 @@ class Windows:
         if window is None:
             return
         self._windows.remove(window)
-        self._handles[window.number % kernels.GIN_MOST_WINDOWS] = 0
+        self._handles[window.place] = 0
         self._device.deregister_window(window.handle, self._timeout_s)
 
     def place(self, span: Span) -> tuple[int, int, int]:
-        """Return the number of a span's window, its offset there and its size.
+        """Return the place of a span's window, its offset there and its size.
 
         Raises:
             InvalidArgument: It is in no window.
@@ -81,7 +81,7 @@ class Windows:
         for window in reversed(self._windows):
             offset = span.address - window.address
             if offset >= 0 and offset + span.num_bytes <= window.num_bytes:
-                return window.number, offset, span.num_bytes
+                return window.place, offset, span.num_bytes
         raise InvalidArgument(
             f"span: expected registered memory, got {span.num_bytes} bytes at {span.address:#x}"
         )

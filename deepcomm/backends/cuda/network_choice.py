@@ -50,8 +50,17 @@ def open_network(
     device: cuda.Device,
     options: NcclOptions,
     kinds: Sequence[str],
+    library: Callable[[], nccl.Library] = default_library,
 ) -> Network:
     """Return the first kind that all ranks have; collective.
+
+    Args:
+        group: The ranks.
+        runtime: Of this rank; loads the agent.
+        device: Likewise.
+        options: How communicators are made.
+        kinds: "gin", "nccl", the best one first.
+        library: Finds the library; instead of this process's.
 
     Raises:
         NcclError: There is none, or NCCL failed.
@@ -60,13 +69,13 @@ def open_network(
     why = ""
     if "gin" in kinds:
         try:
-            return _open_gin(group, runtime, device, options)
+            return _open_gin(group, runtime, device, options, library)
         except _NoGinError as error:
             why = f"no GIN: {error}"
         if "nccl" not in kinds:
             raise NcclError(f"rail: expected 'gin' as asked, but there is {why}")
         logger.info("rail: %s", why)
-    return NcclNetwork(group, device, runtime.raw_stream, options, why=why)
+    return NcclNetwork(group, device, runtime.raw_stream, options, library, why=why)
 
 
 def loaded_nccl_headers() -> jit.NcclHeaders:
@@ -88,7 +97,11 @@ def gin_headers_of(library: nccl.Library) -> jit.NcclHeaders:
 
 
 def _open_gin(
-    group: Group, runtime: CudaRuntime, device: cuda.Device, options: NcclOptions
+    group: Group,
+    runtime: CudaRuntime,
+    device: cuda.Device,
+    options: NcclOptions,
+    find: Callable[[], nccl.Library],
 ) -> GinNetwork:
     """Return a network over GIN; collective.
 
@@ -97,7 +110,7 @@ def _open_gin(
         Error: As the constructor of ``NcclNetwork`` does.
     """
     local = _all_have(group, lambda: _look(runtime))
-    library, communicator = meet_nccl(group, device, options)
+    library, communicator = meet_nccl(group, device, options, find)
     try:
         endpoint = _all_have(group, lambda: _ask(library, communicator, local.facts, options))
         return _all_have_made(

@@ -9,7 +9,7 @@ from deepcomm.cli.checks.gpu import (
 )
 from deepcomm.cli.checks.gpu_memory import check_gpu_memory
 from deepcomm.cli.checks.host import check_python, check_shared_memory
-from deepcomm.cli.checks.nccl import check_nccl
+from deepcomm.cli.checks.nccl import check_gin, check_nccl
 from deepcomm.cli.checks.network import check_gloo, check_interfaces
 
 __all__ = ["CHECKS"]
@@ -25,5 +25,6 @@ CHECKS = (
     ("cuda", check_nvrtc),
     ("cuda", check_kernels),
     ("cuda", check_nccl),
+    ("cuda", check_gin),
 )
 """Section and function of each check, in the order of the report."""

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deepcomm.backends.cuda.nccl import probe_nccl
+from deepcomm.backends.cuda.nccl import default_library, probe_nccl
+from deepcomm.backends.cuda.network_choice import gin_headers_of
 from deepcomm.cli.checks.finding import Finding, Status
 from deepcomm.cli.checks.gpu import absent
+from deepcomm.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_nccl"]
+__all__ = ["check_gin", "check_nccl"]
 
 SECTION = "cuda"
 NAME = "NCCL"
 FOUND = 'rail="nccl" can use it'
+GIN_FOUND = 'rail="gin" where NCCL has GIN between the nodes (explain() says so)'
 MISSING = 'no rail="nccl", so that nodes must be in one NVLink domain (rail="lsa")'
 SECOND_REMEDY = (
     "have one libnccl: uninstall the other one, or take it out of LD_LIBRARY_PATH and LD_PRELOAD"
@@ -39,6 +42,20 @@ def check_nccl() -> Iterator[Finding]:
         return
     origin = "torch has none" if own is None else "the one that torch has loaded"
     yield Finding(SECTION, NAME, Status.OK, f"{which} ({origin}): {FOUND}")
+
+
+def check_gin() -> Iterator[Finding]:
+    """Say whether kernels could use NCCL's device API; not whether a network has it."""
+    name = "GIN"
+    if isinstance(probe_nccl(), str):
+        return
+    try:
+        headers = gin_headers_of(default_library())
+    except Error as error:
+        yield Finding(SECTION, name, Status.INFO, f'no rail="gin": {error}')
+        return
+    detail = f"headers of {headers.version} in {headers.folder}: {GIN_FOUND}"
+    yield Finding(SECTION, name, Status.OK, detail)
 
 
 def torch_version() -> str | None:
