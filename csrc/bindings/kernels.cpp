@@ -129,14 +129,15 @@ void bind_gin(py::module_& module) {
     gin.def(
            "set_comm",
            [](GinParams& self, int32_t rank, int32_t num_ranks, uint64_t timeout_ns,
-              uintptr_t record) {
+              uintptr_t record, uintptr_t failed) {
                self.comm.rank = rank;
                self.comm.num_ranks = num_ranks;
                self.comm.timeout_ns = timeout_ns;
                self.comm.record = pointer<layout::ErrorRecord>(record);
+               self.comm.failed = pointer<uint64_t>(failed);
            },
            py::arg("rank"), py::arg("num_ranks"), py::arg("timeout_ns"), py::arg("record"),
-           "Say who moves, and how that fails.")
+           py::arg("failed"), "Say who moves, and how that fails.")
         .def_property_readonly("timeout_ns",
                                [](const GinParams& self) { return self.comm.timeout_ns; })
         .def_property_readonly(

@@ -87,6 +87,7 @@ class EmulatedCluster:
         self._left: set[int] = set()
         self._error = ""
         self._num_trips = 0
+        self.kept: list[object] = []
         self._api = host_api()
         options = COptions(
             CFaults(**asdict(self.settings.faults)),

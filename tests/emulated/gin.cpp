@@ -38,6 +38,26 @@ std::string spans_case(Cluster& cluster) {
     return error.empty() ? stage.check() : error;
 }
 
+/// The example of PROTOCOLS.md, whose numbers test_gin.py reads there.
+std::string example_case(Cluster& cluster) {
+    Stage stage(cluster, 2);
+    Plan before = single_plan(0, 1, 64, 2);
+    before.pieces[1][0] = single_plan(1, 0, 32, 2).pieces[1][0];
+    Plan third = single_plan(1, 0, 96);
+    Places places;
+    places.add(third, 0, 1, 14336);
+    places.add(third, 0, 1, 64);
+    for (const Plan& plan : {before, before, third}) stage.launch(plan);
+    const std::string error = cluster.run();
+    if (!error.empty()) return error;
+    note(format("counters %d %d", static_cast<int>(stage.side(0).dev_comm->counters[1]),
+                static_cast<int>(stage.side(1).dev_comm->counters[0]))
+             .c_str());
+    DEEPCOMM_EXPECT("READY", 0, 3u, stage.signal(0, 2));
+    DEEPCOMM_EXPECT("DATA", 0, 3u, stage.signal(0, 3));
+    return stage.check();
+}
+
 // ---- what does not
 
 /// Rank 0 sends what rank 1 does not expect: it says so and sends nothing, now and later.
@@ -148,6 +168,7 @@ std::string reuse_case(Cluster& cluster) {
 const Register kExchange("exchange", 3, exchange_case);
 const Register kWays("ways", 3, ways_case);
 const Register kSpans("spans", 2, spans_case);
+const Register kExample("example", 2, example_case);
 const Register kReuse("reuse", 4, reuse_case);
 const Register kOtherSize("other_size", 2, other_size_case);
 const Register kOtherSpans("other_spans", 2, other_spans_case);

@@ -151,6 +151,9 @@ class EmulatedNetwork:
     def deregister(self, address: int) -> None:
         del self.registered[address]
 
+    def fail_with(self, address: int) -> None:
+        """Receivers alone write to their memory."""
+
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Moves have deadlines of their own."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from emulated.cluster import EmulatedCluster, Settings
+from emulated.gin_network import EmulatedGinNetwork
 from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
 from emulated.kernel_library import KernelLibrary, load_kernel
 from emulated.network import EmulatedNetwork
@@ -24,6 +25,7 @@ from deepcomm.backends.cuda.engine import FlatEngine
 from deepcomm.jit import KERNELS, Kernel
 
 if TYPE_CHECKING:
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.runtime import KernelParams
     from deepcomm.group import Group
     from deepcomm.testing import LocalGroup
@@ -155,6 +157,14 @@ class EmulatedRuntime:
         name = f"r{self._rank}:{caller()}"
         return EmulatedMemory(self._cluster, HOST_RANK, name, num_bytes)
 
+    def reserved_at(self, address: int) -> list[EmulatedMemory] | None:
+        """Return what keeps this rank's symmetric memory alive."""
+        return next(memory._peers for memory in self._symmetric if memory._base == address)
+
+    def keep(self, *memory: Any) -> None:
+        """Let memory live as long as the cluster."""
+        self._cluster.kept.append(memory)
+
     # ---- kernels
 
     def load(self, kernel: str, spec: Mapping[str, int]) -> LazyKernel:
@@ -236,8 +246,10 @@ class EmulatedRuntime:
 
     def network(
         self, group: Group, timeout_s: float, traffic_class: int | None, kinds: Sequence[str]
-    ) -> EmulatedNetwork:
+    ) -> Network:
         assert self._cluster.settings.has_network
+        if tuple(kinds) == ("gin",):
+            return EmulatedGinNetwork(self, group, timeout_s)
         assert "nccl" in kinds
         return EmulatedNetwork(self, group, timeout_s, traffic_class)
 

@@ -10,6 +10,7 @@ from emulated.build import ADDRESS, BUILD, CSRC, Variant
 from emulated.conftest import Builder
 
 EXCHANGES = ("exchange", "ways", "spans", "reuse")
+EXAMPLE = ("example",)
 FAILURES = ("other_size", "other_spans", "other_number", "abort")
 SEEDS = range(200)
 ADDRESS_SEEDS = 20
@@ -31,7 +32,7 @@ def small_puts() -> Variant:
 
 
 def test_gin_list_is_complete(program: Builder) -> None:
-    assert sorted(program("gin").cases()) == sorted(EXCHANGES + FAILURES)
+    assert sorted(program("gin").cases()) == sorted(EXCHANGES + EXAMPLE + FAILURES)
 
 
 @pytest.mark.parametrize("case", EXCHANGES + FAILURES)
@@ -45,6 +46,15 @@ def test_gin_passes_every_seed(program: Builder, num_seeds: int, case: str) -> N
 def test_gin_cuts_what_is_long(program: Builder, num_seeds: int, case: str) -> None:
     result = program("gin", small_puts()).run(case, range(num_seeds))
     assert result.failures == 0, result.explain()
+
+
+def test_gin_worked_example(program: Builder) -> None:
+    text = (CSRC / "kernels" / "PROTOCOLS.md").read_text().split("\n## moves over GIN\n")[1]
+    row = re.search(r"^\| counter of the peer \|[^|]*\| `(\d+)` \| `(\d+)` \|$", text, re.M)
+    assert row
+    result = program("gin").run("example", SEEDS)
+    assert result.failures == 0, result.explain()
+    assert result.notes == {f"counters {row[1]} {row[2]}": len(SEEDS)}
 
 
 def test_gin_abort_is_heard_by_an_agent_that_has_told_its_peer(program: Builder) -> None:

@@ -174,7 +174,11 @@ extern "C" __global__ void __launch_bounds__(kGinThreads, 1)
     gin_move(const __grid_constant__ GinParams params) {
     const device::Block block;
     const GinAgent agent = {params, GinContext(params.dev_comm)};
-    agent.run();
+    const bool is_through = agent.run();
+    // What peers put may come later, and what was put may still be read: later kernels do nothing.
+    if (!is_through && params.comm.failed != nullptr) {
+        device::st_relaxed_gpu(params.comm.failed, 1);
+    }
     block.sync();  // ORDER: the ends of all threads before the host hears of it
     // ORDER: pairs with the host's acquire; also after a failure, so that the host may end things
     if (block.is_leader()) device::st_release_sys(params.done, params.number);

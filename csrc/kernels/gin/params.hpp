@@ -8,7 +8,7 @@
 namespace deepcomm::kernels {
 
 struct GinParams {
-    CommParams comm;             ///< bases and failed: null
+    CommParams comm;  ///< bases: null; failed: of who moves, set where a move has not come about
     const void* dev_comm;        ///< ncclDevComm, in device memory
     const void* const* windows;  ///< [kMostGinWindows] ncclWindow_t, in memory shared with the host
     unsigned char* control;      ///< this rank's layout::GinControl, at the begin of window 0

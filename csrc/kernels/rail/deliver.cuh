@@ -132,7 +132,9 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     const RailBlock my = {params, {}};
     const bool is_ready = params.state->is_ready != 0;
     device::fence_acq_rel_sys();  // ORDER: what the network has brought, before words that say so
-    if (params.step == RailStep::kMeeting) {
+    if (has_failed(params.comm)) {
+        // A move that has failed is not over: peers may still be writing to the inbox.
+    } else if (params.step == RailStep::kMeeting) {
         deliver_meeting(my);
         if (my.block.is_leader() && params.has_counts) report_meeting(my);
     } else if (params.step == RailStep::kLost) {

@@ -43,7 +43,7 @@ struct RailBlock {
         // Nothing to order: a stage that does not come to nothing ends after its gates; or, where a
         // combine awaits no rows, long before the last look at its words.
         const uint32_t done_epoch = device::ld_relaxed_gpu(&params.verdict->done_epoch);
-        if (device::is_reached(done_epoch, params.epoch)) return true;
+        if (device::is_reached(done_epoch, params.epoch) || has_failed(params.comm)) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
         return device::ld_relaxed_sys(&params.comm.record->state) != clear;
     }

@@ -178,6 +178,7 @@ class NetworkCarrier:
         """Serve a domain whose memory is ``MirroredExchange``."""
         self._domain = domain
         self._network = network
+        network.fail_with(domain.failure.failed_address)
         runtime = domain.runtime
         self._gate = runtime.load("rail_gate", {})
         self._deliver = runtime.load("rail_deliver", {})

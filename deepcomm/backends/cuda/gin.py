@@ -83,6 +83,7 @@ class GinNetwork:
         self._timeout_s = timeout_s
         self._group = group
         self._num_moves = 0
+        self._failed_address = 0
         self._is_closed = False
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)
@@ -149,6 +150,7 @@ class GinNetwork:
             self._group.size,
             int(PATIENCE * self._timeout_s * 1e9),
             self._record.device_address,
+            self._failed_address,
         )
         params.dev_comm = self._dev_comm.address
         params.windows = self._windows.device_address
@@ -220,6 +222,10 @@ class GinNetwork:
     def abort(self) -> None:
         """Let agents leave; from any thread; idempotent."""
         self._record.abort()
+
+    def fail_with(self, address: int) -> None:
+        """Set a word on the device, too, where a move does not come about."""
+        self._failed_address = address
 
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""

@@ -165,6 +165,9 @@ class NcclNetwork:
         """End moves under way; from any thread; idempotent."""
         self._native.abort()
 
+    def fail_with(self, address: int) -> None:
+        """Do nothing: a move ends early only where it is aborted, after the failure."""
+
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
         del condemn  # NCCL's kernels tell nothing

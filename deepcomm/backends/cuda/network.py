@@ -72,6 +72,13 @@ class Network(Protocol):
     def abort(self) -> None:
         """End moves under way; from any thread; idempotent. Nothing but ``close`` works then."""
 
+    def fail_with(self, address: int) -> None:
+        """Set a word on the device, too, where a move does not come about.
+
+        Peers may then still write to this rank, and the network may still read what it sends: what
+        is queued behind the move must do neither.
+        """
+
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Abort once ``has_failed()``: nobody else may notice that a move does not end.
 

@@ -24,7 +24,7 @@ using layout::GinSpan;
 using layout::RecordState;
 
 constexpr int kMaxRanks = 4;
-constexpr int64_t kWindowBytes = 4096;  // of each of two, besides the control window
+constexpr int64_t kWindowBytes = 16384;  // of each of two, besides the control window
 
 struct Piece {
     GinSpan from, to;
