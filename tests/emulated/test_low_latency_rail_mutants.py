@@ -33,6 +33,7 @@ NODES = Case(
     experts_per_rank=2,
     layout=RecvLayout.EXPERT_PADDED,
     routing="uniform",
+    even=True,
 )
 
 TWINS = [

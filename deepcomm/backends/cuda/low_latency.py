@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier
+from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier, sms_beside_network
 from deepcomm.backends.cuda.low_latency_operation import (
     CombineOperation,
     Context,
@@ -182,14 +182,17 @@ class LowLatency:
             )
         late_ranks = self._late_memory.device_address
         slots = Slots(self._place, self._config, self._mask, late_ranks)
+        carrier, num_sms = self._open_carrier(slots), self._place.num_sms
+        if carrier is not None:
+            num_sms = min(num_sms, sms_beside_network(self._place.runtime.num_sms))
         return Context(
             slots,
-            self._open_carrier(slots),
+            carrier,
             self._place.functions,
             self._config,
             self._sizes,
             self._place.buffer_id,
-            self._place.num_sms,
+            num_sms,
             torch.zeros((), dtype=torch.bool, device=self._sizes.device),
         )
 

@@ -28,12 +28,23 @@ if TYPE_CHECKING:
 
     Operation: TypeAlias = DispatchOperation | CombineOperation
 
-__all__ = ["SlotCarrier"]
+__all__ = ["SlotCarrier", "sms_beside_network"]
 
 CREDIT_BYTES: Final = 8
 TELL, PASS_ON_REFUSAL, END = range(3)  # kernels::RefuseStep
 PATIENCE: Final = 2
 """How many ``timeout_s`` a network may take: its peers may be late by one."""
+NETWORK_SMS: Final = 16
+"""Left to the network's kernels, which run beside those that wait inside a node."""
+
+
+def sms_beside_network(num_sms: int) -> int:
+    """Return how many of a device's SMs kernels may fill beside a network.
+
+    A rank's kernels wait for those of its node. If these had to wait until their network gives SMs
+    back, and it for one that finds none on another node, all of them would wait for ever.
+    """
+    return num_sms - min(NETWORK_SMS, num_sms // 8)
 
 
 class SlotCarrier:
