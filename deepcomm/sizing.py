@@ -114,11 +114,10 @@ def _cuda_bytes(config: BufferConfig, num_ranks: int, device: str) -> BufferByte
         node = exchange_layout(node_config(config, num_nodes), ranks_per_node, num_nodes)
         on_rail = mirrored_bytes(rail) if config.is_carried else rail.total_bytes
         high_throughput = on_rail + node.total_bytes
-    has_low_latency = not config.is_carried or num_nodes == 1
     return BufferBytes(
         high_throughput=high_throughput,
         low_latency=low_latency_layout(config, topology).total_bytes
-        if config.num_low_latency_slots and has_low_latency
+        if config.num_low_latency_slots
         else 0,
     )
 

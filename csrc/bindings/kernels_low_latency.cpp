@@ -19,6 +19,7 @@ namespace {
 
 using kernels::LowLatencyCombineParams;
 using kernels::LowLatencyDispatchParams;
+using kernels::LowLatencyMarkParams;
 using kernels::LowLatencyMaskParams;
 using kernels::LowLatencyParams;
 using kernels::LowLatencyRefuseParams;
@@ -37,16 +38,22 @@ void bind_maps(py::module_& module) {
         .def_readwrite("max_tokens", &LowLatencyShape::max_tokens)
         .def_readwrite("num_slots", &LowLatencyShape::num_slots)
         .def_readwrite("ranks_per_node", &LowLatencyShape::ranks_per_node)
+        .def_readwrite("is_carried", &LowLatencyShape::is_carried)
         .def_property_readonly("token_words", &LowLatencyShape::token_words);
     py::class_<LowLatencyLayout>(module, "LowLatencyLayout")
-        .def_static("make", &LowLatencyLayout::make, py::arg("shape"))
+        .def_static("make", &LowLatencyLayout::make, py::arg("shape"), py::arg("rail_idx") = 0)
         .def_readonly("header_packets", &LowLatencyLayout::header_packets)
         .def_readonly("row_stride", &LowLatencyLayout::row_stride)
         .def_readonly("slot_stride", &LowLatencyLayout::slot_stride)
         .def_readonly("total_bytes", &LowLatencyLayout::total_bytes)
         .def("header_offset", &LowLatencyLayout::header_offset, py::arg("slot"), py::arg("peer"))
         .def("row_offset", &LowLatencyLayout::row_offset, py::arg("slot"), py::arg("peer"),
-             py::arg("token"));
+             py::arg("token"))
+        .def("credit_offset", &LowLatencyLayout::credit_offset, py::arg("slot"), py::arg("peer"))
+        .def("mirror_offset", &LowLatencyLayout::mirror_offset, py::arg("slot"), py::arg("index"))
+        .def("head_bytes", &LowLatencyLayout::head_bytes)
+        .def("region_bytes", &LowLatencyLayout::region_bytes)
+        .def("with_fp8_rows", &LowLatencyLayout::with_fp8_rows);
     py::class_<LowLatencyRecordLayout>(module, "LowLatencyRecordLayout")
         .def_static("make", &LowLatencyRecordLayout::make, py::arg("num_ranks"),
                     py::arg("max_tokens"), py::arg("num_topk"), py::arg("num_nodes"))
@@ -194,6 +201,12 @@ void bind_combine(py::module_& module) {
 void bind_others(py::module_& module) {
     auto refuse = operation_params<LowLatencyRefuseParams>(module, "LowLatencyRefuseParams");
     refuse.def_readwrite("is_combine", &LowLatencyRefuseParams::is_combine)
+        .def_property(
+            "step",
+            [](const LowLatencyRefuseParams& self) { return static_cast<int32_t>(self.step); },
+            [](LowLatencyRefuseParams& self, int32_t value) {
+                self.step = static_cast<kernels::RefuseStep>(value);
+            })
         .def(
             "set_message",
             [](LowLatencyRefuseParams& self, std::string_view text) {
@@ -206,6 +219,9 @@ void bind_others(py::module_& module) {
     mask.def_readwrite("peer", &LowLatencyMaskParams::peer)
         .def_readwrite("value", &LowLatencyMaskParams::value);
     def_address(mask, "rank_mask", &LowLatencyMaskParams::rank_mask);
+    auto mark = kernel_params<LowLatencyMarkParams>(module, "LowLatencyMarkParams");
+    mark.def_readwrite("value", &LowLatencyMarkParams::value);
+    def_address(mark, "word", &LowLatencyMarkParams::word);
 }
 
 }  // namespace

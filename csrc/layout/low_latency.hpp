@@ -24,9 +24,14 @@
 //     head, dispatch:   packet k: local expert or kNoExpert | position at its source | weight
 //     head, combine:    the K weights carried back, 3 a packet
 //
+//   Where a network carries the rails (PROTOCOLS.md: low latency over carried rails), what one rank
+//   writes in a slot is a region of its own, and mirrors are those that it writes for its rail:
+//     region [R], mirror [N - 1]:  header | rail headers [G] | weights [T] | rail heads [T] | rows [T]
+//     rail rows [N][T]
+//
 //   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 1195 packets in
 //   19328 bytes; one slot 19,843,200 bytes, four of them and the credits 79,373,056. As two nodes of
-//   four ranks, each slot has 4,982,912 bytes more.
+//   four ranks, each slot has 4,982,912 bytes more; carried, regions of 2,635,776 bytes, 9 a slot.
 #pragma once
 
 #include "common/types.hpp"
@@ -57,13 +62,25 @@ struct LowLatencyShape {
     int32_t max_tokens;
     int32_t num_slots;
     int32_t ranks_per_node;  ///< num_ranks: one node
+    int32_t is_carried;      ///< a network is between nodes
 
     constexpr int64_t num_local_experts() const { return num_experts / num_ranks; }
     constexpr int64_t token_words() const { return ceil_div(max_tokens, kTokenBits); }
     constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
+    /// Bytes of a row whose payload has so many words.
+    constexpr int64_t row_bytes(int64_t num_words) const {
+        return round_up((num_topk + packets_of(num_words)) * kPacketBytes, kLowLatencyAlign);
+    }
+    /// Of a BF16 row, the longest.
+    constexpr int64_t bf16_row_bytes() const { return row_bytes(hidden / 2); }
+    /// Of an FP8 row with FP32 scales, the longest of those.
+    constexpr int64_t fp8_row_bytes() const {
+        return row_bytes(ceil_div(hidden, 4) + ceil_div(hidden, kScaleTile));
+    }
 };
 
-/// Offsets in bytes; those of the parts of a slot are relative to it.
+/// Offsets in bytes; those of the parts of a slot are relative to it. Steps are in packets, from one
+/// rank's or node's part to the next.
 struct LowLatencyLayout {
     int32_t num_ranks;
     int32_t num_local_experts;
@@ -74,17 +91,24 @@ struct LowLatencyLayout {
     int32_t header_packets;
     int32_t weight_packets;
     int32_t ranks_per_node;
+    int32_t header_step;
+    int32_t peer_weights;  ///< from one peer's weights to the next one's, in weights of a token
+    int32_t peer_rows;     ///< likewise rows
+    int32_t rail_header_step;
+    int32_t rail_head_step;
     int64_t row_stride;
     int64_t weights;
     int64_t rows;
     int64_t rail_headers;
     int64_t rail_heads;
     int64_t rail_rows;
+    int64_t mirrors;
     int64_t slots;
     int64_t slot_stride;
     int64_t total_bytes;
 
-    static constexpr LowLatencyLayout make(const LowLatencyShape& shape) {
+    /// rail_idx: of the owner in its node; only where rails are carried it matters.
+    static constexpr LowLatencyLayout make(const LowLatencyShape& shape, int32_t rail_idx = 0) {
         LowLatencyLayout map{};
         map.num_ranks = shape.num_ranks;
         map.num_local_experts = static_cast<int32_t>(shape.num_local_experts());
@@ -98,15 +122,13 @@ struct LowLatencyLayout {
         const int64_t refusal = 1 + packets_of(kMessageWords);
         map.header_packets = static_cast<int32_t>(header > refusal ? header : refusal);
         map.weight_packets = static_cast<int32_t>(packets_of(shape.num_topk));
-        map.row_stride = round_up((shape.num_topk + packets_of(shape.hidden / 2)) * kPacketBytes,
-                                  kLowLatencyAlign);
 
-        const int64_t max_rows = static_cast<int64_t>(shape.num_ranks) * shape.max_tokens;
         Cursor slot;
-        slot.take(shape.num_ranks * map.header_packets * kPacketBytes, kLowLatencyAlign);
-        map.weights = slot.take(max_rows * map.weight_packets * kPacketBytes, kLowLatencyAlign);
-        map.rows = slot.take(max_rows * map.row_stride, kLowLatencyAlign);
-        map.take_rail(shape, &slot);
+        if (shape.is_carried != 0) {
+            map.take_regions(shape, rail_idx, &slot);
+        } else {
+            map.take_parts(shape, &slot);
+        }
         map.slot_stride = slot.end(kLowLatencyAlign);
 
         Cursor all;
@@ -117,12 +139,60 @@ struct LowLatencyLayout {
         return map;
     }
 
-    constexpr void take_rail(const LowLatencyShape& shape, Cursor* slot) {
+    /// Each part by peer.
+    constexpr void take_parts(const LowLatencyShape& shape, Cursor* slot) {
+        row_stride = shape.bf16_row_bytes();
+        header_step = header_packets;
+        peer_weights = peer_rows = max_tokens;
+        rail_header_step = ranks_per_node * header_packets;
+        rail_head_step = max_tokens * num_topk;
+        const int64_t max_rows = int64_t{num_ranks} * max_tokens;
+        take_packets(int64_t{num_ranks} * header_packets, slot);
+        weights = take_packets(max_rows * weight_packets, slot);
+        rows = slot->take(max_rows * row_stride, kLowLatencyAlign);
         if (shape.num_nodes() == 1) return;
-        const int64_t max_rows = static_cast<int64_t>(shape.num_nodes()) * shape.max_tokens;
-        rail_headers = slot->take(num_ranks * header_packets * kPacketBytes, kLowLatencyAlign);
-        rail_heads = slot->take(max_rows * num_topk * kPacketBytes, kLowLatencyAlign);
-        rail_rows = slot->take(max_rows * row_stride, kLowLatencyAlign);
+        rail_headers = take_packets(int64_t{shape.num_nodes()} * rail_header_step, slot);
+        rail_heads = take_packets(int64_t{shape.num_nodes()} * rail_head_step, slot);
+        rail_rows =
+            slot->take(int64_t{shape.num_nodes()} * max_tokens * row_stride, kLowLatencyAlign);
+    }
+
+    /// Each peer's parts together, so that a network carries them as one. FP8 rows take half of the
+    /// bytes that BF16 ones do, and a region is a whole number of each and of weights.
+    constexpr void take_regions(const LowLatencyShape& shape, int32_t rail_idx, Cursor* slot) {
+        const int64_t bf16_bytes = shape.bf16_row_bytes(), fp8_bytes = 2 * shape.fp8_row_bytes();
+        row_stride =
+            round_up(bf16_bytes > fp8_bytes ? bf16_bytes : fp8_bytes, 2 * kLowLatencyAlign);
+        Cursor region;
+        take_packets(header_packets, &region);
+        rail_headers = take_packets(int64_t{ranks_per_node} * header_packets, &region);
+        weights = take_packets(int64_t{max_tokens} * weight_packets, &region);
+        rail_heads = take_packets(int64_t{max_tokens} * num_topk, &region);
+        rows = region.take(int64_t{max_tokens} * row_stride, kLowLatencyAlign);
+        const int64_t num_bytes = region.end(weight_packets * row_stride);
+        header_step = static_cast<int32_t>(num_bytes / kPacketBytes);
+        peer_weights = header_step / weight_packets;
+        peer_rows = static_cast<int32_t>(num_bytes / row_stride);
+        // By node: what the rank of this one's rail there has written.
+        rail_header_step = rail_head_step = header_step * ranks_per_node;
+        rail_headers += rail_idx * num_bytes;
+        rail_heads += rail_idx * num_bytes;
+        slot->take(num_ranks * num_bytes, kLowLatencyAlign);
+        mirrors = slot->take((shape.num_nodes() - 1) * num_bytes, kLowLatencyAlign);
+        rail_rows =
+            slot->take(int64_t{shape.num_nodes()} * max_tokens * row_stride, kLowLatencyAlign);
+    }
+
+    static constexpr int64_t take_packets(int64_t num_packets, Cursor* cursor) {
+        return cursor->take(num_packets * kPacketBytes, kLowLatencyAlign);
+    }
+
+    /// The same regions for a dispatch of FP8 rows.
+    constexpr LowLatencyLayout with_fp8_rows() const {
+        LowLatencyLayout map = *this;
+        map.row_stride /= 2;
+        map.peer_rows *= 2;
+        return map;
     }
 
     constexpr int64_t credit_offset(int32_t slot_idx, int32_t peer) const {
@@ -131,41 +201,55 @@ struct LowLatencyLayout {
     }
     constexpr int64_t slot_offset(int32_t slot_idx) const { return slots + slot_idx * slot_stride; }
     constexpr int64_t header_offset(int32_t slot_idx, int32_t peer) const {
-        return slot_offset(slot_idx) + static_cast<int64_t>(peer) * header_packets * kPacketBytes;
+        return slot_offset(slot_idx) + static_cast<int64_t>(peer) * header_step * kPacketBytes;
     }
     constexpr int64_t weights_offset(int32_t slot_idx, int32_t peer, int32_t token) const {
-        const int64_t index = static_cast<int64_t>(peer) * max_tokens + token;
+        const int64_t index = static_cast<int64_t>(peer) * peer_weights + token;
         return slot_offset(slot_idx) + weights + index * weight_packets * kPacketBytes;
     }
     constexpr int64_t row_offset(int32_t slot_idx, int32_t peer, int32_t token) const {
-        const int64_t index = static_cast<int64_t>(peer) * max_tokens + token;
+        const int64_t index = static_cast<int64_t>(peer) * peer_rows + token;
         return slot_offset(slot_idx) + rows + index * row_stride;
     }
     /// The header of the rail's rank of a node for the local-th rank of this one.
     constexpr int64_t rail_header_offset(int32_t slot_idx, int32_t node, int32_t local) const {
-        const int64_t index = static_cast<int64_t>(node) * ranks_per_node + local;
-        return slot_offset(slot_idx) + rail_headers + index * header_packets * kPacketBytes;
+        const int64_t index =
+            static_cast<int64_t>(node) * rail_header_step + local * header_packets;
+        return slot_offset(slot_idx) + rail_headers + index * kPacketBytes;
     }
     constexpr int64_t rail_head_offset(int32_t slot_idx, int32_t node, int32_t token) const {
-        const int64_t index = static_cast<int64_t>(node) * max_tokens + token;
-        return slot_offset(slot_idx) + rail_heads + index * num_topk * kPacketBytes;
+        const int64_t index = static_cast<int64_t>(node) * rail_head_step + token * num_topk;
+        return slot_offset(slot_idx) + rail_heads + index * kPacketBytes;
     }
     constexpr int64_t rail_row_offset(int32_t slot_idx, int32_t node, int32_t token) const {
         const int64_t index = static_cast<int64_t>(node) * max_tokens + token;
         return slot_offset(slot_idx) + rail_rows + index * row_stride;
     }
+
+    /// Where rails are carried: the mirror of a region at the rail's rank of the index-th other node.
+    constexpr int64_t mirror_offset(int32_t slot_idx, int32_t index) const {
+        return slot_offset(slot_idx) + mirrors + int64_t{index} * header_step * kPacketBytes;
+    }
+    /// Bytes of a region up to the rows: all that travels with weights that are given at sources.
+    constexpr int64_t head_bytes() const { return rows; }
+    /// Bytes of a region up to the end of its rows.
+    constexpr int64_t region_bytes() const { return rows + max_tokens * row_stride; }
 };
 
-constexpr LowLatencyShape kExampleShape = {8, 256, 8, 7168, 128, 4, 8};
+constexpr LowLatencyShape kExampleShape = {8, 256, 8, 7168, 128, 4, 8, 0};
 constexpr LowLatencyLayout kExampleLayout = LowLatencyLayout::make(kExampleShape);
 static_assert(kExampleLayout.header_packets == 17, "example above");
 static_assert(kExampleLayout.weight_packets == 3, "example above");
 static_assert(kExampleLayout.row_stride == 19328, "example above");
 static_assert(kExampleLayout.slot_stride == 19843200, "example above");
 static_assert(kExampleLayout.total_bytes == 79373056, "example above");
-constexpr LowLatencyShape kNodesShape = {8, 256, 8, 7168, 128, 4, 4};
+constexpr LowLatencyShape kNodesShape = {8, 256, 8, 7168, 128, 4, 4, 0};
 constexpr LowLatencyLayout kNodesLayout = LowLatencyLayout::make(kNodesShape);
 static_assert(kNodesLayout.slot_stride == 19843200 + 2176 + 32768 + 4947968, "example above");
+constexpr LowLatencyShape kCarriedShape = {8, 256, 8, 7168, 128, 4, 4, 1};
+constexpr LowLatencyLayout kCarriedLayout = LowLatencyLayout::make(kCarriedShape);
+static_assert(kCarriedLayout.header_step * kPacketBytes == 2635776, "example above");
+static_assert(kCarriedLayout.slot_stride == 9 * 2635776 + 5111808, "example above");
 
 /// An operation's turn: its number, the tag of its packets (never 0, which fresh memory holds) and
 /// its slot. Counted in device memory, so that a replayed graph counts on.

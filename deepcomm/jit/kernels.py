@@ -59,6 +59,8 @@ NUM_ORIGINS = SpecParameter("num_origins", (1, 2))
 BY_EXPERT = SpecParameter("by_expert", (False, True))
 PHASES = SpecParameter("phases", (1, 2, 3, 5, 6))
 """Of a low-latency launch: send, receive, both; over several nodes send, receive."""
+COMBINE_PHASES = SpecParameter("phases", (*PHASES.values, 13, 14, 28, 44))
+"""The same, and where a network carries the rails send, receive, announce, pass on."""
 NUM_THREADS = SpecParameter("num_threads", (256,))
 
 KERNELS: tuple[Kernel, ...] = (
@@ -106,14 +108,20 @@ KERNELS: tuple[Kernel, ...] = (
         "low_latency_combine",
         "kernels/low_latency/combine.cuh",
         shared="LowLatencyCombineShared",
-        spec=(HIDDEN, PHASES, NUM_THREADS),
+        spec=(HIDDEN, COMBINE_PHASES, NUM_THREADS),
     ),
     Kernel("low_latency_mask", "kernels/low_latency/mask.cuh"),
+    Kernel("low_latency_mark", "kernels/low_latency/mark.cuh"),
     Kernel(
         "low_latency_refuse",
         "kernels/low_latency/refuse.cuh",
         shared="LowLatencyRefuseShared",
         spec=(SpecParameter("has_nodes", (False, True)),),
+    ),
+    Kernel(
+        "low_latency_refuse_carried",
+        "kernels/low_latency/refuse_carried.cuh",
+        shared="LowLatencyRefuseCarriedShared",
     ),
 )
 

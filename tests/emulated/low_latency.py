@@ -13,13 +13,16 @@ import torch
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.cluster import Settings
+from emulated.network import EmulatedNetwork
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer, reference
 from deepcomm.backends.cuda import functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
+from deepcomm.backends.cuda.low_latency_slots import is_carried
 from deepcomm.config import BufferConfig
-from deepcomm.errors import CommTimeout
+from deepcomm.errors import CommTimeout, Error
+from deepcomm.group import SubGroup
 from deepcomm.testing.oracle import assert_combine_equal
 from deepcomm.topology import Topology
 
@@ -44,12 +47,23 @@ class Failure:
         self.record_device_address = self._memory.device_address
         self._failed = runtime.memory(8)
         self.failed_address = self._failed.address
+        self._fatal: Error | None = None
 
     @property
     def failed(self) -> bool:
-        return ctypes.c_uint32.from_address(self._memory.address).value == COMPLETE
+        state = ctypes.c_uint32.from_address(self._memory.address).value
+        return self._fatal is not None or state == COMPLETE
+
+    def raise_fatal(self, error: Error) -> None:
+        self._fatal = error
+        raise error
+
+    def condemn(self, error: Error) -> None:
+        self._fatal = self._fatal or error
 
     def check_usable(self, operation: str) -> None:
+        if self._fatal is not None:
+            raise self._fatal
         if self.failed:
             peer = ctypes.c_int32.from_address(self._memory.address + PEER_OFFSET).value
             raise CommTimeout(f"{operation}: rank {peer} did not come", peer)
@@ -71,8 +85,15 @@ class EmulatedBackend:
             Failure(self.runtime),
             functions.LowLatencyFunctions.load(self.runtime, config, self.topology),
             self.runtime.num_sms,
+            self._open_network(group),
         )
         self.low_latency = LowLatency(place, config, None)
+
+    def _open_network(self, group: Any) -> EmulatedNetwork | None:
+        if not is_carried(self.config, self.topology):
+            return None
+        rail = SubGroup(group, self.topology.rail_ranks)
+        return self.runtime.network(rail, self.config.timeout_s, None)
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         return self._complete(self.low_latency.dispatch(request))
@@ -136,6 +157,8 @@ def play(
 ) -> list[T]:
     """Run ``body`` on every rank of an emulated cluster; return the results by rank."""
     oracle = Oracle()
+    if options.get("rail") == "nccl":
+        settings = replace(settings or Settings(), has_network=True)
 
     def on_rank(group: Any) -> T:
         with LowLatencySession(group, case, oracle, **options) as session:

@@ -37,6 +37,7 @@ struct NetworkParams {
     CommParams comm;
     int32_t num_peers;
     NetworkPeer peers[kMaxNetworkPeers];
+    const uint64_t* broken;  ///< not 0: what is before on the stream would never have ended
 };
 
 DEEPCOMM_DEVICE void copy_bytes(unsigned char* to, const unsigned char* from, uint64_t num_bytes) {
@@ -91,7 +92,7 @@ DEEPCOMM_DEVICE bool receive_message(const NetworkParams& params, const NetworkP
 extern "C" __global__ void __launch_bounds__(kMaxNetworkPeers * 32)
     network_move(const __grid_constant__ NetworkParams params) {
     const int32_t w = device::Warp{}.warp_idx();
-    if (w >= params.num_peers) return;
+    if (w >= params.num_peers || device::ld_relaxed_sys(params.broken) != 0) return;
     const NetworkPeer& peer = params.peers[w];
     if (!send_message(params, peer) || !receive_message(params, peer)) return;
     device::rail_flush(peer.rank);

@@ -67,6 +67,7 @@ class CParams(ctypes.Structure):
         ("comm", CComm),
         ("num_peers", ctypes.c_int32),
         ("peers", CPeer * MAX_PEERS),
+        ("broken", ctypes.c_void_p),
     )
 
     @property
@@ -124,6 +125,7 @@ class EmulatedNetwork:
         params.comm.rank = self._rank
         params.comm.timeout_ns = self._timeout_ns
         params.num_peers = len(messages)
+        params.broken = self._runtime.broken_address
         for entry, message in zip(params.peers, messages, strict=False):
             self._fill(entry, message)
         self._runtime.launch_block(self._kernel, 1, 32 * len(messages), params)

@@ -19,7 +19,8 @@ from emulated.cluster import EmulatedCluster, Settings
 from emulated.gin_network import EmulatedGinNetwork
 from emulated.host_api import HOST_RANK, NEVER, WAIT_STREAM, WAIT_WORD, CHostWait, CLaunch
 from emulated.kernel_library import KernelLibrary, load_kernel
-from emulated.network import EmulatedNetwork
+from emulated.network import PATIENCE_S, EmulatedNetwork
+from emulated.streams import Mark, StreamOrder
 
 from deepcomm.backends.cuda.engine import FlatEngine
 from deepcomm.jit import KERNELS, Kernel
@@ -86,11 +87,14 @@ class EmulatedSymmetricMemory:
 
 
 class EmulatedEvent:
-    """All work of a rank so far."""
+    """All work of a rank so far, or of its side stream, which is marked."""
 
-    def __init__(self, runtime: EmulatedRuntime, check: Callable[[], None] | None) -> None:
+    def __init__(
+        self, runtime: EmulatedRuntime, check: Callable[[], None] | None, mark: Mark | None
+    ) -> None:
         self._runtime = runtime
         self._check = check
+        self.mark = mark
 
     def synchronize(self) -> None:
         self._runtime.flush()
@@ -131,6 +135,7 @@ class EmulatedRuntime:
         self._rank = rank
         self._stream = rank
         self._held: list[dict[str, Any]] = []
+        self._order = StreamOrder(self)
         self.annotations: list[str] = []
         self._symmetric: weakref.WeakSet[EmulatedSymmetricMemory] = weakref.WeakSet()
 
@@ -234,7 +239,9 @@ class EmulatedRuntime:
     # ---- streams: each rank has one, and a network's
 
     def order_side(self) -> None:
-        """What the side stream waits for says so by its epoch."""
+        mark = self._order.mark(self._stream)
+        with self.on_side():
+            self._order.wait(mark, PATIENCE_S)
 
     @contextlib.contextmanager
     def on_side(self) -> Iterator[None]:
@@ -243,6 +250,15 @@ class EmulatedRuntime:
             yield
         finally:
             self._stream = self._rank
+
+    @property
+    def broken_address(self) -> int:
+        """Of a word: not 0 once the side stream waits for what never comes."""
+        return self._order.broken.address
+
+    @property
+    def _is_on_side(self) -> bool:
+        return self._stream != self._rank
 
     def network(
         self, group: Group, timeout_s: float, traffic_class: int | None, kinds: Sequence[str]
@@ -261,10 +277,12 @@ class EmulatedRuntime:
         return contextlib.nullcontext()
 
     def wait_event(self, event: Event) -> None:
-        del event
+        if isinstance(event, EmulatedEvent) and event.mark is not None:
+            self._order.wait(event.mark, 100 * PATIENCE_S)
 
     def record_event(self, check: Callable[[], None] | None = None) -> Event:
-        return EmulatedEvent(self, check)
+        mark = self._order.mark(self._stream) if self._is_on_side else None
+        return EmulatedEvent(self, check, mark)
 
     def annotate(self, name: str) -> contextlib.AbstractContextManager[None]:
         self.annotations.append(name)

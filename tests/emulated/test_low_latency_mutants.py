@@ -118,6 +118,9 @@ SURVIVORS: dict[str, str] = {
 }
 
 
+# Whose lines test_low_latency_rail_mutants.py breaks.
+OF_A_NETWORK = (FOLDER + "combine_carried.cuh", FOLDER + "refuse_carried.cuh")
+
 # Of lines that one node has no use for.
 NOTES_OF_NODES = {
     "the peers are found",
@@ -261,6 +264,7 @@ def test_every_order_line_matters() -> None:
         if mutant.path.startswith(FOLDER)
         and mutant.change not in names
         and mutant.note not in NOTES_OF_NODES
+        and mutant.path not in OF_A_NETWORK
     ]
     survivors = {
         mutant.name: f"line {mutant.line}"
@@ -285,7 +289,9 @@ def test_every_order_line_of_nodes_matters() -> None:
     attacked = [
         mutant
         for mutant in build_mutated()[1]
-        if mutant.path.startswith(FOLDER) and mutant.note in NOTES_OF_NODES
+        if mutant.path.startswith(FOLDER)
+        and mutant.note in NOTES_OF_NODES
+        and mutant.path not in OF_A_NETWORK
     ]
     survivors = {
         mutant.name: f"line {mutant.line}"

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.emulated_backend
 
 TOKEN, _, PADDED = RecvLayout
 SEEDS = 6
+RAILS = ("lsa", "nccl")
 PADDED_CASE = replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED)
 THREE_BY_TWO = replace(PADDED_CASE, num_ranks=6, num_tokens=3)
 
@@ -130,7 +131,10 @@ def test_ranks_store_to_their_node_and_rail_alone() -> None:
 @pytest.mark.parametrize("use_hook", [False, True])
 @pytest.mark.parametrize("culprit", [1, 2])
 @pytest.mark.parametrize("seed", range(2))
-def test_refusal_of_a_host_reaches_every_node(seed: int, culprit: int, use_hook: bool) -> None:
+@pytest.mark.parametrize("rail", RAILS)
+def test_refusal_of_a_host_reaches_every_node(
+    rail: str, seed: int, culprit: int, use_hook: bool
+) -> None:
     def body(session: LowLatencySession) -> None:
         one = session.low_latency_dispatch(0)
         inputs = session.inputs(4)
@@ -150,7 +154,7 @@ def test_refusal_of_a_host_reaches_every_node(seed: int, culprit: int, use_hook:
         session.low_latency_combine(one)
         go_on(session)
 
-    play(PADDED_CASE, body, Settings(seed))
+    play(PADDED_CASE, body, Settings(seed), rail=rail)
 
 
 def finish(output: Any) -> None:
@@ -161,8 +165,9 @@ def finish(output: Any) -> None:
 
 @pytest.mark.parametrize("use_hook", [False, True])
 @pytest.mark.parametrize(("wrong", "match"), [([0, 8], "ids in 0..7 or -1"), ([3, 3], "distinct")])
+@pytest.mark.parametrize("rail", RAILS)
 def test_wrong_ids_end_the_operation_on_every_node(
-    wrong: list[int], match: str, use_hook: bool
+    rail: str, wrong: list[int], match: str, use_hook: bool
 ) -> None:
     case = replace(PADDED_CASE, num_topk=2)
 
@@ -178,18 +183,19 @@ def test_wrong_ids_end_the_operation_on_every_node(
         assert got[0].num_tokens_per_expert.tolist() == [0, 0]
         go_on(session)
 
-    play(replace(case, even=True), body)
+    play(replace(case, even=True), body, rail=rail)
 
 
 @pytest.mark.parametrize("override", [False, True])
-def test_combines_of_different_handles_are_told_to_every_node(override: bool) -> None:
+@pytest.mark.parametrize("rail", RAILS)
+def test_combines_of_different_handles_are_told_to_every_node(rail: str, override: bool) -> None:
     def body(session: LowLatencySession) -> None:
         both = [session.low_latency_dispatch(i) for i in range(2)]
         with pytest.raises(ConfigMismatch, match="handle differs between ranks"):
             session.low_latency_combine(both[session.rank == 3], override=override)
         go_on(session)
 
-    play(PADDED_CASE, body)
+    play(PADDED_CASE, body, rail=rail)
 
 
 # ---- graphs ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.emulated_backend
 TOKEN, _, PADDED = RecvLayout
 PADDED_CASE = replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED)
 THREE_BY_TWO = replace(PADDED_CASE, num_ranks=6, num_tokens=3)
+WAYS = ("dispatch", "combine", "weights")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_blocks(monkeypatch)
 
 
-@pytest.mark.parametrize("how", ["dispatch", "combine", "weights"])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", [PADDED_CASE, THREE_BY_TWO], ids=lambda case: case.id)
 def test_rank_of_a_node_that_does_not_come_times_out(case: Case, how: str) -> None:
     """Its node and rail name it; who only hears of it names who would have passed it on."""

@@ -315,18 +315,6 @@ def test_rail_is_chosen_by_what_ranks_reach(schedules: Schedules) -> None:
             assert "out of each other's reach" in text
 
 
-def test_low_latency_wants_ranks_that_reach_each_other(schedules: Schedules) -> None:
-    def refuse(group: LocalGroup) -> None:
-        with Session(group, PAIR, Oracle(), rail="nccl") as session:
-            inputs, rank = session.inputs(0), group.rank
-            with pytest.raises(InvalidArgument, match="rail: expected 'lsa' for low-latency"):
-                session.buffer.low_latency_dispatch(inputs.xs[rank], inputs.ids[rank])
-            session.combine(session.dispatch(0))
-
-    for settings in schedules():
-        run_carried(refuse, PAIR, settings)
-
-
 def test_unknown_rail_is_refused(schedules: Schedules) -> None:
     def open_buffer(group: LocalGroup) -> None:
         with pytest.raises(

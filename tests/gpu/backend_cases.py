@@ -111,6 +111,21 @@ def low_latency_nodes() -> list[Case]:
     ]  # fmt: skip
 
 
+def low_latency_rails(num_ranks: int, ranks_per_node: int) -> list[Case]:
+    """Return what low latency over a network is tried on."""
+    base = replace(base_case(num_ranks), ranks_per_node=ranks_per_node, rail="nccl", num_topk=4)
+    large = replace(base, hidden=7168, num_tokens=128, even=True, num_topk=min(8, base.num_experts))
+    return [
+        *(replace(base, layout=layout, wire=wire)
+          for layout, wire in itertools.product(
+              (TOKEN, PADDED), ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0"))),
+        replace(base, layout=PADDED, routing="one_expert"),
+        replace(base, layout=TOKEN, routing="none"),
+        *(replace(large, layout=layout, wire=wire)
+          for layout, wire in itertools.product((TOKEN, PADDED), ("bf16", "fp8"))),
+    ]  # fmt: skip
+
+
 LOW_LATENCY_GRAPHS = [
     replace(base_case(ranks), ranks_per_node=per_node, layout=layout, num_tokens=16)
     for ranks, per_node, layout in ((4, 2, PADDED), (8, 4, TOKEN), (6, 2, PADDED))

@@ -4,29 +4,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from collective.nodes import bytes_to_other_nodes
 from collective.session import Session
-from gpu.backend_ranks import OPTIONS
-from torch.utils.dlpack import from_dlpack
+from gpu.backend_ranks import OPTIONS, TIMEOUT_S, meet
 
-from deepcomm.backends.cuda.device import CudaRuntime
-from deepcomm.backends.cuda.network import Message, Network, Span
-from deepcomm.errors import CommError, CommTimeout
-from deepcomm.group import alone_of, as_group
+from deepcomm import CommError, CommTimeout, InvalidArgument
+from deepcomm.group import as_group
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from collective.case import Case
 
-TIMEOUT_S = 20.0
-SIZES = (0, 16, 80, 1 << 20, (1 << 24) + 48)
-NUM_ROUNDS = 50
+NUM_ROUNDS = 20
+NUM_REFUSALS = 8
 
 
 def count_bytes(group: Any, case: Case) -> None:
@@ -40,107 +35,113 @@ def count_bytes(group: Any, case: Case) -> None:
         assert "NCCL" in session.buffer.explain()
 
 
-# ---- a network without a buffer -------------------------------------------------------------
+def take_turns(group: Any, case: Case) -> int:
+    """Dispatch and combine in both ways, in flight together; return the bytes on the network."""
+    with Session(group, case, timeout_s=TIMEOUT_S) as session:
+        for round_idx in range(NUM_ROUNDS):
+            flying = [
+                session.low_latency_dispatch(round_idx + i, return_hook=True, async_op=i == 1)
+                for i in range(2)
+            ]
+            high = session.dispatch(round_idx)
+            flying[1].finish()
+            back = session.low_latency_combine(flying[1], override=True, return_hook=True)
+            session.combine(high)
+            flying[0].finish()
+            session.low_latency_combine(flying[0], async_op=True)
+            back.finish()
+        return session.buffer.stats().bytes_network
 
 
-@dataclass
-class Ends:
-    """This rank's network, and memory to send from and to receive in."""
-
-    network: Network
-    sent: torch.Tensor
-    received: torch.Tensor
-    peer: int
-
-    def move(self, sends: Sequence[int], receives: Sequence[int]) -> None:
-        """Send and receive spans of so many bytes, one after the other."""
-        both = [
-            tuple(
-                Span(memory.data_ptr() + sum(sizes[:index]), size)
-                for index, size in enumerate(sizes)
-            )
-            for memory, sizes in ((self.sent, sends), (self.received, receives))
-        ]
-        self.network.move([Message(self.peer, *both)])
+def refuse_in_turn(group: Any, case: Case) -> int:
+    """Let the last rank call with wrong arguments; all hear of it, and the buffer goes on."""
+    count = 0
+    with Session(group, case, timeout_s=TIMEOUT_S) as session:
+        one = session.low_latency_dispatch(0)
+        for call in refused_calls(session, one) * 2:
+            error = InvalidArgument if session.rank == case.num_ranks - 1 else CommError
+            with pytest.raises(error):
+                call()
+            meet(group)
+            count += 1
+            session.low_latency_combine(one, override=count % 2 == 0)
+            one = session.low_latency_dispatch(count)
+    return count
 
 
-def open_ends(group: Any, kinds: Sequence[str], timeout_s: float) -> Ends:
-    """Open a network of two ranks with memory; collective."""
-    control = as_group(group)
-    runtime = CudaRuntime()
-    network = runtime.network(control, timeout_s, None, kinds)
-    num_bytes = 2 * sum(SIZES)
-    memory = runtime.symmetric_memory(alone_of(control), num_bytes, timeout_s)
-    network.register(memory.bases[0], num_bytes)
-    whole = from_dlpack(memory.lease(0, 0, num_bytes))
-    return Ends(network, whole[: sum(SIZES)], whole[sum(SIZES) :], 1 - control.rank)
+def refused_calls(session: Session, one: Any) -> list[Callable[[], None]]:
+    """Return calls that the last rank gets wrong, each until its error is there."""
+    buffer, rank = session.buffer, session.rank
+    is_wrong = rank == session.case.num_ranks - 1
+    inputs = session.inputs(1)
+    x, ids, weights = map(session._own, (inputs.xs, inputs.ids, inputs.weights))
+    layout = {"recv_layout": session.case.layout}
+    narrow, y = x[:, :-8] if is_wrong else x, one.actual.x
+    short = y[:1] if is_wrong else y
+    wrong_ids = ids.clone()
+    if is_wrong:
+        wrong_ids[0, 0] = session.case.num_experts
+
+    def dispatch(rows: Any, routing: Any, **options: Any) -> None:
+        output = buffer.low_latency_dispatch(rows, routing, **layout, **options)
+        if output.hook is not None:
+            output.hook()
+        settle(session)
+
+    def combine(**options: Any) -> None:
+        buffer.low_latency_combine(short, one.actual.handle, **options)
+        settle(session)
+
+    return [
+        lambda: dispatch(narrow, ids, return_hook=True),
+        lambda: dispatch(x, wrong_ids),
+        lambda: combine(apply_weights=False),
+        lambda: combine(topk_weights=weights),
+    ]
 
 
-def coded(src: int, round_idx: int) -> torch.Tensor:
-    numbers = torch.arange(sum(SIZES), dtype=torch.int64, device="cuda")
-    return ((numbers * 31 + 7 * src + 13 * round_idx) % 251).to(torch.uint8)
+def settle(session: Session) -> None:
+    """Raise what the operations so far have found to be wrong."""
+    torch.cuda.synchronize()
+    backend: Any = session.buffer._backend
+    backend._low_latency.check()
 
 
-def move_bytes(group: Any, kinds: Sequence[str]) -> str:
-    """Move bytes both ways and one way, back to back; return the kind of network."""
-    rank = as_group(group).rank
-    ends = open_ends(group, kinds, TIMEOUT_S)
-    for round_idx in range(NUM_ROUNDS):
-        ends.sent.copy_(coded(rank, round_idx))
-        ends.received.fill_(0xEE)
-        ends.move(SIZES, SIZES)
-        assert torch.equal(ends.received, coded(1 - rank, round_idx)), round_idx
-        # To rank 1 only; then nothing at all.
-        ends.received.fill_(0xEE)
-        ends.move(SIZES if rank == 0 else (), () if rank == 0 else SIZES)
-        ends.move((), ())
-        expected = torch.full_like(ends.received, 0xEE) if rank == 0 else coded(0, round_idx)
-        assert torch.equal(ends.received, expected), round_idx
-    torch.cuda.current_stream().synchronize()
-    as_group(group).all_gather(None)
-    ends.network.close()
-    return ends.network.name
+def miss_a_peer(group: Any, case: Case, how: str) -> float | None:
+    """Let the last rank stay away; return after how long the others raise."""
+    elapsed_s: float | None = None
+    with Session(group, case, timeout_s=1.0) as session:
+        one = session.low_latency_dispatch(0)
+        session.low_latency_combine(one, override=True)
+        meet(group)
+        if session.rank < case.num_ranks - 1:
+            begin_s = time.monotonic()
+            with pytest.raises(CommTimeout):
+                come_alone(session, one, how)
+            elapsed_s = time.monotonic() - begin_s
+        as_group(group).all_gather(None)
+    return elapsed_s
 
 
-def move_different_sizes(group: Any) -> None:
-    """Expect fewer bytes than are sent: nothing is written, and both ranks hear of it."""
-    control = as_group(group)
-    ends = open_ends(group, ("gin",), 1.0)
-    ends.received.fill_(0xEE)
-    torch.cuda.current_stream().synchronize()
-    if control.rank == 0:
-        ends.move((64,), ())
+def come_alone(session: Session, one: Any, how: str) -> None:
+    """Run an operation until its error is there."""
+    buffer = session.buffer
+    if how in ("combine", "weights"):
+        weights = session._own(session.inputs(0).weights) if how == "weights" else None
+        options: dict[str, Any] = {"topk_weights": weights, "apply_weights": weights is not None}
+        output: Any = buffer.low_latency_combine(
+            one.actual.x, one.actual.handle, async_op=True, **options
+        )
     else:
-        ends.move((), (48,))
-    torch.cuda.current_stream().synchronize()
-    reason = "rank 1 expects other bytes than it is sent: size of span 0: expected 64, got 48"
-    raised = CommError if control.rank == 0 else CommTimeout
-    with pytest.raises(raised, match=reason if control.rank == 0 else "rank 0 did not send"):
-        ends.move((16,), (16,))
-    assert bool((ends.received == 0xEE).all())
-    control.all_gather(None)
-    ends.network.close()
-
-
-def abort_a_move(group: Any) -> None:
-    """Abort what waits for a peer; the context is well, and so is the peer."""
-    control = as_group(group)
-    ends = open_ends(group, ("gin",), TIMEOUT_S)
-    ends.move((64,), (64,))
-    stream = torch.cuda.current_stream()
-    stream.synchronize()
-    control.all_gather(None)
-    if control.rank == 0:
-        ends.move((), (64,))
-        time.sleep(0.2)
-        assert not stream.query()
-        start = time.monotonic()
-        ends.network.abort()
-        stream.synchronize()
-        assert time.monotonic() - start < TIMEOUT_S / 4
-        with pytest.raises(CommError, match="aborted"):
-            ends.move((64,), (64,))
-    control.all_gather(None)
-    ends.network.abort()
-    ends.network.close()
-    assert torch.ones(3, device="cuda").sum().item() == 3, "the context is well"
+        inputs = session.inputs(1)
+        x, ids = session._own(inputs.xs), session._own(inputs.ids)
+        output = buffer.low_latency_dispatch(
+            x, ids, recv_layout=session.case.layout, async_op=True, return_hook=how == "hook"
+        )
+        if how == "hook":
+            output.hook()
+            # The send is over long before; what is received never comes.
+            buffer.low_latency_dispatch(x, ids, recv_layout=session.case.layout, async_op=True)
+    output.event.synchronize()
+    time.sleep(4.0)  # the host hears of it beside the device
+    buffer.low_latency_combine(one.actual.x, one.actual.handle, apply_weights=False)

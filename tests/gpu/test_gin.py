@@ -15,7 +15,7 @@ import pytest
 from gpu import backend_cases as cases
 from gpu import backend_errors as errors
 from gpu import backend_ranks as ranks
-from gpu import rail_ranks
+from gpu import network_ranks, rail_ranks
 from gpu.test_rails import APART
 from multinode.gin_loopback.library import environment
 
@@ -52,15 +52,15 @@ def over_gin() -> Run:
 
 
 def test_gin_is_preferred_and_moves_bytes(over_gin: Run) -> None:
-    assert over_gin(rail_ranks.move_bytes, ("gin", "nccl")) == ["gin"] * 2
+    assert over_gin(network_ranks.move_bytes, ("gin", "nccl")) == ["gin"] * 2
 
 
 def test_moves_that_differ_in_size_end_in_errors(over_gin: Run) -> None:
-    over_gin(rail_ranks.move_different_sizes)
+    over_gin(network_ranks.move_different_sizes)
 
 
 def test_abort_ends_a_move_that_no_peer_meets(over_gin: Run) -> None:
-    over_gin(rail_ranks.abort_a_move)
+    over_gin(network_ranks.abort_a_move)
 
 
 def test_exchange_equals_reference(over_gin: Run) -> None:

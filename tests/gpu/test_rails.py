@@ -14,7 +14,7 @@ import pytest
 from gpu import backend_cases as cases
 from gpu import backend_errors as errors
 from gpu import backend_ranks as ranks
-from gpu import rail_ranks
+from gpu import low_latency_ranks, rail_ranks
 
 from deepcomm import RecvLayout
 from deepcomm.testing import run_processes
@@ -79,6 +79,35 @@ def test_lost_process_ends_in_an_error() -> None:
     elapsed_s, nothing = over_network(ranks.lose_a_peer, replace(BASE, even=True), may_die={1})
     assert nothing is None
     assert elapsed_s < FOUND_WITHIN_S
+
+
+def test_low_latency_equals_reference() -> None:
+    over_network(low_latency_ranks.fly_all, cases.low_latency_rails(2, 1))
+
+
+@pytest.mark.gpu(4)
+def test_low_latency_over_nodes_of_two_equals_reference() -> None:
+    nodes = [node for node in NODES for _ in range(2)]
+    matrix = cases.low_latency_rails(4, 2)
+    options: dict[str, Any] = {"env": nodes, "timeout_s": LIMIT_S}
+    run_processes(ranks.in_process, 4, low_latency_ranks.fly_all, matrix, **options)
+
+
+def test_low_latency_and_high_throughput_share_the_network() -> None:
+    bytes_carried = over_network(rail_ranks.take_turns, replace(BASE, layout=PADDED))
+    assert min(bytes_carried) > 0
+
+
+def test_refusals_of_low_latency_are_told_to_all() -> None:
+    counts = over_network(rail_ranks.refuse_in_turn, replace(BASE, layout=PADDED, even=True))
+    assert counts == [rail_ranks.NUM_REFUSALS] * 2
+
+
+@pytest.mark.parametrize("how", ["dispatch", "combine", "weights", "hook"])
+def test_absent_rank_of_low_latency_ends_in_a_timeout(how: str) -> None:
+    case = replace(BASE, even=True, layout=PADDED)
+    elapsed_s, _ = over_network(rail_ranks.miss_a_peer, case, how)
+    assert 0.5 < elapsed_s < FOUND_WITHIN_S
 
 
 def test_soak_of_random_rounds(request: pytest.FixtureRequest) -> None:

@@ -77,6 +77,18 @@ def test_construction_over_nodes_loads_phases_that_pass_on() -> None:
         assert all(f"'phases': {phase | 4}" in str(by_phase[phase]) for phase in (1, 2))
 
 
+@pytest.mark.parametrize("ranks_per_node", [1, 4])
+def test_construction_over_a_network_loads_combines_in_parts(ranks_per_node: int) -> None:
+    asked, _, low_latency = load(ranks_per_node=ranks_per_node, rail="nccl")
+    assert names(asked)["low_latency_combine"] == 4
+    assert {"low_latency_refuse_carried {}", "low_latency_mark {}"} <= set(asked)
+    assert "low_latency_refuse" not in names(asked)
+    for by_phase in low_latency.dispatch.values():
+        assert all(f"'phases': {phase | 4}" in str(by_phase[phase]) for phase in (1, 2))
+    for phase in (1, 2, 16, 32):
+        assert f"'phases': {phase | 4 | 8}" in str(low_latency.combine[phase])
+
+
 @pytest.mark.parametrize("ranks_per_node", [1, 8])
 def test_construction_where_every_way_is_direct_loads_the_same(ranks_per_node: int) -> None:
     asked, _, _ = load(ranks_per_node=ranks_per_node)

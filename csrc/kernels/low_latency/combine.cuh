@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // low_latency_combine: send phase, receive phase, or both in one launch; over several nodes one of
-// them. PROTOCOLS.md: low_latency_combine, low latency over nodes.
+// them, or a part of one. PROTOCOLS.md: low_latency_combine, low latency over nodes, over carried rails.
 #pragma once
 
-#include "kernels/low_latency/combine_receive.cuh"
-#include "kernels/low_latency/combine_send.cuh"
+#include "kernels/low_latency/combine_carried.cuh"
 
 namespace deepcomm::kernels {
 
@@ -14,6 +13,8 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     using Shared = LowLatencyCombineShared<kHidden, kPhases, kThreads>;
     const device::Block block;
     auto& shared = device::shared_storage<Shared>();
+    if constexpr (Shared::kIsCarried)
+        return low_latency::combine_carried<kPhases>(params, block, shared);
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
     layout::LowLatencyTurn turn;

@@ -75,7 +75,7 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
     *num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
-    if constexpr (Shared::kHasNodes) {
+    if constexpr (Shared::kHasNodes && !Shared::kIsCarried) {
         return culprit != layout::kNoPeer || forward_sums(params, block, turn, shared);
     }
     return true;

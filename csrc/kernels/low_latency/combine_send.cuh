@@ -216,7 +216,8 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     bool has_token = walk.advance(block, &summed);
     const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
     if (has_token && !is_guessed) entry = load_entry(params, warp, summed);
-    if (block.block_idx() == block.num_blocks() - 1) {
+    const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
+    if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
         send_combine_headers(base, block, *turn, shared);
     }
     bool has_ended;

@@ -43,6 +43,7 @@ template <int kHidden, int kPhases, int kThreads>
 struct LowLatencyCombineConfig {
     using Spec = LowLatencyCombineSpec<kHidden, kThreads, low_latency_packets_at_once(kPhases)>;
     static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
+    static constexpr bool kIsCarried = (kPhases & kCarried) != 0;
     static constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
     using OfNodes = LowLatencyNodesShared<kHasNodes, kReceives ? Spec::kParkedFloats : 1>;
 };
@@ -52,6 +53,7 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     using Config = LowLatencyCombineConfig<kHidden, kPhases, kThreads>;
     using Spec = typename Config::Spec;
     static constexpr bool kHasNodes = Config::kHasNodes;
+    static constexpr bool kIsCarried = Config::kIsCarried;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< of the partial sum that is sent
     low_latency::Peers peers;
@@ -162,34 +164,56 @@ DEEPCOMM_DEVICE void note_absence(const LowLatencyParams& params, int32_t source
     if (late == source) shared.peers.masked[source] = 1;
 }
 
-/// Waits for the header of each rank that is not masked, and notes who ends the operation; start_ns
-/// as for add_wait. False: leave.
+/// What the headers of a combine are compared with.
+struct CombineHeaders {
+    const LowLatencyTurn& turn;
+    uint32_t handle;
+    uint64_t start_ns;  ///< as for add_wait
+
+    DEEPCOMM_DEVICE CombineHeaders(const LowLatencyParams& params, const LowLatencyTurn& of,
+                                   uint64_t since_ns)
+        : turn(of),
+          handle(static_cast<uint32_t>(params.record[params.record_map.tag])),
+          start_ns(since_ns) {}
+};
+
+/// Waits for the header of one rank, unless it is masked, and notes whether it ends the operation.
+/// False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool receive_combine_header(const LowLatencyParams& params,
+                                            const CombineHeaders& headers, int32_t peer,
+                                            Shared& shared) {
+    const LowLatencyTurn& turn = headers.turn;
+    shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
+    if (cut_sources(shared)[peer]) return true;
+    const int32_t last = last_rank_from<Shared::kHasNodes>(params, peer);
+    const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kCount, last,
+                                   turn.slot};
+    const int64_t offset = params.map.header_offset(turn.slot, peer);
+    Vec128 packet;
+    const Arrival arrival = wait_source<Shared::kHasNodes>(
+        params, site, packets_at(params.local, offset), turn.tag, &packet);
+    add_wait(params, peer, headers.start_ns);
+    if (arrival == Arrival::kAbsent) note_absence(params, peer, packet, turn, shared);
+    if (arrival != Arrival::kHere) return arrival != Arrival::kFailed;
+    note_header(params, &shared.refusals, peer, packet);
+    if (shared.refusals.kinds[peer] == layout::RefusalKind::kNone &&
+        packet.words[2] != headers.handle) {
+        shared.refusals.kinds[peer] = layout::RefusalKind::kDiffers;
+    }
+    return true;
+}
+
+/// The same of all ranks. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool receive_combine_headers(const LowLatencyParams& params,
                                              const device::Block& block, const LowLatencyTurn& turn,
                                              uint64_t start_ns, Shared& shared) {
-    const auto handle = static_cast<uint32_t>(params.record[params.record_map.tag]);
+    const CombineHeaders headers(params, turn, start_ns);
     bool goes_on = true;
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
-        shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
-        if (cut_sources(shared)[peer]) continue;
-        const int32_t last = last_rank_from<Shared::kHasNodes>(params, peer);
-        const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kCount, last,
-                                       turn.slot};
-        const int64_t offset = params.map.header_offset(turn.slot, peer);
-        Vec128 packet;
-        const Arrival arrival = wait_source<Shared::kHasNodes>(
-            params, site, packets_at(params.local, offset), turn.tag, &packet);
-        add_wait(params, peer, start_ns);
-        goes_on = goes_on && arrival != Arrival::kFailed;
-        if (arrival == Arrival::kAbsent) note_absence(params, peer, packet, turn, shared);
-        if (arrival != Arrival::kHere) continue;
-        note_header(params, &shared.refusals, peer, packet);
-        if (shared.refusals.kinds[peer] == layout::RefusalKind::kNone &&
-            packet.words[2] != handle) {
-            shared.refusals.kinds[peer] = layout::RefusalKind::kDiffers;
-        }
+        goes_on = receive_combine_header(params, headers, peer, shared) && goes_on;
     }
     return block.sync_and(goes_on);  // ORDER: the headers before the block acts on them
 }

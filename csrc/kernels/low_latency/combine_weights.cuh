@@ -146,7 +146,7 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
                                       Shared& shared, bool* has_ended) {
     *has_ended = false;
     if (params.source_weights == nullptr) return true;
-    send_weights(params, block, turn, shared);
+    if constexpr (!Shared::kIsCarried) send_weights(params, block, turn, shared);
     if constexpr (Shared::kHasNodes) {
         block.sync();  // ORDER: who is masked has been read, and may change
         if (!forward_combine_headers(params.base, block, turn, shared)) return false;

@@ -10,11 +10,16 @@ namespace deepcomm::kernels {
 
 /// Which part of an operation a launch does: a template argument of dispatch and combine. With
 /// kOverNodes the operation is one of several nodes of several ranks, whose receive phase passes on.
+/// With kCarried a network is between the nodes. What a combine sends along the rail then comes from
+/// launches of their own, and the network is at work behind them.
 enum LowLatencyPhase : int32_t {
     kSendPhase = 1,
     kReceivePhase = 2,
     kBothPhases = 3,
-    kOverNodes = 4
+    kOverNodes = 4,
+    kCarried = 8,
+    kAnnouncePhase = 16,  ///< before the send phase, where weights are given at the sources
+    kPassOnPhase = 32     ///< behind it: sums for other nodes
 };
 
 constexpr int32_t kNumLowLatencyRoles = static_cast<int32_t>(layout::Role::kMeet);
@@ -95,10 +100,14 @@ struct LowLatencyCombineParams {
     int32_t is_token_layout;
 };
 
+/// What a launch of low_latency_refuse_carried does: they come one after the other.
+enum class RefuseStep : int32_t { kTell = 0, kPassOn = 1, kEnd = 2 };
+
 /// low_latency_refuse: takes an operation's turn without delivering, and says why.
 struct LowLatencyRefuseParams {
     LowLatencyParams base;
     int32_t is_combine;
+    RefuseStep step;  ///< where a network carries the rails
     uint32_t message[layout::kMessageWords];
 };
 
@@ -106,6 +115,12 @@ struct LowLatencyRefuseParams {
 struct LowLatencyMaskParams {
     uint32_t* rank_mask;
     int32_t peer;
+    uint32_t value;
+};
+
+/// low_latency_mark: tells the host how far a stream has come.
+struct LowLatencyMarkParams {
+    uint32_t* word;  ///< in memory shared with the host
     uint32_t value;
 };
 

@@ -125,6 +125,7 @@ class CudaBackend:
             self.failure,
             self._low_latency_functions,
             self._sms.low_latency,
+            self.engine.network,
         )
         return agree_on(self._group, "Buffer", lambda: LowLatency(place, self.config, previous))
 
@@ -347,7 +348,8 @@ class CudaBackend:
             tokens_received=node.tokens_received,
             bytes_local=node.bytes_local + (0 if rail is None else rail.bytes_local),
             bytes_node=node.bytes_peers,
-            bytes_network=0 if rail is None else rail.bytes_peers,
+            bytes_network=self._low_latency.bytes_carried
+            + (0 if rail is None else rail.bytes_peers),
             wait_us=self._waits(node, rail),
         )
 

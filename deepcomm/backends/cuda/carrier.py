@@ -19,7 +19,7 @@ import torch
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.network import Message, Span
 from deepcomm.backends.cuda.progress import PROGRESS_BYTES, Progress
-from deepcomm.errors import CommTimeout, Error, InvalidArgument
+from deepcomm.errors import Error, InvalidArgument
 from deepcomm.fp8 import num_scale_words
 from deepcomm.types import ScaledTensor
 
@@ -133,9 +133,15 @@ class Carrier(Protocol):
     def describe(self) -> str:
         """Say how ranks are reached, for ``explain()``."""
 
+    @property
+    def network(self) -> Network | None:
+        """What is between the ranks."""
+
 
 class Reached:
     """Ranks that reach each other by loads and stores: there is nothing to carry."""
+
+    network = None
 
     def check_capture(self) -> None:
         """Do nothing."""
@@ -177,7 +183,7 @@ class NetworkCarrier:
     def __init__(self, domain: Domain, network: Network) -> None:
         """Serve a domain whose memory is ``MirroredExchange``."""
         self._domain = domain
-        self._network = network
+        self.network = self._network = network
         network.fail_with(domain.failure.failed_address)
         runtime = domain.runtime
         self._gate = runtime.load("rail_gate", {})
@@ -195,15 +201,9 @@ class NetworkCarrier:
 
     def _watch(self) -> None:
         """Let the network end once the rank has failed, or when it comes to no end itself."""
-        failure, limit_s = self._domain.failure, PATIENCE * self._domain.config.timeout_s
-        progress = Progress(self._progress, limit_s)
-
-        def has_failed() -> bool:
-            if not failure.failed and progress.is_stuck():
-                where = f"rail: rank {failure.rank}"
-                failure.condemn(CommTimeout(f"{where}: the network did not end in {limit_s:g} s"))
-            return failure.failed
-
+        failure = self._domain.failure
+        progress = Progress(self._progress, PATIENCE * self._domain.config.timeout_s)
+        has_failed = progress.watcher(failure, f"rail: rank {failure.rank}")
         self._network.watch(has_failed, failure.condemn)
 
     # ---- steps

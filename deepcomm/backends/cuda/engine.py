@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.types import CombineOutput, DispatchOutput
@@ -106,12 +107,18 @@ class Engine(Protocol):
     def describe_rail(self) -> str:
         """Say how ranks of a rail are reached, for ``explain()``."""
 
+    @property
+    def network(self) -> Network | None:
+        """What is between the ranks of a rail, None where they reach each other."""
+
     def close(self) -> None:
         """Release everything; idempotent."""
 
 
 class FlatEngine:
     """All ranks are one domain."""
+
+    network = None
 
     def __init__(self, group: Group, config: BufferConfig, machine: Machine) -> None:
         """Load kernels and reserve memory; collective."""

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from deepcomm.backends.cuda.low_latency_slots import (
+    ANNOUNCE,
     BOTH,
+    CARRIED,
     OVER_NODES,
+    PASS_ON,
     RECEIVE,
     SEND,
     find_excess,
     has_nodes,
+    is_carried,
 )
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import BF16, KINDS, wire_of
@@ -104,12 +108,14 @@ class LowLatencyFunctions:
     Attributes:
         mask: Of every buffer.
         refuse: Takes the turn of an operation whose arguments are wrong.
+        mark: Where a network carries the rails: tells how far it has come.
         dispatch: By the kind of rows as given, then by phase; over nodes no launch has both.
         combine: By phase.
     """
 
     mask: Function
     refuse: Function | None
+    mark: Function | None
     dispatch: dict[int, dict[int, Function]]
     combine: dict[int, Function]
 
@@ -125,11 +131,19 @@ class LowLatencyFunctions:
         wanted: Wanted = {("mask",): ("low_latency_mask", {})}
         if config.num_low_latency_slots == 0 or find_excess(config, topology) is not None:
             return wanted
-        over_nodes = OVER_NODES if has_nodes(topology) else 0
-        wanted["refuse",] = ("low_latency_refuse", {"has_nodes": bool(over_nodes)})
+        over_nodes = OVER_NODES if has_nodes(config, topology) else 0
+        carried = CARRIED if is_carried(config, topology) else 0
+        if carried:
+            wanted["refuse",] = ("low_latency_refuse_carried", {})
+            wanted["mark",] = ("low_latency_mark", {})
+        else:
+            wanted["refuse",] = ("low_latency_refuse", {"has_nodes": bool(over_nodes)})
+        num_threads = {"num_threads": NUM_THREADS}
+        for phases in combine_phases(config, topology):
+            combine = {"phases": phases | over_nodes | carried, **num_threads}
+            wanted[COMBINE, phases] = (COMBINE, {"hidden": config.hidden, **combine})
         for phases in (SEND, RECEIVE) if over_nodes else (SEND, RECEIVE, BOTH):
-            shape = {"phases": phases | over_nodes, "num_threads": NUM_THREADS}
-            wanted[COMBINE, phases] = (COMBINE, {"hidden": config.hidden, **shape})
+            shape = {"phases": phases | over_nodes, **num_threads}
             for kind in kinds_of(config):
                 # What is received has been cast already.
                 rows = wire_of(kind) if phases == RECEIVE else kind
@@ -141,13 +155,21 @@ class LowLatencyFunctions:
     def of(loaded: Loaded, config: BufferConfig) -> LowLatencyFunctions:
         """Return them by the keys of ``wanted``."""
         if ("refuse",) not in loaded:
-            return LowLatencyFunctions(loaded["mask",], None, {}, {})
+            return LowLatencyFunctions(loaded["mask",], None, None, {}, {})
         return LowLatencyFunctions(
             mask=loaded["mask",],
             refuse=loaded["refuse",],
+            mark=loaded.get(("mark",)),
             dispatch={kind: dispatches_of(loaded, kind) for kind in kinds_of(config)},
             combine={key[1]: function for key, function in loaded.items() if key[0] == COMBINE},
         )
+
+
+def combine_phases(config: BufferConfig, topology: Topology) -> tuple[int, ...]:
+    """Return the parts of a low-latency combine that are launched by themselves."""
+    if is_carried(config, topology):
+        return ANNOUNCE, SEND, PASS_ON, RECEIVE
+    return (SEND, RECEIVE) if has_nodes(config, topology) else (SEND, RECEIVE, BOTH)
 
 
 def dispatches_of(loaded: Loaded, kind: int) -> dict[int, Function]:

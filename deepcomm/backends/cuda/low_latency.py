@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deepcomm._C import kernels
+from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier, sms_beside_network
 from deepcomm.backends.cuda.low_latency_operation import (
     CombineOperation,
     Context,
@@ -29,10 +31,12 @@ from deepcomm.backends.cuda.low_latency_slots import (
     Place,
     Slots,
     has_nodes,
+    is_carried,
 )
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_words import Sizes
 from deepcomm.errors import Error, InvalidArgument, describe_error
+from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +48,22 @@ if TYPE_CHECKING:
 __all__ = ["LowLatency", "Place"]
 
 Operation = DispatchOperation | CombineOperation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """An operation between its send and its hook.
+
+    Attributes:
+        request: Holds tensors that kernels are going to use.
+        sent: When the send phase is over, where it is on a stream of its own.
+        arrived: When a network has brought what is received, where there is one.
+    """
+
+    operation: Operation
+    request: DispatchRequest | CombineRequest
+    sent: Event | None
+    arrived: Event | None
 
 
 class LowLatency:
@@ -72,7 +92,7 @@ class LowLatency:
             config.num_experts // self._num_ranks,
             config.hidden,
             place.runtime.device,
-            place.topology.num_nodes if has_nodes(place.topology) else 1,
+            place.topology.num_nodes if has_nodes(config, place.topology) else 1,
         )
         self._context: Context | None = None
         self._mask = place.runtime.memory(4 * self._num_ranks)
@@ -80,6 +100,7 @@ class LowLatency:
         self._late = (ctypes.c_uint32 * self._num_ranks).from_address(self._late_memory.address)
         self._masked = [False] * self._num_ranks
         self.num_dispatches = self.num_combines = self.tokens_sent = 0
+        self._bytes_carried_before = previous.bytes_carried if previous else 0
         for rank, masked in enumerate(previous.rank_mask() if previous else ()):
             if masked:
                 self.set_masked(rank, True)
@@ -89,9 +110,17 @@ class LowLatency:
         """Bytes of symmetric memory reserved on this rank."""
         return 0 if self._context is None else self._context.slots.memory.num_bytes
 
+    @property
+    def bytes_carried(self) -> int:
+        """Bytes that a network has been given for other ranks; those of an earlier size count."""
+        carrier = None if self._context is None else self._context.carrier
+        return self._bytes_carried_before + (0 if carrier is None else carrier.bytes_carried)
+
     def close(self) -> None:
         """Give the symmetric memory back; idempotent."""
         if self._context is not None:
+            if self._context.carrier is not None:
+                self._context.carrier.leave()
             self._context.slots.close()
 
     def check(self) -> None:
@@ -108,7 +137,15 @@ class LowLatency:
     # ---- rank mask
 
     def set_masked(self, rank: int, masked: bool) -> None:
-        """Mark a peer dead or alive, after the operations launched so far on this stream."""
+        """Mark a peer dead or alive, after the operations launched so far on this stream.
+
+        Raises:
+            InvalidArgument: A network carries the rails: it waits for all of its ranks.
+        """
+        if masked and is_carried(self._config, self._place.topology):
+            raise InvalidArgument(
+                "rail: expected 'lsa' to mask ranks, got 'nccl': a network waits for all of them"
+            )
         params = kernels.LowLatencyMaskParams()
         params.rank_mask = self._mask.address
         params.peer = rank
@@ -127,6 +164,11 @@ class LowLatency:
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
         self._place.failure.check_usable(operation)
+        if is_carried(self._config, self._place.topology) and self._place.runtime.is_capturing():
+            raise InvalidArgument(
+                "rail: expected 'lsa' while a CUDA graph is captured, got 'nccl': the host has to "
+                "tell the network which slot to carry"
+            )
         if self._context is None:
             self._context = self._reserve(operation)
         return self._context
@@ -141,19 +183,41 @@ class LowLatency:
                 f"{operation}: expected a first call before the graph's capture, to reserve memory"
             )
         late_ranks = self._late_memory.device_address
+        slots = Slots(self._place, self._config, self._mask, late_ranks)
+        carrier, num_sms = self._open_carrier(slots), self._place.num_sms
+        if carrier is not None:
+            num_sms = min(num_sms, sms_beside_network(self._place.runtime.num_sms))
         return Context(
-            Slots(self._place, self._config, self._mask, late_ranks),
+            slots,
+            carrier,
             self._place.functions,
             self._config,
             self._sizes,
             self._place.buffer_id,
-            self._place.num_sms,
+            num_sms,
             torch.zeros((), dtype=torch.bool, device=self._sizes.device),
         )
 
-    def _refuse_if_open(self, slots: Slots, operation: str, request: Any, error: Exception) -> None:
+    def _open_carrier(self, slots: Slots) -> SlotCarrier | None:
+        """Reserve what is beside slots that a network carries; collective."""
+        if not is_carried(self._config, self._place.topology):
+            return None
+        timeout_s = self._config.timeout_s
+        try:
+            carrier = agree_on(
+                self._place.group, "network", lambda: SlotCarrier(self._place, slots, timeout_s)
+            )
+            carrier.join()
+        except BaseException:
+            slots.close()
+            raise
+        return carrier
+
+    def _refuse_if_open(
+        self, context: Context, operation: str, request: Any, error: Exception
+    ) -> None:
         """Tell every rank that this one refuses, unless there is no free slot to do so in."""
-        runtime = self._place.runtime
+        runtime, slots = self._place.runtime, context.slots
         if self._place.failure.failed or runtime.is_capturing():
             return
         try:
@@ -162,13 +226,17 @@ class LowLatency:
             return
         params = slots.refuse_params.copy()
         params.is_combine = operation == COMBINE
-        params.base.mask_late = getattr(request, "on_timeout", None) == "mask"
+        is_masking = getattr(request, "on_timeout", None) == "mask"
+        params.base.mask_late = is_masking and context.carrier is None
         params.set_message(describe_error(error))
         record = is_known_record(request) if operation == COMBINE else None
         if record is not None:
             record.fill(params.base)
-        assert self._place.functions.refuse is not None
-        runtime.launch(self._place.functions.refuse, 1, params)
+        if context.carrier is not None:
+            context.carrier.refuse(params, request, slots.next_slot)
+        else:
+            assert self._place.functions.refuse is not None
+            runtime.launch(self._place.functions.refuse, 1, params)
         slots.open()
 
     @contextmanager
@@ -184,18 +252,18 @@ class LowLatency:
                     runtime.keep_alive(tensor)
 
     def _run(
-        self, slots: Slots, request: DispatchRequest | CombineRequest, operation: Operation
+        self, context: Context, request: DispatchRequest | CombineRequest, operation: Operation
     ) -> tuple[Event | None, Callable[[], None] | None]:
         """Launch both phases, or the first; return the completion and the hook, if asked for."""
-        runtime = self._place.runtime
+        runtime, slots = self._place.runtime, context.slots
         event: Event | None = None
         if request.async_op:
             with self._stream_of(request, operation):
-                self._launch(operation, request.return_hook)
+                arrived = self._launch(context, operation, request.return_hook)
                 runtime.flush()
                 event = runtime.record_event(self.check)
         else:
-            self._launch(operation, request.return_hook)
+            arrived = self._launch(context, operation, request.return_hook)
             runtime.flush()
         number = slots.open()
         if not request.return_hook:
@@ -203,11 +271,17 @@ class LowLatency:
             self._raise_earlier(slots)
             return event, None
         slots.leave_in_flight(number)
-        return event, self._make_hook(slots, number, (operation, request), event)
+        flight = Flight(operation, request, event, arrived)
+        return event, self._make_hook(context, number, flight)
 
-    def _launch(self, operation: Operation, has_hook: bool) -> None:
-        """Launch both phases, or the first."""
+    def _launch(self, context: Context, operation: Operation, has_hook: bool) -> Event | None:
+        """Launch both phases, or the first; return when a network has brought what is received."""
         launches, launch = operation.plan.launches, self._place.runtime.launch
+        if (carrier := context.carrier) is not None:
+            arrived = carrier.send(operation, context.slots.next_slot)
+            if not has_hook:
+                carrier.receive(operation, arrived)
+            return arrived
         if has_hook:
             launch(*launches[SEND], operation.params)
         elif self._sizes.num_nodes == 1:
@@ -215,34 +289,36 @@ class LowLatency:
         else:
             launch(*launches[SEND], operation.params)
             launch(*launches[RECEIVE], operation.params)
+        return None
 
-    def _make_hook(
-        self, slots: Slots, number: int, flying: tuple[Operation, Any], sent: Event | None
-    ) -> Callable[[], None]:
+    def _make_hook(self, context: Context, number: int, flight: Flight) -> Callable[[], None]:
         """Return a hook that launches the receive phase, once."""
-        name = flying[0].name
-        in_flight = [flying]  # whose tensors the kernels are going to use
+        name = flight.operation.name
+        in_flight = [flight]  # whose tensors the kernels are going to use
 
         def hook() -> None:
             if not in_flight:
                 raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
             self._place.failure.check_usable(name)
-            operation, _ = in_flight.pop()
-            slots.settle(number)
+            flight = in_flight.pop()
+            context.slots.settle(number)
             with self._place.runtime.annotate(f"{name}.hook"):
-                self._receive(slots, operation, sent)
+                self._receive(context, flight)
 
         return hook
 
-    def _receive(self, slots: Slots, operation: Operation, sent: Event | None) -> None:
+    def _receive(self, context: Context, flight: Flight) -> None:
         """Launch the receive phase of an operation that has been sent."""
-        runtime = self._place.runtime
-        if sent is not None:
-            runtime.wait_event(sent)
-        runtime.launch(*operation.plan.launches[RECEIVE], operation.params)
+        runtime, operation = self._place.runtime, flight.operation
+        if flight.sent is not None:
+            runtime.wait_event(flight.sent)
+        if context.carrier is not None and flight.arrived is not None:
+            context.carrier.receive(operation, flight.arrived)
+        else:
+            runtime.launch(*operation.plan.launches[RECEIVE], operation.params)
         runtime.flush()
         operation.on_received()
-        self._raise_earlier(slots)
+        self._raise_earlier(context.slots)
 
     # ---- the operations
 
@@ -253,11 +329,11 @@ class LowLatency:
             context.slots.check_free(DISPATCH)
             operation = DispatchOperation(context, request)
         except Exception as error:
-            self._refuse_if_open(context.slots, DISPATCH, request, error)
+            self._refuse_if_open(context, DISPATCH, request, error)
             raise
         self.num_dispatches += 1
         self.tokens_sent += operation.plan.num_tokens
-        return operation.output(*self._run(context.slots, request, operation))
+        return operation.output(*self._run(context, request, operation))
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """Send and receive in one launch; or send, and leave the rest to the hook."""
@@ -266,7 +342,7 @@ class LowLatency:
             context.slots.check_free(COMBINE)
             operation = CombineOperation(context, request)
         except Exception as error:
-            self._refuse_if_open(context.slots, COMBINE, request, error)
+            self._refuse_if_open(context, COMBINE, request, error)
             raise
         self.num_combines += 1
-        return operation.output(*self._run(context.slots, request, operation))
+        return operation.output(*self._run(context, request, operation))

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from deepcomm.backends.cuda.low_latency_slots import BOTH, RECEIVE, SEND, Launches, Slots
+from deepcomm.backends.cuda.low_latency_slots import (
+    ANNOUNCE,
+    BOTH,
+    PASS_ON,
+    RECEIVE,
+    SEND,
+    Launches,
+    Slots,
+)
 from deepcomm.backends.cuda.low_latency_status import pack_signature
 from deepcomm.backends.cuda.low_latency_tensors import (
     ALIGN,
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
+    from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier
     from deepcomm.checks import CheckedCombine, CheckedDispatch
     from deepcomm.config import BufferConfig
 
@@ -79,6 +88,7 @@ class Context:
     """What operations of one buffer share.
 
     Attributes:
+        carrier: Where a network is between the nodes.
         num_sms: SMs that kernels may count on.
         no_overflow: False, for outputs that never overflow.
         dispatches: Plans by key.
@@ -86,6 +96,7 @@ class Context:
     """
 
     slots: Slots
+    carrier: SlotCarrier | None
     functions: LowLatencyFunctions
     config: BufferConfig
     sizes: Sizes
@@ -94,6 +105,15 @@ class Context:
     no_overflow: torch.Tensor
     dispatches: dict[Any, DispatchPlan] = field(default_factory=dict)
     combines: dict[Any, CombinePlan] = field(default_factory=dict)
+
+
+def check_on_timeout(context: Context, on_timeout: str) -> None:
+    """Raise InvalidArgument where a late peer cannot be masked."""
+    if context.carrier is not None and on_timeout == "mask":
+        raise InvalidArgument(
+            "on_timeout: expected 'raise' where a network carries the rails, got 'mask': it waits "
+            "for all of its ranks"
+        )
 
 
 def describe(tensor: Any) -> tuple[Any, ...]:
@@ -180,6 +200,7 @@ def dispatch_key(request: DispatchRequest) -> tuple[Any, ...]:
 def _check_dispatch(context: Context, request: DispatchRequest) -> CheckedDispatch:
     config = context.config
     checked = check_dispatch(request, config, context.sizes.device)
+    check_on_timeout(context, request.on_timeout)
     if checked.scale_format == "none" and checked.rows.dtype != torch.bfloat16:
         raise InvalidArgument(
             f"x: expected bfloat16 [T, {config.hidden}] or a ScaledTensor, "
@@ -224,6 +245,8 @@ def _fill_dispatch(
 ) -> kernels.LowLatencyDispatchParams:
     params = context.slots.dispatch_params.copy()
     base = params.base
+    if checked.scale_format != "none":
+        base.map = context.slots.fp8_map
     is_token = checked.recv_layout is RecvLayout.TOKEN
     base.signature = pack_signature(
         recv_layout=is_token,
@@ -307,6 +330,7 @@ def combine_key(request: CombineRequest) -> tuple[Any, ...]:
 def _check_combine(context: Context, request: CombineRequest) -> CheckedCombine:
     sizes = context.sizes
     checked = check_combine(request, context.config, sizes.num_local_experts, sizes.device)
+    check_on_timeout(context, request.on_timeout)
     check_length("wait_us_stats", request.wait_us_stats, context.sizes.num_ranks)
     if checked.rows.dtype != torch.bfloat16:
         dtype = str(checked.rows.dtype).removeprefix("torch.")
@@ -328,6 +352,8 @@ def _plan_combine(
         SEND: sizes.block_rows,
         RECEIVE: max(num_tokens, num_passed_on),
         BOTH: sizes.block_rows,
+        ANNOUNCE: num_tokens,
+        PASS_ON: num_passed_on,
     }
     device = sizes.device
     carried = None

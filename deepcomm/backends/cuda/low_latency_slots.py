@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_status import Status
-from deepcomm.errors import InvalidArgument
-from deepcomm.group import agree_on
+from deepcomm.errors import Error, InvalidArgument
+from deepcomm.group import SubGroup, agree_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.runtime import Function, Memory, Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
     from deepcomm.topology import Topology
 
 __all__ = [
+    "ANNOUNCE",
     "BOTH",
+    "CARRIED",
     "OVER_NODES",
+    "PASS_ON",
     "RECEIVE",
     "SEND",
     "Failure",
@@ -32,13 +36,18 @@ __all__ = [
     "Slots",
     "find_excess",
     "has_nodes",
+    "is_carried",
     "low_latency_layout",
 ]
 
 SEND, RECEIVE, BOTH = 1, 2, 3
 """Phases of a launch; csrc/kernels/low_latency/params.hpp."""
+ANNOUNCE, PASS_ON = 16, 32
+"""Launches of a combine where a network carries the rails, before and after the one that sends."""
 OVER_NODES: Final = 4
 """Added to them in a kernel's template argument: the operation spans several nodes."""
+CARRIED: Final = 8
+"""Likewise: a network is between these."""
 
 PATIENCE: Final = (2, 4, 4, 3, 1)
 """Over several nodes, how many ``timeout_s`` a wait may take, by layout::Role.
@@ -70,6 +79,12 @@ class Failure(Protocol):
     def check_usable(self, operation: str) -> None:
         """Raise CommTimeout or CommError once a wait has run out."""
 
+    def raise_fatal(self, error: Error) -> None:
+        """Raise an error after which the buffer can only be closed."""
+
+    def condemn(self, error: Error) -> None:
+        """Let later calls raise: the buffer can only be closed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -77,6 +92,7 @@ class Place:
 
     Attributes:
         num_sms: SMs that this rank's kernels may count on.
+        network: Between the ranks of a rail, None where they reach each other.
     """
 
     group: Group
@@ -86,14 +102,22 @@ class Place:
     failure: Failure
     functions: LowLatencyFunctions
     num_sms: int
+    network: Network | None = None
 
 
-def has_nodes(topology: Topology) -> bool:
+def is_carried(config: BufferConfig, topology: Topology) -> bool:
+    """Return whether a network is between the ranks of a rail."""
+    return config.is_carried and topology.num_nodes > 1
+
+
+def has_nodes(config: BufferConfig, topology: Topology) -> bool:
     """Return whether ranks pass on what comes from other nodes.
 
-    Where each node is one rank, all of them are of one rail, and every way is direct.
+    Where each node is one rank, all of them are of one rail, and every way is direct unless a
+    network is there.
     """
-    return topology.num_nodes > 1 and topology.ranks_per_node > 1
+    is_alone = topology.ranks_per_node == 1 and not is_carried(config, topology)
+    return topology.num_nodes > 1 and not is_alone
 
 
 def low_latency_shape(config: BufferConfig, topology: Topology) -> kernels.LowLatencyShape:
@@ -106,22 +130,19 @@ def low_latency_shape(config: BufferConfig, topology: Topology) -> kernels.LowLa
     shape.hidden = config.hidden
     shape.max_tokens = config.max_tokens_per_rank
     shape.num_slots = config.num_low_latency_slots
-    shape.ranks_per_node = topology.ranks_per_node if has_nodes(topology) else num_ranks
+    passes_on = has_nodes(config, topology)
+    shape.ranks_per_node = topology.ranks_per_node if passes_on else num_ranks
+    shape.is_carried = is_carried(config, topology)
     return shape
 
 
 def low_latency_layout(config: BufferConfig, topology: Topology) -> kernels.LowLatencyLayout:
     """Return the map of one rank's symmetric memory."""
-    return kernels.LowLatencyLayout.make(low_latency_shape(config, topology))
+    return kernels.LowLatencyLayout.make(low_latency_shape(config, topology), topology.local)
 
 
 def find_excess(config: BufferConfig, topology: Topology) -> str | None:
     """Return what is beyond the kernels of this mode, None where all is well."""
-    if config.is_carried and topology.num_nodes > 1:
-        return (
-            "rail: expected 'lsa' for low-latency operations over several nodes, got "
-            f"{config.rail!r}"
-        )
     limits = (
         ("ranks", topology.num_ranks, kernels.MAX_LOW_LATENCY_RANKS),
         ("num_experts", config.num_experts, kernels.MAX_LOW_LATENCY_EXPERTS),
@@ -164,7 +185,13 @@ class Launches(dict[int, tuple["Function", int]]):
 
 
 class Slots:
-    """Symmetric memory of the slots, and what this rank's kernels share beside it."""
+    """Symmetric memory of the slots, and what this rank's kernels share beside it.
+
+    Attributes:
+        map: Of it.
+        fp8_map: The same with FP8 rows closer together, where a network carries them.
+        local: Where it begins.
+    """
 
     def __init__(self, place: Place, config: BufferConfig, mask: Memory, late_ranks: int) -> None:
         """Reserve; collective over the group.
@@ -177,12 +204,19 @@ class Slots:
         """
         if (excess := find_excess(config, place.topology)) is not None:
             raise InvalidArgument(excess)
-        self.map = low_latency_layout(config, place.topology)
+        topology = place.topology
+        self.map = low_latency_layout(config, topology)
+        is_apart = is_carried(config, topology)
+        self.fp8_map = self.map.with_fp8_rows() if is_apart else self.map
         self._place = place
         self._config = config
+        self._members = topology.node_ranks if is_apart else list(range(topology.num_ranks))
         self.memory = place.runtime.symmetric_memory(
-            place.group, self.map.total_bytes, config.timeout_s
+            SubGroup(place.group, self._members) if is_apart else place.group,
+            self.map.total_bytes,
+            config.timeout_s,
         )
+        self.local = self.memory.bases[self._members.index(topology.rank)]
         try:
             agree_on(place.group, "symmetric memory", self._reserve)
         except BaseException:
@@ -210,18 +244,24 @@ class Slots:
         self._decisions = runtime.memory(8 * num_decisions)
 
     def _bases_of_peers(self) -> Iterator[bytes]:
-        """Yield where the memory of each rank is; 0 for ranks of another node and rail."""
+        """Yield where the memory of each rank is; 0 for ranks that this one never stores to."""
         topology = self._place.topology
+        bases = dict(zip(self._members, self.memory.bases, strict=True))
         peers = {*topology.node_ranks, *topology.rail_ranks}
-        for rank, base in enumerate(self.memory.bases):
-            yield (base if rank in peers else 0).to_bytes(8, "little")
+        for rank in range(topology.num_ranks):
+            yield (bases.get(rank, 0) if rank in peers else 0).to_bytes(8, "little")
+
+    def bases_in_node(self) -> dict[int, int]:
+        """Return where the memory of each rank of this node is."""
+        bases = dict(zip(self._members, self.memory.bases, strict=True))
+        return {rank: bases[rank] for rank in self._place.topology.node_ranks}
 
     def _fill(self, base: kernels.LowLatencyParams, addresses: tuple[int, int]) -> None:
         """Fill what does not change from one operation to the next."""
         topology = self._place.topology
         base.comm.rank = topology.rank
         base.comm.num_ranks = topology.num_ranks
-        patience = PATIENCE if has_nodes(topology) else (1,) * len(PATIENCE)
+        patience = PATIENCE if has_nodes(self._config, topology) else (1,) * len(PATIENCE)
         timeout_ns = int(self._config.timeout_s * 1e9)
         base.comm.timeout_ns = timeout_ns
         base.set_timeouts([factor * timeout_ns for factor in patience])
@@ -230,7 +270,7 @@ class Slots:
         base.comm.failed = self._place.failure.failed_address
         base.comm.bases = self._bases.address
         base.map = self.map
-        base.local = self.memory.bases[topology.rank]
+        base.local = self.local
         base.state = self._state.address
         base.rank_mask, base.late_ranks = addresses
         base.decisions = self._decisions.address
@@ -246,6 +286,11 @@ class Slots:
                 f"{operation}: expected at most num_low_latency_slots = {most} operations in "
                 "flight: call the hook of the oldest first"
             )
+
+    @property
+    def next_slot(self) -> int:
+        """Slot of the operation that is opened next, as kernels count where nothing is replayed."""
+        return self._num_opened % self._config.num_low_latency_slots
 
     def open(self) -> int:
         """Begin an operation; return its number."""

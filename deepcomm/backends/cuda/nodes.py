@@ -35,6 +35,7 @@ from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, Sc
 if TYPE_CHECKING:
     from deepcomm.backends.base import DispatchRequest
     from deepcomm.backends.cuda.exchange import Exchange
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.backends.cuda.tensors import CudaRecord, Forwarded
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
@@ -152,6 +153,11 @@ class NodesEngine:
     def traffic(self) -> tuple[Traffic, Traffic]:
         """Return the counters inside the node and on the rail."""
         return Traffic(self.node), Traffic(self.rail)
+
+    @property
+    def network(self) -> Network | None:
+        """What is between the ranks of a rail, None where they reach each other."""
+        return self.rail.carrier.network
 
     @property
     def rail_name(self) -> str:

@@ -5,14 +5,27 @@ from __future__ import annotations
 
 import ctypes
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from deepcomm.errors import CommTimeout, Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from deepcomm.backends.cuda.runtime import HostMemory
 
-__all__ = ["PROGRESS_BYTES", "Progress"]
+__all__ = ["PROGRESS_BYTES", "Progress", "RailProgress"]
+
+
+class Failure(Protocol):
+    """What is known of a rank's failure."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the buffer can only be closed."""
+
+    def condemn(self, error: Error) -> None:
+        """Let later calls raise: the buffer can only be closed."""
 
 
 class RailProgress(ctypes.Structure):
@@ -51,3 +64,14 @@ class Progress:
             self._seen, self._since = seen, self._now()
         num_gates, num_deliveries = seen
         return num_gates != num_deliveries and self._now() - self._since > self._limit_s
+
+    def watcher(self, failure: Failure, where: str) -> Callable[[], bool]:
+        """Return what says whether a network is to end: the rank has failed, or it is stuck."""
+
+        def has_failed() -> bool:
+            if not failure.failed and self.is_stuck():
+                limit = f"{self._limit_s:g} s"
+                failure.condemn(CommTimeout(f"{where}: the network did not end in {limit}"))
+            return failure.failed
+
+        return has_failed

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// low_latency_refuse_carried: low_latency_refuse where a network carries the rails, which is at work
+// between its launches. PROTOCOLS.md: low latency over carried rails.
+#pragma once
+
+#include "kernels/low_latency/refuse.cuh"
+
+namespace deepcomm::kernels {
+
+struct LowLatencyRefuseCarriedShared : LowLatencyRefuseShared<true> {};
+
+namespace low_latency {
+
+/// Takes the turn and tells node and rail.
+template <typename Shared>
+DEEPCOMM_DEVICE void tell_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
+                                  Operation operation, Shared& shared) {
+    EarlyPeer early;
+    const LowLatencyTurn turn = take_turn(params.base, block, &early);
+    const bool has_peers =
+        open_peers<true>(params.base, operation, block, turn, early, &shared.peers);
+    if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the refusal
+    store_refusal<true>(params, block, turn, shared.peers);
+}
+
+}  // namespace low_latency
+
+extern "C" __global__ void __launch_bounds__(256)
+    low_latency_refuse_carried(const __grid_constant__ LowLatencyRefuseParams params) {
+    using namespace low_latency;
+    const LowLatencyParams& base = params.base;
+    const device::Block block;
+    auto& shared = device::shared_storage<LowLatencyRefuseCarriedShared>();
+    const Operation operation =
+        params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
+    // Nobody awaits anything of a combine of a dispatch that was refused itself; but it has its turn.
+    const bool is_awaited = base.record == nullptr || !base.record[base.record_map.is_void];
+    if (params.step == RefuseStep::kTell) {
+        if (is_awaited) tell_refusal(params, block, operation, shared);
+        return;
+    }
+    if (!may_receive(base, block)) return;
+    const LowLatencyTurn turn = layout::next_turn(base.state->last, base.map.num_slots);
+    find_peers(base, block, &shared.peers);
+    block.sync();  // ORDER: the peers are found
+    if (params.step == RefuseStep::kEnd) {
+        finish_receive<kBothPhases | kOverNodes>(base, block, turn, shared.peers);
+    } else if (is_awaited) {
+        pass_on_beside_refusal(base, block, {operation, turn, shared.refusals}, shared);
+    }
+}
+
+}  // namespace deepcomm::kernels
