@@ -7,6 +7,7 @@ has the refusals of both).
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_nodes_may_call_all_hooks_in_different_orders(seed: int) -> None:
             back[i].finish()
 
     play(PADDED_CASE, body, Settings(seed), **CARRIED)
+
+
+def test_worked_example_of_carried_slots() -> None:
+    """A mirror is the peer's region of it, and own credits are those of the rail's ranks."""
+
+    def body(session: LowLatencySession) -> None:
+        session.low_latency_dispatch(0)
+        slots, own = session.backend.low_latency._open("test").slots, session.rank
+        places, peer = slots.map, 1 - own
+        num_bytes = places.region_bytes()
+        mirror = ctypes.string_at(slots.local + places.mirror_offset(0, 0), num_bytes)
+        region = ctypes.string_at(slots.local + places.header_offset(0, peer), num_bytes)
+        everything = session.group.all_gather((mirror, region))
+        assert everything[peer] == (region, mirror)
+        assert any(mirror)
+        for slot, expected in ((0, 1), (1, 0)):
+            for rank in (own, peer):
+                at = slots.local + places.credit_offset(slot, rank)
+                assert ctypes.c_uint64.from_address(at).value == expected
+
+    play(PAIR, body, **CARRIED)
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------
@@ -280,11 +302,17 @@ def test_graph_of_carried_operations_is_refused() -> None:
     def refuse(group: LocalGroup) -> None:
         with Session(group, PAIR, Oracle(), **CARRIED) as session:
             one = session.low_latency_dispatch(0)
+            flying = session.low_latency_dispatch(1, return_hook=True)
             inputs, rank = session.inputs(0), group.rank
             group.runtime.is_capturing = lambda: True  # type: ignore[method-assign, union-attr]
+            with pytest.raises(InvalidArgument, match="rail: expected 'lsa' while a CUDA graph"):
+                flying.actual.hook()
             with pytest.raises(InvalidArgument, match="rail: expected 'lsa' while a CUDA graph"):
                 session.buffer.low_latency_dispatch(inputs.xs[rank], inputs.ids[rank])
             with pytest.raises(InvalidArgument, match="rail: expected 'lsa' while a CUDA graph"):
                 session.buffer.low_latency_combine(one.actual.x, one.actual.handle)
+            group.runtime.is_capturing = lambda: False  # type: ignore[method-assign, union-attr]
+            flying.finish()
+            session.low_latency_combine(flying)
 
     run_carried(refuse, PAIR)

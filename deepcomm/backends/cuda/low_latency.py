@@ -164,14 +164,18 @@ class LowLatency:
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
         self._place.failure.check_usable(operation)
+        self._check_capture()
+        if self._context is None:
+            self._context = self._reserve(operation)
+        return self._context
+
+    def _check_capture(self) -> None:
+        """Raise InvalidArgument where a graph is being captured that cannot hold these rails."""
         if is_carried(self._config, self._place.topology) and self._place.runtime.is_capturing():
             raise InvalidArgument(
                 "rail: expected 'lsa' while a CUDA graph is captured, got 'nccl': the host has to "
                 "tell the network which slot to carry"
             )
-        if self._context is None:
-            self._context = self._reserve(operation)
-        return self._context
 
     def _reserve(self, operation: str) -> Context:
         if self._config.num_low_latency_slots == 0:
@@ -300,6 +304,7 @@ class LowLatency:
             if not in_flight:
                 raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
             self._place.failure.check_usable(name)
+            self._check_capture()
             flight = in_flight.pop()
             context.slots.settle(number)
             with self._place.runtime.annotate(f"{name}.hook"):
