@@ -99,16 +99,22 @@ class EmulatedCommunicator:
 class EmulatedGinNetwork(GinNetwork):
     """One rank's end of it."""
 
-    def __init__(self, runtime: EmulatedRuntime, group: Group, timeout_s: float) -> None:
+    def __init__(
+        self,
+        runtime: EmulatedRuntime,
+        group: Group,
+        timeout_s: float,
+        traffic_class: int | None,
+    ) -> None:
         device = EmulatedDeviceCommunicator(runtime, group)
         endpoint: Any = Endpoint(
-            EmulatedCommunicator(device), device, device.dev_comm(), "the emulator"
+            EmulatedCommunicator(device),
+            device,
+            device.dev_comm(),
+            f"the emulated network, traffic class {traffic_class}",
         )
         agent: Any = runtime.load("gin_move", {})
         super().__init__(group, runtime, endpoint, agent, timeout_s)  # type: ignore[arg-type]
 
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Moves have deadlines of their own, and real time means nothing here."""
-
-    def describe(self) -> str:
-        return "the emulated network"

@@ -13,7 +13,6 @@ import torch
 from collective.case import Case
 from collective.session import Oracle, Session
 from emulated.cluster import Settings
-from emulated.network import EmulatedNetwork
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer, reference
@@ -28,6 +27,7 @@ from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.network import Network
     from deepcomm.types import CombineOutput, DispatchOutput
 
 T = TypeVar("T")
@@ -89,11 +89,11 @@ class EmulatedBackend:
         )
         self.low_latency = LowLatency(place, config, None)
 
-    def _open_network(self, group: Any) -> EmulatedNetwork | None:
+    def _open_network(self, group: Any) -> Network | None:
         if not is_carried(self.config, self.topology):
             return None
         rail = SubGroup(group, self.topology.rail_ranks)
-        return self.runtime.network(rail, self.config.timeout_s, None)
+        return self.runtime.network(rail, self.config.timeout_s, None, (self.config.rail,))
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         return self._complete(self.low_latency.dispatch(request))

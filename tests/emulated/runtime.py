@@ -265,7 +265,7 @@ class EmulatedRuntime:
     ) -> Network:
         assert self._cluster.settings.has_network
         if tuple(kinds) == ("gin",):
-            return EmulatedGinNetwork(self, group, timeout_s)
+            return EmulatedGinNetwork(self, group, timeout_s, traffic_class)
         assert "nccl" in kinds
         return EmulatedNetwork(self, group, timeout_s, traffic_class)
 

@@ -178,7 +178,8 @@ def test_network_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     def body(session: LowLatencySession) -> None:
         low_latency = session.backend.low_latency
         watched: list[Any] = []
-        low_latency._place.network.watch = watched.append  # type: ignore[union-attr]
+        network = low_latency._place.network
+        network.watch = lambda has_failed, _: watched.append(has_failed)  # type: ignore[union-attr]
         session.low_latency_dispatch(0)
         (has_failed,) = watched
         assert not has_failed()
