@@ -71,9 +71,8 @@ class CudaBackend:
         rail, self._why_rail = choose_rail(config.rail, labels)
         per_node = self.topology.ranks_per_node
         # Which network it is shows when it is opened; it makes no other difference.
-        self.config = replace(
-            config, ranks_per_node=per_node, rail="nccl" if rail == "auto" else rail
-        )
+        rail_of_config = "nccl" if rail == "auto" else rail
+        self.config = replace(config, ranks_per_node=per_node, rail=rail_of_config)
         self._networks = NETWORKS[rail]
         self.buffer_id: bytes = self._group.all_gather(os.urandom(8))[0]
         self._sms = share_sms(self._group, runtime, config.num_sms)
@@ -337,7 +336,7 @@ class CudaBackend:
     def stats(self) -> BufferStats:
         """Return the counters; waits for the operations so far.
 
-        Bytes, rows and waits are those of high-throughput operations.
+        Bytes, rows and waits are those of high-throughput operations; a network's bytes of both.
         """
         self.runtime.flush()
         node, rail = self.engine.traffic()

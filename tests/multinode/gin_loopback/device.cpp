@@ -12,7 +12,7 @@ namespace loopback {
 namespace {
 
 constexpr int kSuccess = 0, kNotReady = 600;
-constexpr int kDeviceOrdinal = 9;       // CUpointer_attribute
+constexpr int kDeviceOrdinal = 9;  // CUpointer_attribute
 constexpr unsigned kUsualContext = 0;
 constexpr unsigned kPortable = 1;       // CU_MEMHOSTREGISTER
 constexpr unsigned kNonBlocking = 1;    // stream: never waits for the default stream
