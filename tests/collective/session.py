@@ -197,6 +197,7 @@ class Session:
         def finish() -> None:
             if actual.hook is not None:
                 actual.hook()
+            wait_for(actual)
             assert_dispatch_equal(
                 actual, expected[self.rank], zero_padding=zero_padding, rank=self.rank
             )
@@ -326,6 +327,7 @@ class Session:
         def finish() -> None:
             if actual.hook is not None:
                 actual.hook()
+            wait_for(actual)
             assert_combine_equal(actual, expected[self.rank], rank=self.rank)
 
         return self._finished(Combined(actual, finish))

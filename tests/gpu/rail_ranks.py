@@ -10,7 +10,7 @@ import pytest
 import torch
 from collective.nodes import bytes_to_other_nodes
 from collective.session import Session
-from gpu.backend_ranks import OPTIONS, TIMEOUT_S, meet
+from gpu.backend_ranks import OPTIONS, TIMEOUT_S, meet, short_timeout_s
 
 from deepcomm import CommError, CommTimeout, InvalidArgument
 from deepcomm.group import as_group
@@ -110,7 +110,7 @@ def settle(session: Session) -> None:
 def miss_a_peer(group: Any, case: Case, how: str) -> float | None:
     """Let the last rank stay away; return after how long the others raise."""
     elapsed_s: float | None = None
-    with Session(group, case, timeout_s=1.0) as session:
+    with Session(group, case, timeout_s=short_timeout_s(case)) as session:
         one = session.low_latency_dispatch(0)
         session.low_latency_combine(one, override=True)
         meet(group)

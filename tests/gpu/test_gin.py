@@ -32,7 +32,7 @@ pytestmark = pytest.mark.gpu(2)
 
 LIMIT_S = 200.0
 SOAK_ROUND_S = 0.5
-FOUND_WITHIN_S = 12.0  # for a timeout_s of 1
+FOUND_WITHIN_S = 40.0  # for a timeout_s of 4
 BASE = replace(cases.base_case(2), ranks_per_node=1, rail="gin")
 
 

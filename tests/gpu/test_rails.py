@@ -27,7 +27,7 @@ pytestmark = pytest.mark.gpu(2)
 
 LIMIT_S = 200.0
 SOAK_ROUND_S = 0.5
-FOUND_WITHIN_S = 8.0  # for a timeout_s of 1
+FOUND_WITHIN_S = 32.0  # for a timeout_s of 4
 APART = {
     "NCCL_P2P_DISABLE": "1",
     "NCCL_SHM_DISABLE": "1",
