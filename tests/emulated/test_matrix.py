@@ -22,10 +22,8 @@ from emulated.conftest import Schedules
 from emulated.host_api import Faults
 from emulated.operations import (
     HIGH_THROUGHPUT_ONLY,
-    SCENARIOS,
     exchange_emulated,
     exchange_until_failure,
-    on_rank,
 )
 from emulated.runtime import EmulatedRuntime, LazyKernel, run_emulated
 
@@ -44,6 +42,7 @@ TOKEN, EXPERT, PADDED = RecvLayout
 WIRES = ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
 MANY_RANKS = 8
 SMALL = Case(num_ranks=3, num_tokens=10)
+APART = Case(num_ranks=2, num_tokens=10, ranks_per_node=1)
 
 WIRE_CASES = [
     replace(SMALL, layout=layout, wire=wire, alignment=8 if layout is EXPERT else 1)
@@ -196,12 +195,9 @@ def test_every_kernel_of_the_backend_is_run(
     for layout, wire in itertools.product(RecvLayout, ("bf16", "fp8")):
         exchange_emulated(schedules()[0], replace(SMALL, layout=layout, wire=wire), Oracle())
     run_emulated(use_low_latency, SMALL.num_ranks, schedules()[0])
-    carried = SCENARIOS["carried"]
-    run_emulated(
-        partial(on_rank, scenario=carried, oracle=Oracle()),
-        carried.case.num_ranks,
-        replace(schedules()[0], has_network=True),
-    )
+    for rail in ("nccl", "gin"):
+        settings = replace(schedules()[0], has_network=True)
+        run_emulated(partial(use_network, rail=rail), APART.num_ranks, settings)
     assert launched == {
         kernel.name for kernel in KERNELS if not kernel.source.startswith("kernels/probe/")
     }
@@ -214,6 +210,23 @@ ANNOTATIONS = [
 ]
 
 
+def use_network(group: LocalGroup, rail: str) -> None:
+    """Operations of both modes and a refusal, where a network is between the ranks."""
+    with Session(group, APART, rail=rail) as session:
+        session.combine(session.dispatch(0))
+        session.low_latency_combine(session.low_latency_dispatch(0))
+        refuse_low_latency(session)
+
+
+def refuse_low_latency(session: Session) -> None:
+    """Let rank 0 bring rows of a wrong size."""
+    hidden = session.case.hidden + 8 * (session.rank == 0)
+    rows = torch.zeros(1, hidden, dtype=torch.bfloat16)
+    # Raised there at once, at the peers where their host hears of it.
+    with contextlib.suppress(CommError, InvalidArgument):
+        session.buffer.low_latency_dispatch(rows, torch.tensor([[0, 1]]))
+
+
 def use_low_latency(group: LocalGroup) -> None:
     """Both operations, a refusal and a mask; nothing is loaded for them but at construction."""
     with Session(group, SMALL) as session:
@@ -224,8 +237,5 @@ def use_low_latency(group: LocalGroup) -> None:
             received.finish()
             session.low_latency_combine(received, return_hook=hook).finish()
         assert group.runtime.annotations == ANNOTATIONS  # type: ignore[union-attr]
-        rows = torch.zeros(1, SMALL.hidden + 8 * (group.rank == 0), dtype=torch.bfloat16)
-        # Raised here at once, at the peers where their host hears of it.
-        with contextlib.suppress(CommError, InvalidArgument):
-            session.buffer.low_latency_dispatch(rows, torch.tensor([[0, 1]]))
+        refuse_low_latency(session)
         session.buffer.set_rank_mask((group.rank + 1) % group.size, False)

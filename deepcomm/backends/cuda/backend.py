@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepcomm.backends.cuda.domain import Machine
-from deepcomm.backends.cuda.engine import DispatchOperation, Engine, FlatEngine, Traffic
+from deepcomm.backends.cuda.engine import DispatchOperation, Engine, FlatEngine, waits_by_rank
 from deepcomm.backends.cuda.failure import Failure, FailureMemory
 from deepcomm.backends.cuda.functions import LowLatencyFunctions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
@@ -120,7 +120,7 @@ class CudaBackend:
             self._group,
             self.runtime,
             self.topology,
-            self.buffer_id,
+            self.buffer_id + self.config.max_tokens_per_rank.to_bytes(4, "little"),
             self.failure,
             self._low_latency_functions,
             self._sms.low_latency,
@@ -214,7 +214,7 @@ class CudaBackend:
                 self.runtime.keep_alive(result)
         return replace(output, event=event)
 
-    def _order_on_current_stream(self, previous_event: Event | None) -> None:
+    def _order_on_current_stream(self, previous_event: Event | None = None) -> None:
         """Make the current stream wait for an event, and for operations on the own stream."""
         if previous_event is not None:
             self.runtime.wait_event(previous_event)
@@ -293,17 +293,22 @@ class CudaBackend:
         """Low-latency dispatch, both phases or the first."""
         request = self._begin_low_latency("low_latency_dispatch", request)
         with self.runtime.annotate("low_latency_dispatch"):
-            return self._end_low_latency(self._low_latency.dispatch(request))
+            return self._end_low_latency(
+                self._low_latency.dispatch(request, self._order_on_current_stream)
+            )
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         request = self._begin_low_latency("low_latency_combine", request)
         with self.runtime.annotate("low_latency_combine"):
-            return self._end_low_latency(self._low_latency.combine(request))
+            return self._end_low_latency(
+                self._low_latency.combine(request, self._order_on_current_stream)
+            )
 
     def _begin_low_latency(self, operation: str, request: Request) -> Request:
         """Order an operation behind those before it; return it with what it still waits for."""
         self._check_open(operation)
+        self._low_latency.check_capture()
         previous_event: Event | None = None
         if request.async_op:
             previous_event = self._order_on_own_stream(request.previous_event)
@@ -349,16 +354,8 @@ class CudaBackend:
             bytes_node=node.bytes_peers,
             bytes_network=self._low_latency.bytes_carried
             + (0 if rail is None else rail.bytes_peers),
-            wait_us=self._waits(node, rail),
+            wait_us=waits_by_rank(self.topology, node, rail),
         )
-
-    def _waits(self, node: Traffic, rail: Traffic | None) -> tuple[int, ...]:
-        """Return how long each rank was awaited; those of other nodes and rails never are."""
-        wait_us = dict(zip(self.topology.node_ranks, node.wait_us, strict=True))
-        if rail is not None:
-            for rank, waited in zip(self.topology.rail_ranks, rail.wait_us, strict=True):
-                wait_us[rank] = wait_us.get(rank, 0) + waited
-        return tuple(wait_us.get(rank, 0) for rank in range(self.topology.num_ranks))
 
     def explain(self) -> str:
         """Return what was chosen and why."""
@@ -371,7 +368,7 @@ class CudaBackend:
             f"{topology.ranks_per_node}: {topology.num_nodes}",
             *self._explain_rail(),
             f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms}); low "
-            f"latency up to {self._sms.low_latency}; {self._sms.num_sharing} rank(s) on the device",
+            f"latency {self._low_latency.num_sms}; {self._sms.num_sharing} rank(s) on the device",
             f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
             f"which can be leased to views, {self.engine.num_reserved} reserved for "
             "graphs",

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from deepcomm.backends.cuda.network import Network
     from deepcomm.config import BufferConfig
     from deepcomm.group import Group
+    from deepcomm.topology import Topology
     from deepcomm.types import CombineOutput, DispatchOutput
 
-__all__ = ["CombineOperation", "DispatchOperation", "Engine", "FlatEngine", "Traffic"]
+__all__ = [
+    "CombineOperation",
+    "DispatchOperation",
+    "Engine",
+    "FlatEngine",
+    "Traffic",
+    "waits_by_rank",
+]
 
 
 class DispatchOperation(Protocol):
@@ -65,6 +73,15 @@ class Traffic:
         counters = domain.workspace.counters.tolist()
         self.bytes_local, self.bytes_peers, self.tokens_received = counters[:3]
         self.wait_us = [wait_ns // 1000 for wait_ns in counters[NUM_COUNTERS:]]
+
+
+def waits_by_rank(topology: Topology, node: Traffic, rail: Traffic | None) -> tuple[int, ...]:
+    """Return how long each rank was awaited; those of other nodes and rails never are."""
+    wait_us = dict(zip(topology.node_ranks, node.wait_us, strict=True))
+    if rail is not None:
+        for rank, waited in zip(topology.rail_ranks, rail.wait_us, strict=True):
+            wait_us[rank] = wait_us.get(rank, 0) + waited
+    return tuple(wait_us.get(rank, 0) for rank in range(topology.num_ranks))
 
 
 class Engine(Protocol):

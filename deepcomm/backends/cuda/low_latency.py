@@ -22,7 +22,7 @@ from deepcomm.backends.cuda.low_latency_operation import (
     CombineOperation,
     Context,
     DispatchOperation,
-    is_known_record,
+    known_record,
 )
 from deepcomm.backends.cuda.low_latency_slots import (
     BOTH,
@@ -35,7 +35,7 @@ from deepcomm.backends.cuda.low_latency_slots import (
 )
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_words import Sizes
-from deepcomm.errors import Error, InvalidArgument, describe_error
+from deepcomm.errors import CommError, Error, InvalidArgument, describe_error
 from deepcomm.group import agree_on
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["LowLatency", "Place"]
 
 Operation = DispatchOperation | CombineOperation
+
+
+def nothing_to_order() -> None:
+    """Do nothing: all operations come on one stream."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +105,7 @@ class LowLatency:
         self._masked = [False] * self._num_ranks
         self.num_dispatches = self.num_combines = self.tokens_sent = 0
         self._bytes_carried_before = previous.bytes_carried if previous else 0
+        self._is_closed = False
         for rank, masked in enumerate(previous.rank_mask() if previous else ()):
             if masked:
                 self.set_masked(rank, True)
@@ -111,6 +116,13 @@ class LowLatency:
         return 0 if self._context is None else self._context.slots.memory.num_bytes
 
     @property
+    def num_sms(self) -> int:
+        """How many SMs kernels may fill."""
+        if not is_carried(self._config, self._place.topology):
+            return self._place.num_sms
+        return min(self._place.num_sms, sms_beside_network(self._place.runtime.num_sms))
+
+    @property
     def bytes_carried(self) -> int:
         """Bytes that a network has been given for other ranks; those of an earlier size count."""
         carrier = None if self._context is None else self._context.carrier
@@ -118,6 +130,7 @@ class LowLatency:
 
     def close(self) -> None:
         """Give the symmetric memory back; idempotent."""
+        self._is_closed = True
         if self._context is not None:
             if self._context.carrier is not None:
                 self._context.carrier.leave()
@@ -144,7 +157,8 @@ class LowLatency:
         """
         if masked and is_carried(self._config, self._place.topology):
             raise InvalidArgument(
-                "rail: expected 'lsa' to mask ranks, got 'nccl': a network waits for all of them"
+                f"rail: expected 'lsa' to mask ranks, got {self._config.rail!r}: a network waits "
+                "for all of them"
             )
         params = kernels.LowLatencyMaskParams()
         params.rank_mask = self._mask.address
@@ -164,17 +178,17 @@ class LowLatency:
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
         self._place.failure.check_usable(operation)
-        self._check_capture()
+        self.check_capture()
         if self._context is None:
             self._context = self._reserve(operation)
         return self._context
 
-    def _check_capture(self) -> None:
+    def check_capture(self) -> None:
         """Raise InvalidArgument where a graph is being captured that cannot hold these rails."""
         if is_carried(self._config, self._place.topology) and self._place.runtime.is_capturing():
             raise InvalidArgument(
-                "rail: expected 'lsa' while a CUDA graph is captured, got 'nccl': the host has to "
-                "tell the network which slot to carry"
+                "rail: expected 'lsa' while a CUDA graph is captured, got "
+                f"{self._config.rail!r}: the host has to tell the network which slot to carry"
             )
 
     def _reserve(self, operation: str) -> Context:
@@ -188,17 +202,14 @@ class LowLatency:
             )
         late_ranks = self._late_memory.device_address
         slots = Slots(self._place, self._config, self._mask, late_ranks)
-        carrier, num_sms = self._open_carrier(slots), self._place.num_sms
-        if carrier is not None:
-            num_sms = min(num_sms, sms_beside_network(self._place.runtime.num_sms))
         return Context(
             slots,
-            carrier,
+            self._open_carrier(slots),
             self._place.functions,
             self._config,
             self._sizes,
             self._place.buffer_id,
-            num_sms,
+            self.num_sms,
             torch.zeros((), dtype=torch.bool, device=self._sizes.device),
         )
 
@@ -233,7 +244,7 @@ class LowLatency:
         is_masking = getattr(request, "on_timeout", None) == "mask"
         params.base.mask_late = is_masking and context.carrier is None
         params.set_message(describe_error(error))
-        record = is_known_record(request) if operation == COMBINE else None
+        record = known_record(request, context.buffer_id) if operation == COMBINE else None
         if record is not None:
             record.fill(params.base)
         if context.carrier is not None:
@@ -304,7 +315,9 @@ class LowLatency:
             if not in_flight:
                 raise InvalidArgument(f"{name}: expected one call of its hook, got a second")
             self._place.failure.check_usable(name)
-            self._check_capture()
+            if self._is_closed:
+                raise CommError(f"{name}: the buffer has been closed, or has grown, since the call")
+            self.check_capture()
             flight = in_flight.pop()
             context.slots.settle(number)
             with self._place.runtime.annotate(f"{name}.hook"):
@@ -327,26 +340,35 @@ class LowLatency:
 
     # ---- the operations
 
-    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
-        """Send and receive in one launch; or send, and leave the rest to the hook."""
+    def dispatch(
+        self, request: DispatchRequest, order_refusal: Callable[[], None] = nothing_to_order
+    ) -> DispatchOutput:
+        """Send and receive in one launch; or send, and leave the rest to the hook.
+
+        ``order_refusal`` lets the current stream wait for operations on others.
+        """
         context = self._open(DISPATCH)
         try:
             context.slots.check_free(DISPATCH)
             operation = DispatchOperation(context, request)
         except Exception as error:
+            order_refusal()
             self._refuse_if_open(context, DISPATCH, request, error)
             raise
         self.num_dispatches += 1
         self.tokens_sent += operation.plan.num_tokens
         return operation.output(*self._run(context, request, operation))
 
-    def combine(self, request: CombineRequest) -> CombineOutput:
-        """Send and receive in one launch; or send, and leave the rest to the hook."""
+    def combine(
+        self, request: CombineRequest, order_refusal: Callable[[], None] = nothing_to_order
+    ) -> CombineOutput:
+        """Send and receive in one launch; or send, and leave the rest to the hook; as dispatch."""
         context = self._open(COMBINE)
         try:
             context.slots.check_free(COMBINE)
             operation = CombineOperation(context, request)
         except Exception as error:
+            order_refusal()
             self._refuse_if_open(context, COMBINE, request, error)
             raise
         self.num_combines += 1

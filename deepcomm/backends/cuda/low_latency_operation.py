@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.types import DispatchOutput, Event
 
-__all__ = ["CombineOperation", "Context", "DispatchOperation", "is_known_record"]
+__all__ = ["CombineOperation", "Context", "DispatchOperation", "known_record"]
 
 
 class DispatchOperation:
@@ -130,8 +130,10 @@ class CombineOperation:
         return CombineOutput(self._x, self._topk_weights, event, hook)
 
 
-def is_known_record(request: Any) -> Record | None:
+def known_record(request: Any, buffer_id: bytes) -> Record | None:
     """Return the record of a combine's handle if it can be trusted."""
     handle = getattr(request, "handle", None)
     record = handle.records if isinstance(handle, Handle) else None
-    return record if isinstance(record, Record) and record.is_complete else None
+    if not isinstance(record, Record) or record.buffer_id != buffer_id:
+        return None
+    return record if record.is_complete else None

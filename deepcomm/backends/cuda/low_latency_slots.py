@@ -91,6 +91,7 @@ class Place:
     """Where the operations of one buffer take place.
 
     Attributes:
+        buffer_id: Of the buffer at its present size, alike on its ranks.
         num_sms: SMs that this rank's kernels may count on.
         network: Between the ranks of a rail, None where they reach each other.
     """

@@ -130,7 +130,7 @@ class Record:
     """What a ``Handle`` keeps.
 
     Attributes:
-        buffer_id: Of the buffer, alike on its ranks: its slots mean nothing to another.
+        buffer_id: Of the buffer at a size, alike on its ranks: its slots mean nothing to another.
         words: int32, as in ``map``.
         is_complete: Whether the receive phase has been launched.
     """
@@ -149,7 +149,9 @@ class Record:
         """
         record = handle.records
         if not isinstance(record, Record) or record.buffer_id != buffer_id:
-            raise InvalidArgument("handle: expected one of this buffer, got one of another")
+            raise InvalidArgument(
+                "handle: expected one of this buffer, got one of another, or from before it grew"
+            )
         if not record.is_complete:
             raise InvalidArgument("handle: expected the hook of its dispatch to have been called")
         return record

@@ -12,7 +12,7 @@ from deepcomm._C import nccl
 from deepcomm.backends.cuda.gin import Endpoint, GinNetwork
 from deepcomm.backends.cuda.gin_facts import GinFacts, GinProperties
 from deepcomm.backends.cuda.nccl import NcclNetwork, default_library, label_of, meet_nccl
-from deepcomm.errors import Error, NcclError
+from deepcomm.errors import NcclError, describe_error
 from deepcomm.group import Group, SubGroup
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def _all_have(group: Group, produce: Callable[[], T]) -> T:
     reason = None
     try:
         made.append(produce())
-    except Error as error:
-        reason = str(error)
+    except Exception as error:  # noqa: BLE001  # the others wait for what this rank says
+        reason = describe_error(error)
     whole = group.whole if isinstance(group, SubGroup) else group
     for rank, theirs in enumerate(whole.all_gather(reason)):
         if theirs is not None:
@@ -186,6 +186,6 @@ def _all_have_made(group: Group, make: Callable[[], GinNetwork]) -> GinNetwork:
     """Return a network that is made collectively, and that fails on all ranks or on none."""
     try:
         return make()
-    except Error as error:
+    except Exception as error:
         rank = group.whole.rank if isinstance(group, SubGroup) else group.rank
-        raise _NoGinError(f"rank {rank}: {error}") from error
+        raise _NoGinError(f"rank {rank}: {describe_error(error)}") from error

@@ -82,12 +82,16 @@ class NodesEngine:
             machine,
             Position(topology.local, ranks_per_node, is_rail=True, networks=networks),
         )
-        self.node = Domain(
-            SubGroup(group, topology.node_ranks),
-            node_config(config, num_nodes),
-            machine,
-            Position(topology.node_ranks[0], 1, num_origins=num_nodes),
-        )
+        try:
+            self.node = Domain(
+                SubGroup(group, topology.node_ranks),
+                node_config(config, num_nodes),
+                machine,
+                Position(topology.node_ranks[0], 1, num_origins=num_nodes),
+            )
+        except BaseException:
+            self.rail.close()  # its network is at work already
+            raise
         self.landing: torch.Tensor | None = self._lease(self.rail.exchange)
 
     @property
