@@ -24,7 +24,7 @@ from emulated.test_trouble import (
 )
 
 from deepcomm import RecvLayout
-from deepcomm.errors import CommError
+from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
@@ -246,3 +246,29 @@ def test_low_latency_operations_follow_asynchronous_ones(schedules: Schedules) -
 
     for settings in itertools.islice(schedules(), 1):
         run_emulated(dispatch_thrice, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_low_latency_of_a_smaller_buffer_is_refused(schedules: Schedules, nodes: str) -> None:
+    """Its slots are gone: an operation in flight cannot be received, nor a handle be used."""
+    case = layout_case(PADDED, nodes)
+
+    def outlive(group: LocalGroup) -> None:
+        with Session(group, case, Oracle(), max_tokens_per_rank=2, growable=True) as session:
+            arguments, buffer = dispatch_arguments(session), session.buffer
+            few = {"x": arguments["x"][:2], "topk_idx": arguments["topk_idx"][:2]}
+            few["recv_layout"] = PADDED
+            whole = buffer.low_latency_dispatch(**few)
+            flying = buffer.low_latency_dispatch(**few, return_hook=True)
+            buffer.dispatch(**arguments)
+            with pytest.raises(CommError, match=r"has grown, since the call$"):
+                flying.hook()
+            y = torch.zeros(whole.x.shape, dtype=torch.bfloat16)
+            with pytest.raises(InvalidArgument, match=r"from before it grew$"):
+                buffer.low_latency_combine(y, whole.handle, apply_weights=False)
+            flying = buffer.low_latency_dispatch(**few, return_hook=True)
+        with pytest.raises(CommError, match="low_latency_dispatch: the buffer has been closed"):
+            flying.hook()
+
+    for settings in schedules():
+        run_emulated(outlive, case.num_ranks, settings)
