@@ -20,7 +20,16 @@ from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument, describe
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Group", "SubGroup", "agree", "agree_on", "alone_of", "as_group", "members_of"]
+__all__ = [
+    "Group",
+    "SubGroup",
+    "agree",
+    "agree_on",
+    "alone_of",
+    "as_group",
+    "members_of",
+    "whole_of",
+]
 
 T = TypeVar("T")
 
@@ -141,7 +150,7 @@ class SubGroup:
 
 def alone_of(group: Group) -> SubGroup:
     """Return this rank as a group of its own, while all ranks of the whole make theirs."""
-    whole = group.whole if isinstance(group, SubGroup) else group
+    whole = whole_of(group)
     return SubGroup(whole, (whole.rank,))
 
 
@@ -178,7 +187,7 @@ def agree(group: Group, what: str, produce: Callable[[], T]) -> list[T]:
         value = produce()
     except Exception as error:  # noqa: BLE001  # raised below, once the peers know
         failure = error
-    whole = group.whole if isinstance(group, SubGroup) else group
+    whole = whole_of(group)
     entries = whole.all_gather((value, None if failure is None else describe_error(failure)))
     if failure is not None:
         raise failure
@@ -197,6 +206,11 @@ def agree_on(group: Group, what: str, produce: Callable[[], T]) -> T:
     results: list[T] = []
     agree(group, what, lambda: results.append(produce()))
     return results[0]
+
+
+def whole_of(group: Group) -> Group:
+    """Return the group that a group is a part of, or itself."""
+    return group.whole if isinstance(group, SubGroup) else group
 
 
 def members_of(group: Group) -> Sequence[int]:

@@ -13,6 +13,7 @@ import torch
 
 from deepcomm.errors import InvalidArgument
 from deepcomm.group import agree, as_group
+from deepcomm.types import ScaledTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         Event,
         Handle,
         RecvLayout,
-        ScaledTensor,
     )
 
 OnTimeout = Literal["raise", "mask"]
@@ -56,6 +56,11 @@ class DispatchRequest:
     expert_token_stats: torch.Tensor | None = None
     wait_us_stats: torch.Tensor | None = None
     low_latency: bool = False
+
+    @property
+    def sends_fp8(self) -> bool:
+        """Whether rows travel as FP8; also where some arguments are wrong."""
+        return self.quantize is not None or isinstance(self.x, ScaledTensor)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

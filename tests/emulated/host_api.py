@@ -15,6 +15,18 @@ HOST_RANK = -1
 WAIT_NONE, WAIT_STREAM, WAIT_WORD = range(3)
 
 
+class KernelArguments(Structure):
+    """Arguments of a kernel of the tests' own, as ``Runtime.launch`` takes them."""
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
+
+    @property
+    def num_bytes(self) -> int:
+        return ctypes.sizeof(self)
+
+
 @dataclass(frozen=True)
 class Faults:
     """What goes wrong in a run, in virtual nanoseconds; see csrc/emu/cluster.hpp."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from collective.case import Case
 from collective.session import Oracle, Session
-from emulated.cluster import Settings
+from emulated.cluster import RankStopped, Settings
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer, reference
@@ -165,6 +165,18 @@ def play(
             return body(session)
 
     return run_emulated(on_rank, case.num_ranks, settings)
+
+
+def outcome_of_rounds(session: LowLatencySession) -> str:
+    """Dispatch and combine some times; return how that ended where a rank may be stopped."""
+    try:
+        for round_idx in range(4):
+            session.low_latency_combine(session.low_latency_dispatch(round_idx))
+    except CommTimeout:
+        return "timeout"
+    except RankStopped:
+        return "stopped"
+    return "done"
 
 
 def go_apart(session: LowLatencySession, others: list[int]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from emulated.host_api import KernelArguments
+
 from deepcomm.jit import Kernel
 
 if TYPE_CHECKING:
@@ -62,21 +64,13 @@ class CPeer(ctypes.Structure):
     )
 
 
-class CParams(ctypes.Structure):
+class CParams(KernelArguments):
     _fields_ = (
         ("comm", CComm),
         ("num_peers", ctypes.c_int32),
         ("peers", CPeer * MAX_PEERS),
         ("broken", ctypes.c_void_p),
     )
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self)
-
-    @property
-    def num_bytes(self) -> int:
-        return ctypes.sizeof(self)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from emulated.host_api import KernelArguments
 from emulated.network import CComm
 
 from deepcomm.jit import Kernel
@@ -18,7 +19,7 @@ SIGNAL = Kernel("stream_signal", "streams.cuh")
 WAIT = Kernel("stream_wait", "streams.cuh")
 
 
-class CStream(ctypes.Structure):
+class CStream(KernelArguments):
     """kernels::StreamParams."""
 
     _fields_ = (
@@ -27,14 +28,6 @@ class CStream(ctypes.Structure):
         ("value", ctypes.c_uint64),
         ("broken", ctypes.c_void_p),
     )
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self)
-
-    @property
-    def num_bytes(self) -> int:
-        return ctypes.sizeof(self)
 
 
 @dataclass(frozen=True)

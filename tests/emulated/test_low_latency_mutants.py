@@ -220,17 +220,23 @@ def build_mutated() -> tuple[Variant, list[Mutant]]:
     return mutate(TWINS + NODES_TWINS)
 
 
+def goes_wrong(
+    case: Case, body: Callable[[LowLatencySession], None], settings: Settings, **options: Any
+) -> bool:
+    """Whether anything does: a race, a deadlock, wrong results, a time-out all count."""
+    try:
+        play(case, body, settings, **options)
+    except (Exception, pytest.fail.Exception):  # noqa: BLE001
+        return True
+    return False
+
+
 def fails(name: str, mutant: int, seed: int) -> bool:
     """Whether a scene notices a mutant under one schedule."""
     scene = (SCENES | NODES_SCENES)[name]
     options: dict[str, Any] = {"num_low_latency_slots": 3}
     settings = Settings(seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4))
-    try:
-        play(scene.case, scene.body, settings, **options)
-    # A race, a deadlock, wrong results, a time-out: all count.
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001
-        return True
-    return False
+    return goes_wrong(scene.case, scene.body, settings, **options)
 
 
 @pytest.fixture(autouse=True)

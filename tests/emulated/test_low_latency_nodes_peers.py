@@ -11,9 +11,15 @@ import torch
 from collective.case import Case
 from collective.nodes import LOW_LATENCY_TWO_BY_TWO
 from collective.scenario import lose_after_dispatch
-from emulated.cluster import RankStopped, Settings
+from emulated.cluster import Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, go_apart, play, use_small_blocks
+from emulated.low_latency import (
+    LowLatencySession,
+    go_apart,
+    outcome_of_rounds,
+    play,
+    use_small_blocks,
+)
 
 from deepcomm import CommTimeout, RecvLayout
 
@@ -70,19 +76,8 @@ def come_alone(session: LowLatencySession, one: Any, how: str) -> None:
 def test_rank_of_a_node_stopped_midway_never_hangs(stop_at_ns: int, seed: int) -> None:
     """Wherever it stops, the others finish or time out, and what they delivered is right."""
     stopped = 3
-
-    def body(session: LowLatencySession) -> str:
-        try:
-            for round_idx in range(4):
-                session.low_latency_combine(session.low_latency_dispatch(round_idx))
-        except CommTimeout:
-            return "timeout"
-        except RankStopped:
-            return "stopped"
-        return "done"
-
     faults = Faults(stop_rank=stopped, stop_at_ns=stop_at_ns)
-    outcomes = play(PADDED_CASE, body, Settings(seed, faults))
+    outcomes = play(PADDED_CASE, outcome_of_rounds, Settings(seed, faults))
     assert outcomes[stopped] in ("stopped", "done")
     assert set(outcomes[:stopped]) <= {"timeout", "done"}
     assert outcomes[stopped] == "done" or "timeout" in outcomes

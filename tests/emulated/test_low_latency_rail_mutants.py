@@ -11,11 +11,11 @@ import pytest
 from collective.case import Case
 from emulated.build import PLAIN, Variant
 from emulated.cluster import Settings
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import LowLatencySession, use_small_blocks
 from emulated.mutants import LOW_LATENCY as FOLDER
 from emulated.mutants import Mutant, Twin, mutate
 from emulated.test_low_latency import combine_unaware
-from emulated.test_low_latency_mutants import flights, refusal
+from emulated.test_low_latency_mutants import flights, goes_wrong, refusal
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier
@@ -107,12 +107,7 @@ def fails(name: str, seed: int, variant: Variant, mutant: int = 0) -> bool:
     """Whether a scene notices a mutant under one schedule."""
     options: dict[str, Any] = {"num_low_latency_slots": 3, "rail": "nccl"}
     settings = Settings(seed, variant=variant, mutant=mutant, num_sms=1 + seed % 3)
-    try:
-        play(NODES, SCENES[name], settings, **options)
-    # A race, a deadlock, wrong results, a time-out: all count.
-    except (Exception, pytest.fail.Exception):  # noqa: BLE001
-        return True
-    return False
+    return goes_wrong(NODES, SCENES[name], settings, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,15 @@ from collective.case import Case
 from collective.nodes import LOW_LATENCY_CASES, LOW_LATENCY_SLOW_CASES, LOW_LATENCY_TWO_BY_TWO
 from collective.scenario import exchange_in
 from collective.session import Oracle, Session
-from emulated.cluster import RankStopped, Settings
+from emulated.cluster import Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, combine_what_cancels, play, use_small_blocks
+from emulated.low_latency import (
+    LowLatencySession,
+    combine_what_cancels,
+    outcome_of_rounds,
+    play,
+    use_small_blocks,
+)
 from emulated.runtime import run_emulated
 from emulated.test_low_latency import all_operations
 from emulated.test_low_latency_mutants import flights
@@ -153,19 +159,8 @@ def test_rank_that_does_not_come_over_a_network_times_out(case: Case, how: str) 
 @pytest.mark.parametrize("stopped", [3, 7])
 def test_what_stops_midway_never_hangs(stopped: int, stop_at_ns: int) -> None:
     """A rank, or its network alone: the others finish or time out, and what they have is right."""
-
-    def body(session: LowLatencySession) -> str:
-        try:
-            for round_idx in range(4):
-                session.low_latency_combine(session.low_latency_dispatch(round_idx))
-        except CommTimeout:
-            return "timeout"
-        except RankStopped:
-            return "stopped"
-        return "done"
-
     faults = Faults(stop_rank=stopped, stop_at_ns=stop_at_ns)
-    outcomes = play(PADDED_CASE, body, Settings(0, faults), **CARRIED)
+    outcomes = play(PADDED_CASE, outcome_of_rounds, Settings(0, faults), **CARRIED)
     assert set(outcomes) <= {"timeout", "done", "stopped"}
     assert "stopped" not in outcomes[:3]
     assert outcomes == ["done"] * 4 or "timeout" in outcomes

@@ -18,7 +18,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.network import Message, Span
-from deepcomm.backends.cuda.progress import PROGRESS_BYTES, Progress
+from deepcomm.backends.cuda.progress import PATIENCE, PROGRESS_BYTES, Progress
 from deepcomm.errors import Error, InvalidArgument
 from deepcomm.fp8 import num_scale_words
 from deepcomm.types import ScaledTensor
@@ -39,8 +39,6 @@ MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
 """Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
 CHUNK_ROWS: Final = 4  # layout::kPushChunk
-PATIENCE: Final = 2
-"""How many ``timeout_s`` a network may take: its peers may be late by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +83,9 @@ class RowBytes:
         is_ue8m0 = request.scale_format == "ue8m0"
         if isinstance(request.x, ScaledTensor):
             is_ue8m0 = request.x.scales.dtype != torch.float32
-        is_fp8 = request.quantize is not None or isinstance(request.x, ScaledTensor)
         return RowBytes(
-            row=hidden * (1 if is_fp8 else 2),
-            scales=4 * num_scale_words(hidden, is_ue8m0=is_ue8m0) * is_fp8,
+            row=hidden * (1 if request.sends_fp8 else 2),
+            scales=4 * num_scale_words(hidden, is_ue8m0=is_ue8m0) * request.sends_fp8,
             num_topk=num_topk,
             weights=4 * num_topk * (request.topk_weights is not None),
         )

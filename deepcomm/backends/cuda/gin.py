@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.gin_record import MoveRecord
 from deepcomm.backends.cuda.gin_windows import Windows
+from deepcomm.backends.cuda.progress import PATIENCE, watch
 from deepcomm.errors import CommError, CommTimeout, Error, InvalidArgument
 from deepcomm.group import agree_on, alone_of, members_of
 
@@ -36,9 +37,6 @@ __all__ = ["Endpoint", "GinNetwork"]
 
 NUM_SLOTS: Final = 32
 """Moves that the host may be ahead of the device."""
-PATIENCE: Final = 2
-"""How many ``timeout_s`` the agent waits: peers may be late by one."""
-WATCH_S: Final = 0.2
 GRACE_S: Final = 5.0
 """How long agents may take to leave once they are told to."""
 POLL_S: Final = 0.001
@@ -228,11 +226,16 @@ class GinNetwork:
         self._failed_address = address
 
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
-        """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
-        arguments = (self._record, has_failed, condemn, self._ended)
-        threading.Thread(
-            target=abort_after, args=arguments, name="deepcomm-gin-watch", daemon=True
-        ).start()
+        """Abort once ``has_failed()``; tell what a move has run into by itself."""
+        record = self._record
+
+        def is_over() -> bool:
+            if (error := record.error()) is None:
+                return has_failed()
+            condemn(error)
+            return True
+
+        watch(self.name, is_over, record.abort, self._ended)
 
     def close(self) -> None:
         """Wait for this rank's moves and leave; idempotent."""
@@ -274,19 +277,3 @@ class GinNetwork:
     def describe(self) -> str:
         """Return NCCL's version and file."""
         return f"GIN of {self._endpoint.label}"
-
-
-def abort_after(
-    record: MoveRecord,
-    has_failed: Callable[[], bool],
-    condemn: Callable[[Error], None],
-    ended: threading.Event,
-) -> None:
-    """Abort moves once something has failed, unless the network has ended before."""
-    while not ended.wait(WATCH_S):
-        if (error := record.error()) is not None:
-            condemn(error)
-            return
-        if has_failed():
-            record.abort()
-            return

@@ -178,7 +178,6 @@ class LowLatency:
     def _open(self, operation: str) -> Context:
         """Return what operations need; the first one reserves it, which is collective."""
         self._place.failure.check_usable(operation)
-        self.check_capture()
         if self._context is None:
             self._context = self._reserve(operation)
         return self._context

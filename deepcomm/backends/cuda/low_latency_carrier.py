@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_slots import ANNOUNCE, PASS_ON, RECEIVE, SEND
 from deepcomm.backends.cuda.network import Message, Span
-from deepcomm.backends.cuda.progress import PROGRESS_BYTES, Progress, RailProgress
+from deepcomm.backends.cuda.progress import PATIENCE, PROGRESS_BYTES, Progress, RailProgress
 from deepcomm.errors import Error
-from deepcomm.types import RecvLayout, ScaledTensor
+from deepcomm.types import RecvLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,6 @@ __all__ = ["SlotCarrier", "sms_beside_network"]
 
 CREDIT_BYTES: Final = 8
 TELL, PASS_ON_REFUSAL, END = range(3)  # kernels::RefuseStep
-PATIENCE: Final = 2
-"""How many ``timeout_s`` a network may take: its peers may be late by one."""
 NETWORK_SMS: Final = 16
 """Left to the network's kernels, which run beside those that wait inside a node."""
 
@@ -180,7 +178,7 @@ class SlotCarrier:
 
     def refuse(self, params: kernels.LowLatencyRefuseParams, request: Any, slot: int) -> None:
         """Take an operation's turn without delivering; the network carries what peers await."""
-        is_half = not params.is_combine and is_fp8(request)
+        is_half = not params.is_combine and request.sends_fp8
         has_weights = bool(params.is_combine) and has_source_weights(request)
         num_bytes = int((self._fp8_map if is_half else self._map).region_bytes())
         params.base.comm.bases = self._stores_to.address
@@ -201,12 +199,7 @@ class SlotCarrier:
         self._place.runtime.launch(self._place.functions.refuse, 1, params)
 
 
-def is_fp8(request: Any) -> bool:
-    """Return whether a dispatch, some of whose arguments may be wrong, sends FP8 rows."""
-    return request.quantize is not None or isinstance(request.x, ScaledTensor)
-
-
 def has_source_weights(request: Any) -> bool:
-    """Return whether a combine, likewise, is given weights at the sources."""
+    """Return whether a combine, perhaps a wrong one, is given weights at the sources."""
     is_token = getattr(request.handle, "recv_layout", None) is RecvLayout.TOKEN
     return request.topk_weights is not None and bool(request.apply_weights) and not is_token

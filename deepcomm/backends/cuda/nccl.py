@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from deepcomm._C import nccl
+from deepcomm.backends.cuda.progress import watch
 from deepcomm.errors import NcclError
 from deepcomm.group import agree, check_equal, members_of
 
@@ -35,7 +36,6 @@ __all__ = [
 
 WHAT: Final = "NCCL"
 LIBRARY: Final = "libnccl.so.2"
-WATCH_S: Final = 0.2
 
 logger = logging.getLogger("deepcomm")
 
@@ -169,12 +169,9 @@ class NcclNetwork:
         """Do nothing: a move ends early only where it is aborted, after the failure."""
 
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
-        """Abort once ``has_failed()``, from a thread: the program may be waiting for the device."""
+        """Abort once ``has_failed()``."""
         del condemn  # NCCL's kernels tell nothing
-        arguments = (self._native, has_failed, self._ended)
-        threading.Thread(
-            target=abort_after, args=arguments, name="deepcomm-nccl-watch", daemon=True
-        ).start()
+        watch(self.name, has_failed, self._native.abort, self._ended)
 
     def close(self) -> None:
         """Wait for this rank's moves and leave; idempotent."""
@@ -213,16 +210,6 @@ def meet_nccl(
     if options.max_ctas is not None:
         config.max_ctas = options.max_ctas
     return found, _meet(group, lambda: nccl.Communicator(device, found, config, options.timeout_s))
-
-
-def abort_after(
-    native: nccl.Communicator, has_failed: Callable[[], bool], ended: threading.Event
-) -> None:
-    """Abort a communicator once something has failed, unless it has ended before."""
-    while not ended.wait(WATCH_S):
-        if has_failed():
-            native.abort()
-            return
 
 
 def _agree_on_id(group: Group, find: Callable[[], nccl.Library]) -> tuple[nccl.Library, bytes]:

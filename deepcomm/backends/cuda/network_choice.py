@@ -13,7 +13,7 @@ from deepcomm.backends.cuda.gin import Endpoint, GinNetwork
 from deepcomm.backends.cuda.gin_facts import GinFacts, GinProperties
 from deepcomm.backends.cuda.nccl import NcclNetwork, default_library, label_of, meet_nccl
 from deepcomm.errors import NcclError, describe_error
-from deepcomm.group import Group, SubGroup
+from deepcomm.group import members_of, whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deepcomm.backends.cuda.device import CudaFunction, CudaRuntime
     from deepcomm.backends.cuda.nccl import NcclOptions
     from deepcomm.backends.cuda.network import Network
+    from deepcomm.group import Group
 
 __all__ = ["OLDEST_GIN", "gin_headers_of", "is_railed", "loaded_nccl_headers", "open_network"]
 
@@ -175,8 +176,7 @@ def _all_have(group: Group, produce: Callable[[], T]) -> T:
         made.append(produce())
     except Exception as error:  # noqa: BLE001  # the others wait for what this rank says
         reason = describe_error(error)
-    whole = group.whole if isinstance(group, SubGroup) else group
-    for rank, theirs in enumerate(whole.all_gather(reason)):
+    for rank, theirs in enumerate(whole_of(group).all_gather(reason)):
         if theirs is not None:
             raise _NoGinError(f"rank {rank}: {theirs}")
     return made[0]
@@ -187,5 +187,5 @@ def _all_have_made(group: Group, make: Callable[[], GinNetwork]) -> GinNetwork:
     try:
         return make()
     except Exception as error:
-        rank = group.whole.rank if isinstance(group, SubGroup) else group.rank
+        rank = members_of(group)[group.rank]
         raise _NoGinError(f"rank {rank}: {describe_error(error)}") from error

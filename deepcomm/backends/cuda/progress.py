@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from deepcomm.errors import CommTimeout, Error
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
     from deepcomm.backends.cuda.runtime import HostMemory
 
-__all__ = ["PROGRESS_BYTES", "Progress", "RailProgress"]
+__all__ = ["PATIENCE", "PROGRESS_BYTES", "Progress", "RailProgress", "watch"]
+
+PATIENCE: Final = 2
+"""How many ``timeout_s`` a network may take: its peers may be late by one."""
+WATCH_S: Final = 0.2
 
 
 class Failure(Protocol):
@@ -75,3 +80,21 @@ class Progress:
             return failure.failed
 
         return has_failed
+
+
+def watch(
+    name: str, has_failed: Callable[[], bool], abort: Callable[[], None], ended: threading.Event
+) -> None:
+    """Call ``abort`` once ``has_failed()``, unless ``ended`` was set before.
+
+    From a thread: the program may be waiting for the device. What it is given must not keep the
+    network alive, whose end sets ``ended``.
+    """
+
+    def look() -> None:
+        while not ended.wait(WATCH_S):
+            if has_failed():
+                abort()
+                return
+
+    threading.Thread(target=look, name=f"deepcomm-{name}-watch", daemon=True).start()
