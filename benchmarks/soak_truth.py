@@ -132,16 +132,18 @@ class Truth:
         order = self.tokens.ids[own].argsort(1)
         ids = self.tokens.ids[own].gather(1, order)
         weights = self.tokens.weights[own].gather(1, order)
+        factors = factor_of(ids)
+        terms = (rows[own].float()[:, None] * factors[..., None]).bfloat16().float()
+        if weighted:
+            terms = weights[..., None] * terms
         total = torch.zeros(rows[own].shape, device=ids.device)
         for rank in range(self.num_ranks):
             is_there = (ids >= 0) & (ids // self.num_local == rank)
             if layout is RecvLayout.TOKEN:
                 is_there &= is_there.cumsum(1) == 1
             partial = torch.zeros_like(total)
-            for k in range(ids.shape[1]):
-                row = work(rows[own], factor_of(ids[:, k])).float()
-                term = weights[:, k, None] * row if weighted else row
-                partial = torch.where(is_there[:, k, None], partial + term, partial)
+            for term in terms.masked_fill(~is_there[..., None], 0).unbind(1):
+                partial += term
             total = total + partial.bfloat16().float()
         return total.bfloat16()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ("--device", "cpu", "--tokens", "12", "--hidden", "256", "--experts", "16", "--topk", "4")
 AMOUNTS = ("--low-latency", "20", "--high-throughput", "60")
-WITHOUT_WEIGHTS = "term = weights[:, k, None] * row if weighted else row"
+WEIGHTED = "terms = weights[..., None] * terms"
 
 
 def soak(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -30,8 +30,8 @@ def test_soak_finds_nothing_wrong() -> None:
 def test_soak_finds_a_wrong_sum(tmp_path: Path) -> None:
     (tmp_path / "soak.py").write_text((BENCHMARKS / "soak.py").read_text())
     truth = (BENCHMARKS / "soak_truth.py").read_text()
-    assert WITHOUT_WEIGHTS in truth
-    (tmp_path / "soak_truth.py").write_text(truth.replace(WITHOUT_WEIGHTS, "term = row"))
+    assert WEIGHTED in truth
+    (tmp_path / "soak_truth.py").write_text(truth.replace(WEIGHTED, "pass"))
     done = soak(tmp_path)
     assert done.returncode != 0
     assert "wrong in the last of" in done.stderr
