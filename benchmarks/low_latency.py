@@ -37,6 +37,7 @@ from deepcomm.testing.oracle import (
 from deepcomm.testing.spawn import run_processes
 
 TIMEOUT_S = 20.0  # of a wait on the device
+PAIRS_IN_A_ROW = 20
 BACKLOG_CYCLES = 5_000_000
 """Of a kernel that keeps the GPU busy, 2.5 ms, while the host queues all that a sample times."""
 GEMM_SIZE = 4096
@@ -216,17 +217,19 @@ class Work:
             self.add(f"{name}, {phase} alone", "us", samples)
 
     def time_host(self, y: torch.Tensor) -> None:
-        """Time the calls of a dispatch and a combine, which only launch."""
-        samples = []
-        for _ in range(4 * self.options.samples):
+        """Time the calls of a dispatch and a combine, which only launch: one pair, and a row."""
+        for name, num_pairs in (("alone", 1), ("in a row", PAIRS_IN_A_ROW)):
+            samples = []
+            for _ in range(2 * self.options.samples):
+                torch.cuda.synchronize()
+                dist.barrier(group=self.group)
+                start = time.perf_counter()
+                for _ in range(num_pairs):
+                    got = self.dispatch(RecvLayout.EXPERT_PADDED, "fp8_e4m3")
+                    self.buffer.low_latency_combine(y, got.handle)
+                samples.append((time.perf_counter() - start) * 1e6 / num_pairs)
             torch.cuda.synchronize()
-            dist.barrier(group=self.group)
-            start = time.perf_counter()
-            got = self.dispatch(RecvLayout.EXPERT_PADDED, "fp8_e4m3")
-            self.buffer.low_latency_combine(y, got.handle)
-            samples.append((time.perf_counter() - start) * 1e6)
-        torch.cuda.synchronize()
-        self.add("host time of the pair of calls, no graph", "us", samples)
+            self.add(f"host time of a pair of calls, no graph, {name}", "us", samples)
 
     def time_gemm(self) -> None:
         """Time a GEMM that fills the GPU, alone and between send and hook."""
