@@ -28,6 +28,7 @@ WIRES = ("bf16", "fp8", "fp8_ue8m0", "scaled", "scaled_ue8m0")
 CASES = [
     *(Case(**SMALL, layout=layout, wire=wire) for layout in (PADDED, TOKEN) for wire in WIRES),
     Case(num_ranks=3, num_tokens=4, hidden=80, num_topk=4, layout=PADDED, wire="fp8"),
+    Case(num_ranks=2, num_tokens=1, hidden=256, num_topk=4, layout=PADDED, wire="fp8"),
     Case(num_ranks=3, num_tokens=4, hidden=8, num_topk=4, layout=TOKEN, routing="uniform"),
     Case(num_ranks=4, num_tokens=33, hidden=16, layout=PADDED, routing="one_expert"),
     Case(num_ranks=2, num_tokens=2, hidden=640, layout=PADDED, routing="none"),

@@ -58,11 +58,11 @@ TWINS = [
     ),
     Twin(
         "counts a source's own tokens before it",
-        case="flights",
-        path=FOLDER + "dispatch_outputs.cuh",
-        find="const uint32_t before = total;",
-        part="total",
-        replace="total + count",
+        case="late",
+        path=FOLDER + "dispatch_receive.cuh",
+        find="if (begin + i < source)",
+        part="begin + i < source",
+        replace="begin + i <= source",
     ),
     Twin(
         "trusts a header of any turn",

@@ -46,7 +46,7 @@ DEEPCOMM_DEVICE void pass_on_sums(const LowLatencyCombineParams& params, const d
     for (int32_t peer = block.thread_idx(); peer < base.map.num_ranks; peer += block.size()) {
         shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
         if (!hears_of(params, peer)) continue;
-        goes_on = receive_combine_header(base, headers, peer, shared) && goes_on;
+        goes_on = receive_combine_header(base, headers, peer, {}, shared) && goes_on;
     }
     if (!block.sync_and(goes_on)) return;  // ORDER: the headers before the block acts on them
     if (find_culprit(base, shared.refusals) != layout::kNoPeer) return;

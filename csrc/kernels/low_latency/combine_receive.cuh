@@ -62,14 +62,15 @@ DEEPCOMM_DEVICE void await_token(const LowLatencyCombineParams& params, const de
     awaited.load(params.base, turn, block.thread_idx());
 }
 
-/// Waits for all headers. Gives the number of tokens to receive: none where a rank has ended the
+/// Waits for all headers; early: that of the thread's first. Gives the number of tokens to receive: none where a rank has ended the
 /// operation. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const device::Block& block,
-                                  const LowLatencyTurn& turn, uint64_t start_ns, Shared& shared,
-                                  int32_t* num_tokens) {
+                                  const CombineHeaders& headers, const Vec128& early,
+                                  Shared& shared, int32_t* num_tokens) {
     const LowLatencyParams& base = params.base;
-    if (!receive_combine_headers(base, block, turn, start_ns, shared)) return false;
+    const LowLatencyTurn& turn = headers.turn;
+    if (!receive_combine_headers(base, block, headers, early, shared)) return false;
     const int32_t culprit = find_culprit(base, shared.refusals);
     if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
@@ -81,15 +82,17 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
     return true;
 }
 
-/// The receive phase and its end, unless it fails. The packets of the block's first token are looked
-/// for before the headers: what has come by then costs no trip to memory of its own. Not so over
+/// The receive phase and its end, unless it fails. The headers, and the packets of the block's first
+/// token, are looked for before they are needed: what has come by then costs no trip to memory of its own. Not so over
 /// several nodes, where registers are needed for what is passed on first.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,
                                      Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const uint64_t start_ns = start_of_waits(base, block);
+    const CombineHeaders headers(base, turn, start_of_waits(base, block));
+    Vec128 early{};
+    if constexpr (!Shared::kHasNodes) early = load_combine_header(base, block, turn);
     block.sync();  // ORDER: headers read before the weights were sent have been acted on
     const device::Warp warp;
     AwaitedToken<Shared> awaited{};
@@ -101,7 +104,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
         if (!open_nodes(params, block, turn, shared)) return;
     }
     int32_t num_tokens;
-    if (!open_receive(params, block, turn, start_ns, shared, &num_tokens)) return;
+    if (!open_receive(params, block, headers, early, shared, &num_tokens)) return;
     if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn, shared.peers);
     // Else some ranks may take no part any more.
     bool is_loaded = !Shared::kHasNodes && !base.mask_late;

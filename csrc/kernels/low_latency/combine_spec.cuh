@@ -177,12 +177,21 @@ struct CombineHeaders {
           start_ns(since_ns) {}
 };
 
-/// Waits for the header of one rank, unless it is masked, and notes whether it ends the operation.
-/// False: leave.
+/// The header of the peer that a thread looks at first, before anybody needs it; it may not be here.
+DEEPCOMM_DEVICE Vec128 load_combine_header(const LowLatencyParams& params,
+                                           const device::Block& block, const LowLatencyTurn& turn) {
+    const int32_t peer = block.thread_idx();
+    if (peer >= params.map.num_ranks) return {};
+    return device::ld_relaxed_sys(
+        packets_at(params.local, params.map.header_offset(turn.slot, peer)));
+}
+
+/// Waits for the header of one rank, unless it is masked, and notes whether it ends the operation;
+/// packet: what was there before. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool receive_combine_header(const LowLatencyParams& params,
                                             const CombineHeaders& headers, int32_t peer,
-                                            Shared& shared) {
+                                            Vec128 packet, Shared& shared) {
     const LowLatencyTurn& turn = headers.turn;
     shared.refusals.kinds[peer] = layout::RefusalKind::kNone;
     if (cut_sources(shared)[peer]) return true;
@@ -190,9 +199,11 @@ DEEPCOMM_DEVICE bool receive_combine_header(const LowLatencyParams& params,
     const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kCount, last,
                                    turn.slot};
     const int64_t offset = params.map.header_offset(turn.slot, peer);
-    Vec128 packet;
-    const Arrival arrival = wait_source<Shared::kHasNodes>(
-        params, site, packets_at(params.local, offset), turn.tag, &packet);
+    Arrival arrival = Arrival::kHere;
+    if (Shared::kHasNodes || packet.words[3] != turn.tag) {
+        arrival = wait_source<Shared::kHasNodes>(params, site, packets_at(params.local, offset),
+                                                 turn.tag, &packet);
+    }
     add_wait(params, peer, headers.start_ns);
     if (arrival == Arrival::kAbsent) note_absence(params, peer, packet, turn, shared);
     if (arrival != Arrival::kHere) return arrival != Arrival::kFailed;
@@ -204,16 +215,17 @@ DEEPCOMM_DEVICE bool receive_combine_header(const LowLatencyParams& params,
     return true;
 }
 
-/// The same of all ranks. False: leave.
+/// The same of all ranks; early: the header of the thread's first. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool receive_combine_headers(const LowLatencyParams& params,
-                                             const device::Block& block, const LowLatencyTurn& turn,
-                                             uint64_t start_ns, Shared& shared) {
-    const CombineHeaders headers(params, turn, start_ns);
+                                             const device::Block& block,
+                                             const CombineHeaders& headers, Vec128 early,
+                                             Shared& shared) {
     bool goes_on = true;
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
-        goes_on = receive_combine_header(params, headers, peer, shared) && goes_on;
+        goes_on = receive_combine_header(params, headers, peer, early, shared) && goes_on;
+        early = {};  // of no turn
     }
     return block.sync_and(goes_on);  // ORDER: the headers before the block acts on them
 }

@@ -151,7 +151,8 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
         block.sync();  // ORDER: who is masked has been read, and may change
         if (!forward_combine_headers(params.base, block, turn, shared)) return false;
     }
-    if (!receive_combine_headers(params.base, block, turn, 0, shared)) return false;
+    const CombineHeaders headers(params.base, turn, 0);
+    if (!receive_combine_headers(params.base, block, headers, {}, shared)) return false;
     *has_ended = find_culprit(params.base, shared.refusals) != layout::kNoPeer;
     if constexpr (Shared::kHasNodes) {
         if (!*has_ended) return forward_weights(params.base, block, turn, shared);

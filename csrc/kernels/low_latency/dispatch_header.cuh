@@ -68,27 +68,63 @@ DEEPCOMM_DEVICE void clear_counts(const LowLatencyDispatchParams& params,
     if (block.is_leader()) shared.refusal = 0;
 }
 
-/// Counts an id for each lane of a warp and marks its token for its destination; the first thread
-/// that finds a wrong one says which.
+/// Which of a lane's experts an earlier column of their token has, a bit each. By shuffles: a match of a
+/// warp takes a step for every value in it.
+DEEPCOMM_DEVICE uint32_t find_repeated(const HeaderIds& mine, int32_t num_topk,
+                                       const int32_t (&experts)[kHeaderIdsAtOnce]) {
+    const int32_t lane = device::Warp{}.thread_idx();
+    uint32_t repeated = 0;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t distance = 1; distance < num_topk; ++distance) {
+        const bool has_earlier = mine.k >= distance;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kHeaderIdsAtOnce; ++i) {
+            const int32_t earlier =
+                device::warp_shuffle(experts[i], has_earlier ? lane - distance : lane);
+            if (has_earlier && earlier == experts[i] && earlier >= 0) repeated |= 1u << i;
+        }
+    }
+    return repeated;
+}
+
+/// Says which of a lane's ids is wrong, the first if several are; a bit each for those that are no
+/// experts, and for those that are repeated.
 template <typename Shared>
-DEEPCOMM_DEVICE void count_id(const LowLatencyDispatchParams& params, const HeaderIds& mine,
-                              int32_t token, int64_t id, Shared& shared) {
+DEEPCOMM_DEVICE void report_wrong(const LowLatencyDispatchParams& params, const HeaderIds& mine,
+                                  int32_t round, uint32_t strange, uint32_t repeated,
+                                  Shared& shared) {
+    if ((strange | repeated) == 0) return;
+    const int32_t first = device::lowest_bit(strange | repeated);
+    const bool is_twice = (repeated >> first & 1u) != 0;
+    const auto kind = is_twice ? layout::RefusalKind::kIdTwice : layout::RefusalKind::kIdRange;
+    device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
+    const int32_t token = mine.token + (round + first) * mine.stride;
+    const int64_t index = static_cast<int64_t>(token) * params.base.num_topk + mine.k;
+    report_id(params, kind, token, mine.k, id_at(params, index));
+}
+
+/// Counts ids of a lane and marks their tokens for their destinations.
+template <typename Shared>
+DEEPCOMM_DEVICE void count_ids(const LowLatencyDispatchParams& params, const HeaderIds& mine,
+                               int32_t round, const HeaderIdBatch& batch, Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
-    const device::Warp warp;
-    const int32_t expert = expert_of(params, id);
-    const auto key = static_cast<uint32_t>(mine.row * layout::kMaxLowLatencyExperts + expert);
-    const uint32_t alike = device::warp_match(expert < 0 ? kNoExpert : key);
-    const bool is_twice = expert >= 0 && device::lowest_bit(alike) != warp.thread_idx();
-    const bool is_expert = expert >= 0 || id == -1;
-    if (is_twice || !is_expert) {
-        const auto kind = is_twice ? layout::RefusalKind::kIdTwice : layout::RefusalKind::kIdRange;
-        device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
-        report_id(params, kind, token, mine.k, id);
-    } else if (expert >= 0) {
-        device::red_add_relaxed_block(&shared.counts[expert], 1u);
-        const int32_t word = expert / map.num_local_experts * map.token_words + token / 32;
+    int32_t experts[kHeaderIdsAtOnce];
+    uint32_t strange = 0;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kHeaderIdsAtOnce; ++i) {
+        experts[i] = expert_of(params, batch.ids[i]);
+        if (experts[i] < 0 && batch.ids[i] != -1) strange |= 1u << i;
+    }
+    const uint32_t repeated = find_repeated(mine, params.base.num_topk, experts);
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kHeaderIdsAtOnce; ++i) {
+        if (experts[i] < 0 || (repeated >> i & 1u) != 0) continue;
+        const int32_t token = mine.token + (round + i) * mine.stride;
+        device::red_add_relaxed_block(&shared.counts[experts[i]], 1u);
+        const int32_t word = experts[i] / map.num_local_experts * map.token_words + token / 32;
         device::atom_or_relaxed_block(&shared.token_bits[word], 1u << token % 32);
     }
+    report_wrong(params, mine, round, strange, repeated, shared);
 }
 
 /// Counts this rank's tokens by expert and marks them by destination; batch: the first ids.
@@ -100,10 +136,7 @@ DEEPCOMM_DEVICE void count_tokens(const LowLatencyDispatchParams& params,
     DEEPCOMM_NO_UNROLL
     for (int32_t round = 0; round < num_rounds; round += kHeaderIdsAtOnce) {
         if (round > 0) batch.load(params, mine.range(params.base.num_topk, round));
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kHeaderIdsAtOnce; ++i) {
-            count_id(params, mine, mine.token + (round + i) * mine.stride, batch.ids[i], shared);
-        }
+        count_ids(params, mine, round, batch, shared);
     }
     block.sync();  // ORDER: all counts before they are read
 }

@@ -41,14 +41,16 @@ DEEPCOMM_DEVICE void stage_packets(const PacketBatch<kCount>& batch, int32_t fir
     }
 }
 
-/// Writes the staged row to all its slots.
+/// Writes the staged row to all its slots. The last warp gives credits meanwhile: its fence would wait
+/// for copies that it had written.
 template <typename Shared>
 DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
-    const int32_t num_copies = shared.num_copies;
+    if (is_in_last_warp(block)) return;
+    const int32_t num_copies = shared.num_copies, stride = block.size() - device::kWarpSize;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < Spec::kRowVectors; i += block.size()) {
+    for (int32_t i = block.thread_idx(); i < Spec::kRowVectors; i += stride) {
         const Vec128 vector = reinterpret_cast<const Vec128*>(shared.row)[i];
         DEEPCOMM_NO_UNROLL
         for (int32_t copy = 0; copy < num_copies; ++copy) {
@@ -59,7 +61,7 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
     }
     const int32_t block_rows = params.base.map.num_ranks * params.base.map.max_tokens;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += block.size()) {
+    for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += stride) {
         const int32_t slot = shared.slots[i / Spec::kScaleWords], word = i % Spec::kScaleWords;
         const int64_t at = slot / block_rows * params.scale_block_stride +
                            slot % block_rows * params.scale_row_stride +
@@ -68,7 +70,7 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
     }
 }
 
-/// Turns the counts of each source into sums over the sources before it.
+/// Sums the counts of all sources.
 template <typename Shared>
 DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Block& block,
                                 Shared& shared) {
@@ -78,10 +80,7 @@ DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Bl
         uint32_t total = 0;
         DEEPCOMM_NO_UNROLL
         for (int32_t source = 0; source < params.map.num_ranks; ++source) {
-            uint32_t& count = shared.counts[source * num_local + expert];
-            const uint32_t before = total;
-            total += count;
-            count = before;
+            total += shared.counts[source * num_local + expert];
         }
         shared.totals[expert] = total;
     }
@@ -116,11 +115,10 @@ DEEPCOMM_DEVICE int32_t num_token_rows(const LowLatencyParams& params, const dev
     return count_tokens_here(warp, shared, num_words - 1, device::kFullMask);
 }
 
-/// Block 0 writes the counts and adds to the statistics.
+/// Writes the counts and adds to the statistics; by one block.
 template <typename Shared>
 DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
-    if (block.block_idx() != 0) return;
     const int32_t num_local = params.base.map.num_local_experts;
     DEEPCOMM_NO_UNROLL
     for (int32_t expert = block.thread_idx(); expert < num_local; expert += block.size()) {
@@ -145,14 +143,15 @@ DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
     if (warp.is_leader()) *params.num_recv = num_recv;
 }
 
-/// Rows without a token have weight 0 and ids -1; all blocks share the work.
+/// Rows without a token have weight 0 and ids -1; blocks from first_block on share the work.
 template <typename Shared>
 DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, const Shared& shared) {
+                                   const device::Block& block, int32_t first_block,
+                                   const Shared& shared) {
     const LowLatencyParams& base = params.base;
     const int32_t block_rows = base.map.num_ranks * base.map.max_tokens;
-    const int32_t first = block.block_idx() * block.size() + block.thread_idx();
-    const int32_t stride = block.num_blocks() * block.size();
+    const int32_t first = (block.block_idx() - first_block) * block.size() + block.thread_idx();
+    const int32_t stride = (block.num_blocks() - first_block) * block.size();
     if (params.is_token_layout) {
         const int64_t num_rows = num_token_rows(base, device::Warp{}, shared);
         const int64_t begin = num_rows * base.num_topk;

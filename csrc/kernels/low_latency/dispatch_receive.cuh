@@ -25,6 +25,24 @@ DEEPCOMM_DEVICE int32_t token_slot(const LowLatencyParams& params, const device:
     return count_tokens_here(warp, shared, last, (1u << pair.token % 32) - 1u);
 }
 
+constexpr int32_t kSourcesAtOnce = 4;
+
+/// Tokens of an expert from the sources before one.
+template <typename Shared>
+DEEPCOMM_DEVICE uint32_t count_before(const LowLatencyParams& params, const Shared& shared,
+                                      int32_t source, int32_t expert) {
+    const int32_t num_local = params.map.num_local_experts;
+    uint32_t count = 0;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t begin = 0; begin < source; begin += kSourcesAtOnce) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kSourcesAtOnce; ++i) {
+            if (begin + i < source) count += shared.counts[(begin + i) * num_local + expert];
+        }
+    }
+    return count;
+}
+
 /// The last warp: says by the head of a row where its copies go. EXPERT_PADDED.
 template <typename Shared>
 DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const device::Warp& warp,
@@ -42,8 +60,7 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const 
     int32_t* entries = base.record + base.record_map.entries + pair.index(base) * base.num_topk;
     if (is_here) {
         const auto local = static_cast<int32_t>(expert);
-        const uint32_t before =
-            shared.counts[pair.source * base.map.num_local_experts + local] + head.words[1];
+        const uint32_t before = count_before(base, shared, pair.source, local) + head.words[1];
         const int32_t slot =
             local * base.map.num_ranks * base.map.max_tokens + static_cast<int32_t>(before);
         shared.slots[order] = slot;
@@ -119,7 +136,25 @@ struct RowPackets {
     }
 };
 
-/// Polls what of a row and its head has not come; stages it and says where its copies go.
+/// The last warp: polls what of a row's head has not come, and says where its copies go.
+template <typename Shared>
+DEEPCOMM_DEVICE Arrival place_row(const LowLatencyDispatchParams& params, const PacketRange& heads,
+                                  const device::WaitSite& site, uint32_t tag,
+                                  RowPackets<typename Shared::Spec>& row, Shared& shared) {
+    const device::Warp warp;
+    const Arrival arrival = row.head.wait(params.base, site, heads, warp.thread_idx(), tag);
+    const bool is_here = arrival == Arrival::kHere && warp.thread_idx() < params.base.num_topk;
+    if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
+    if (params.is_token_layout) {
+        place_token(params, warp, row.pair, row.head.packets[0], shared);
+    } else {
+        place_copies(params, warp, row.pair, row.head.packets[0], shared);
+    }
+    return arrival;
+}
+
+/// Polls what of a row and its head has not come; stages it and says where its copies go, which takes
+/// longer.
 template <typename Shared>
 DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>& row,
@@ -131,7 +166,13 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
     const PacketRange payload = Row::payload_after(base, heads);
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kReceive,
                                    row.pair.source, row.pair.token};
+    // Larger rows leave no register for it while their packets are held.
+    constexpr bool kIsPlacedFirst = Row::kCount <= 4;
+    const bool places = is_in_last_warp(block);
     Arrival arrival = Arrival::kHere;
+    if (kIsPlacedFirst && places) {
+        arrival = place_row(params, heads, site, turn.tag, row, shared);
+    }
     for (int32_t i = 0; i < Row::kAll; i += Row::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         if (i > 0) row.payload.load(payload, first);
@@ -140,16 +181,8 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
         }
         stage_packets<Spec>(row.payload, first, shared);
     }
-    if (!is_in_last_warp(block)) return arrival;
-    const device::Warp warp;
-    const Arrival own = row.head.wait(base, site, heads, warp.thread_idx(), turn.tag);
-    const bool is_here = own == Arrival::kHere && warp.thread_idx() < base.num_topk;
-    if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
-    if (params.is_token_layout) {
-        place_token(params, warp, row.pair, row.head.packets[0], shared);
-    } else {
-        place_copies(params, warp, row.pair, row.head.packets[0], shared);
-    }
+    if (kIsPlacedFirst || !places) return arrival;
+    const Arrival own = place_row(params, heads, site, turn.tag, row, shared);
     return arrival == Arrival::kHere ? own : arrival;
 }
 
@@ -171,17 +204,33 @@ DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const d
     return RowEnd::kLost;
 }
 
+/// Whether a block writes what there is once in a receive phase: the one that is the last to have rows.
+DEEPCOMM_DEVICE bool keeps_counts(const device::Block& block) {
+    return block.block_idx() == block.num_blocks() - 1;
+}
+
 /// What the combine must know of the receive phase; one block writes it.
 template <typename Shared>
 DEEPCOMM_DEVICE void record_receive(const LowLatencyParams& params, const device::Block& block,
                                     bool is_void, const Shared& shared) {
-    if (block.block_idx() != 0) return;
+    if (!keeps_counts(block)) return;
     int32_t* num_tokens = params.record + params.record_map.num_tokens;
     for (int32_t source = block.thread_idx(); source < params.map.num_ranks;
          source += block.size()) {
         num_tokens[source] = is_void ? 0 : shared.num_tokens[source];
     }
     if (block.is_leader()) params.record[params.record_map.is_void] = is_void ? 1 : 0;
+}
+
+/// Tokens of the source that has most of them.
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t most_tokens(const LowLatencyParams& params, const Shared& shared) {
+    int32_t most = 0;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+        most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
+    }
+    return most;
 }
 
 /// The order of all pairs: rows of this rank's own tokens first, since they are here before those of
@@ -232,45 +281,47 @@ DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Blo
 }
 
 /// Delivers the block's rows; row: the guess. A row's packets are loaded while the copies of the one
-/// before are written, and the arrival is ahead of the last row's copies, whose way to memory nobody
-/// else waits for.
+/// before are written, and the arrival is beside the last row's copies, whose way to memory nobody
+/// else waits for. False: leave.
 template <int kPhases, typename Shared>
-DEEPCOMM_DEVICE void deliver_rows(const LowLatencyDispatchParams& params,
+DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const LowLatencyTurn& turn,
                                   RowPackets<typename Shared::Spec>& row, Shared& shared) {
-    // Larger rows leave no register for the answer to the arrival.
-    constexpr bool kDefers = RowPackets<typename Shared::Spec>::kCount <= 4;
     const LowLatencyParams& base = params.base;
-    int32_t most = 0;
-    DEEPCOMM_NO_UNROLL
-    for (int32_t source = 0; source < base.map.num_ranks; ++source) {
-        most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
-    }
-    PairWalk<Shared> walk = {base, shared, most, block.block_idx()};
+    PairWalk<Shared> walk = {base, shared, most_tokens(base, shared), block.block_idx()};
     Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
     if (!has_pair) finish_receive<kPhases>(base, block, turn, shared.peers);
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
     if (has_pair && !is_guessed) row.load(base, block, turn, pair);
-    uint32_t num_before = 0;
     DEEPCOMM_NO_UNROLL
     while (has_pair) {
         const RowEnd end = await_row(params, block, turn, row, shared);
-        if (end == RowEnd::kFailed) return;
+        if (end == RowEnd::kFailed) return false;
         if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
         has_pair = walk.advance(block, &pair);
         if (has_pair) {
             row.load(base, block, turn, pair);
-        } else if (kDefers) {
-            num_before = arrive_receive(base, block, turn);
         } else {
             finish_receive<kPhases>(base, block, turn, shared.peers);
         }
         if (end == RowEnd::kStaged) write_copies(params, block, shared);
-        if (kDefers && !has_pair) {
-            end_receive<kPhases>(base, block, turn, shared.peers, num_before);
-        }
     }
+    return true;
+}
+
+/// What no row waits for: counts, and what rows without a token hold. Done by blocks that have no rows,
+/// if they are not few.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_counts(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, Shared& shared) {
+    const int32_t num_blocks = block.num_blocks();
+    const int32_t num_pairs = most_tokens(params.base, shared) * params.base.map.num_ranks;
+    const int32_t first_block = num_blocks - num_pairs > num_blocks / 4 ? num_pairs : 0;
+    if (block.block_idx() < first_block) return;
+    sum_counts(params.base, block, shared);
+    if (keeps_counts(block)) write_totals(params, block, shared);
+    write_padding(params, block, first_block, shared);
 }
 
 /// The receive phase and its end, unless it fails. A row is looked for before and after the headers:
@@ -291,10 +342,8 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
         finish_receive<kPhases>(params.base, block, turn, shared.peers);
         return;
     }
-    sum_counts(params.base, block, shared);
-    write_totals(params, block, shared);
-    write_padding(params, block, shared);
-    deliver_rows<kPhases>(params, block, turn, row, shared);
+    if (!deliver_rows<kPhases>(params, block, turn, row, shared)) return;
+    write_counts(params, block, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency

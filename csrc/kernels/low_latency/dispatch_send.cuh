@@ -44,6 +44,19 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
 
+constexpr int32_t kColumnsAtOnce = 4;
+
+/// How many of the lanes' experts are a given one.
+template <int32_t kCount>
+DEEPCOMM_DEVICE uint32_t count_in_warp(const int32_t (&experts)[kCount], int32_t expert) {
+    int32_t count = 0;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kCount; ++i) {
+        count += device::popcount(device::warp_ballot(experts[i] == expert));
+    }
+    return static_cast<uint32_t>(count);
+}
+
 /// How many tokens of this rank before this one have each of its experts. Each of the ids before is
 /// read once and compared with all of the token's.
 template <typename Shared>
@@ -53,6 +66,8 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
     constexpr int32_t kCount = TokenInput<Shared>::kEarlier;
     const int32_t num_topk = params.base.num_topk, num_ids = input.token * num_topk;
     const int32_t mine = expert_of(params, input.own.ids[0]);
+    const int32_t lane = device::Warp{}.thread_idx();
+    uint32_t num_before = 0;  // ids of this warp that are the lane's expert
     DEEPCOMM_NO_UNROLL
     for (int32_t round = 0; round * block.size() < num_ids; round += kCount) {
         if (round > 0) input.earlier.load(params, input.earlier_ids(params, block, round));
@@ -60,14 +75,16 @@ DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) experts[i] = expert_of(params, input.earlier.ids[i]);
         DEEPCOMM_NO_UNROLL
-        for (int32_t k = 0; k < num_topk; ++k) {
-            const int32_t expert = device::warp_shuffle(mine, k);
-            uint32_t count = 0;
+        for (int32_t begin_k = 0; begin_k < num_topk; begin_k += kColumnsAtOnce) {
             DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kCount; ++i) count += experts[i] == expert ? 1 : 0;
-            if (count > 0 && expert >= 0) device::red_add_relaxed_block(&positions[k], count);
+            for (int32_t i = 0; i < kColumnsAtOnce; ++i) {
+                const int32_t k = begin_k + i;
+                const uint32_t count = count_in_warp(experts, device::warp_shuffle(mine, k));
+                if (lane == k) num_before += count;
+            }
         }
     }
+    if (num_before > 0 && mine >= 0) device::red_add_relaxed_block(&positions[lane], num_before);
 }
 
 /// Whether an entry is an expert of that destination itself, not of a rank beyond it.

@@ -221,10 +221,11 @@ def _plan_dispatch(
 ) -> DispatchPlan:
     sizes, num_tokens = context.sizes, checked.num_tokens
     words = Words.of(checked, sizes)
+    num_receiving = sizes.block_rows + sizes.block_rows // 3 + 1  # some for what is no row
     num_wanted = {
         SEND: num_tokens + 1,
-        RECEIVE: sizes.block_rows,
-        BOTH: max(num_tokens + 1, sizes.block_rows),
+        RECEIVE: num_receiving,
+        BOTH: max(num_tokens + 1, num_receiving),
     }
     functions = context.functions.dispatch[row_kind(checked)]
     outputs = Outputs.of(request, checked, sizes, words)
