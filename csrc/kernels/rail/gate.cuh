@@ -40,9 +40,7 @@ struct RailBlock {
     /// Whether what is not there by now never will be: the stage that writes has come to its end, or
     /// the rank has failed.
     DEEPCOMM_DEVICE bool is_over() const {
-        // A stage that does not come to nothing may end before its gates: then all of its words are
-        // there to be seen.
-        // ORDER: pairs with the release of end_stage
+        // ORDER: the words of an ended stage; pairs with end_stage
         const uint32_t done_epoch = device::ld_acquire_gpu(&params.verdict->done_epoch);
         if (device::is_reached(done_epoch, params.epoch) || has_failed(params.comm)) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);

@@ -122,17 +122,18 @@ class NodesCombine:
         assert between is not None
         assert opening is not None
         by_expert = request.handle.recv_layout is not RecvLayout.TOKEN
+        rail = engine.rail.meet(reports=False)
         launches = Launches(
-            (opening, self._opening()),
-            (engine.node.functions.combine[by_expert], self._inside(own)),
+            (opening, self._opening(rail)),
+            (engine.node.functions.combine[by_expert], self._inside(own, rail)),
             (between, self._between(own, tensors)),
         )
         return tensors, launches
 
-    def _opening(self) -> kernels.CombineOpenParams:
-        rail, handle, record = self._engine.rail, self._handles.rail, self._rail_record
+    def _opening(self, rail: kernels.MeetParams) -> kernels.CombineOpenParams:
+        handle, record = self._handles.rail, self._rail_record
         params = kernels.CombineOpenParams()
-        params.meet = rail.meet(reports=False)
+        params.meet = rail
         asked = asked_of_combine(self._request, self._checked)
         params.meet.header = combine_header(handle, record, self._checked, asked)
         params.rail_made = address_of(record.plan[-1:])  # the last word: layout/plan.hpp
@@ -140,17 +141,16 @@ class NodesCombine:
         params.num_tokens = handle.num_tokens
         return params
 
-    def _inside(self, own: OwnSums) -> kernels.CombineParams:
-        rail, node = self._engine.rail, self._engine.node
+    def _inside(self, own: OwnSums, rail: kernels.MeetParams) -> kernels.CombineParams:
         handle, record = self._handles.node, self._node_record
         params = kernels.CombineParams()
-        params.meet = node.meet(rail)
+        params.meet = self._engine.node.meet(self._engine.rail)
         asked = asked_of_combine(self._request, self._checked)
         params.meet.header = combine_header(handle, record, self._checked, asked)
         name_inputs(params, handle, record, self._checked)
         params.target.own_sums = address_of(own.sums)
         params.target.topk_weights = address_of(own.weights)
-        params.rail.on_rail(rail.meet())
+        params.rail.on_rail(rail)
         params.rail.plan = address_of(self._rail_record.plan)
         return params
 
