@@ -32,7 +32,6 @@ from emulated.test_trouble import (
     expect_refusal,
     layout_case,
 )
-from emulated.test_trouble_nodes import break_node_stage, operate
 
 from deepcomm import Buffer, RecvLayout, buffer_bytes
 from deepcomm.backends.cuda import carrier
@@ -220,30 +219,6 @@ def test_refusal_of_what_the_network_has_been_told(
 
     for settings in schedules():
         run_carried(run, case, settings)
-
-
-@pytest.mark.parametrize("layout", [TOKEN, EXPERT])
-def test_host_that_fails_before_it_launches_carries_as_much(
-    schedules: Schedules, layout: RecvLayout
-) -> None:
-    case, oracle = layout_case(layout, "2x2"), Oracle()
-
-    def fail(group: LocalGroup) -> None:
-        with Session(group, case, oracle, **CARRIED) as session:
-            first = session.dispatch(0).actual
-            for _ in range(2):
-                domain, functions = break_node_stage(session, "combine")
-                error = operate(session, first, "combine")
-                domain.functions = functions
-                if group.rank != AT_FAULT:
-                    assert isinstance(error, CommError)
-                    assert error.peer == AT_FAULT
-                else:
-                    assert isinstance(error, MemoryError)
-                exchange_well(session)
-
-    for settings in schedules():
-        run_carried(fail, case, settings)
 
 
 def test_ranks_that_differ_all_say_so(schedules: Schedules) -> None:
