@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace deepcomm {
 namespace {
 
+using kernels::CombineOpenParams;
 using kernels::CombineParams;
 using kernels::CombineTarget;
 using kernels::CommParams;
@@ -26,6 +27,7 @@ using kernels::Header;
 using kernels::LostParams;
 using kernels::MeetParams;
 using kernels::RailParams;
+using kernels::RailTarget;
 using kernels::RoutingTable;
 using kernels::RowSource;
 using kernels::ScaleParams;
@@ -294,12 +296,28 @@ void bind_combine(py::module_& module) {
     def_address(target, "own_sums", &CombineTarget::own_sums);
     def_address(target, "bias", &CombineTarget::bias);
     def_address(target, "topk_weights", &CombineTarget::topk_weights);
+    py::class_<RailTarget> rail(module, "RailTarget");
+    rail.def(
+        "on_rail",
+        [](RailTarget& self, const MeetParams& meet) {
+            self.comm = meet.comm;
+            self.layout = meet.layout;
+            self.there = meet.there;
+            self.counters = meet.counters;
+        },
+        py::arg("rail"), "Name the rail.");
+    def_address(rail, "plan", &RailTarget::plan);
+    auto open = kernel_params<CombineOpenParams>(module, "CombineOpenParams");
+    open.def_readwrite("meet", &CombineOpenParams::meet)
+        .def_readwrite("num_tokens", &CombineOpenParams::num_tokens);
+    def_address(open, "rail_made", &CombineOpenParams::rail_made);
+    def_address(open, "node_made", &CombineOpenParams::node_made);
     auto combine = kernel_params<CombineParams>(module, "CombineParams");
     combine.def_readwrite("meet", &CombineParams::meet)
         .def_readwrite("table", &CombineParams::table)
         .def_readonly("outputs", &CombineParams::outputs)
         .def_readonly("target", &CombineParams::target)
-        .def_readwrite("own_origin", &CombineParams::own_origin)
+        .def_readonly("rail", &CombineParams::rail)
         .def_readwrite("num_tokens", &CombineParams::num_tokens)
         .def_readwrite("num_topk", &CombineParams::num_topk);
     def_address(combine, "topk_weights", &CombineParams::topk_weights);

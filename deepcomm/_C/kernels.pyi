@@ -15,11 +15,21 @@ MAX_LOW_LATENCY_TOKEN_WORDS: int
 RAIL_STATE_BYTES: int
 VERDICT_BYTES: int
 
+class CombineOpenParams:
+    meet: MeetParams
+    node_made: int
+    num_tokens: int
+    rail_made: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
 class CombineParams:
     meet: MeetParams
     num_tokens: int
     num_topk: int
-    own_origin: int
     table: RoutingTable
     topk_weights: int
     def __init__(self) -> None: ...
@@ -29,6 +39,8 @@ class CombineParams:
     def num_bytes(self) -> int: ...
     @property
     def outputs(self) -> ExpertOutputs: ...
+    @property
+    def rail(self) -> RailTarget: ...
     @property
     def target(self) -> CombineTarget: ...
 
@@ -364,6 +376,11 @@ class RailReport:
     def rows_from(self) -> int: ...
     @property
     def rows_to(self) -> int: ...
+
+class RailTarget:
+    plan: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
 
 class RailWords:
     def __init__(self, num_counters: typing.SupportsInt | typing.SupportsIndex) -> None: ...

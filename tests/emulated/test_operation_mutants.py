@@ -32,6 +32,10 @@ READ_BEFORE = (
 SYNCS_OF_PIPE = (
     "the pipe synchronises the warp between two tokens, and an announcement begins so too"
 )
+LOOKS_ON = (
+    "a gate whose stage is over looks on for 20 us, in which the emulator shows it the words; PTX "
+    "does not promise that"
+)
 FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
 SURVIVORS = {
     "kernels/dispatch/count.cuh: every thread has read the epoch: delete": READ_BEFORE,
@@ -69,6 +73,10 @@ SURVIVORS = {
         f"st_release_sys -> {weaker}": FOR_THE_HOST
         for weaker in ("st_relaxed_sys", "st_release_gpu")
     },
+    "kernels/meet/meet.cuh: what the stage has written; pairs with the acquire of the gate: "
+    "st_release_gpu -> st_relaxed_gpu": LOOKS_ON,
+    "kernels/rail/gate.cuh: the words of an ended stage; pairs with end_stage: "
+    "ld_acquire_gpu -> ld_relaxed_gpu": LOOKS_ON,
 }
 
 

@@ -40,9 +40,8 @@ struct RailBlock {
     /// Whether what is not there by now never will be: the stage that writes has come to its end, or
     /// the rank has failed.
     DEEPCOMM_DEVICE bool is_over() const {
-        // Nothing to order: a stage that does not come to nothing ends after its gates; or, where a
-        // combine awaits no rows, long before the last look at its words.
-        const uint32_t done_epoch = device::ld_relaxed_gpu(&params.verdict->done_epoch);
+        // ORDER: the words of an ended stage; pairs with end_stage
+        const uint32_t done_epoch = device::ld_acquire_gpu(&params.verdict->done_epoch);
         if (device::is_reached(done_epoch, params.epoch) || has_failed(params.comm)) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
         return device::ld_relaxed_sys(&params.comm.record->state) != clear;

@@ -37,7 +37,7 @@ Spans: TypeAlias = tuple[Span, ...]
 
 MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
-"""Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
+"""Of a combine's rows to one peer: carried together, while the next ones are still being summed."""
 CHUNK_ROWS: Final = 4  # layout::kPushChunk
 
 
@@ -120,9 +120,9 @@ class Carrier(Protocol):
         """Carry what the stage inside the node says of lost tokens."""
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
-        """Carry the rows of a combine."""
+        """Carry the rows of a combine, which the stage inside the node writes."""
 
     def close(self) -> None:
         """Release everything; idempotent."""
@@ -159,7 +159,7 @@ class Reached:
         """Do nothing."""
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
         """Do nothing."""
 
@@ -339,7 +339,7 @@ class NetworkCarrier:
         self._carry(params, self._messages())
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
         """Carry sums and weights from the mirrors to the combine regions, part by part."""
         if rows is None:
@@ -351,6 +351,7 @@ class NetworkCarrier:
             end = min(begin + part, most)
 
             params = self._params(PUSHED)
+            params.verdict = node.workspace.verdict.address
             params.plan = plan.data_ptr()
             params.begin_row, params.end_row = begin, end
             self._carry(params, self._pushed(rows, row_bytes, begin, end))
