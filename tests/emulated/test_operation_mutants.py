@@ -20,6 +20,7 @@ MARKED = [
     for path in sorted((CSRC / folder).glob("*.cuh"))
     if MARKER.search(path.read_text())
 ]
+NEEDS_NETWORK = ("kernels/rail/", "kernels/dispatch/landed.cuh")
 NUM_ATTACKERS = 2
 MAX_ROUNDS = 12
 """Of all scenarios, before a mutant counts as a survivor."""
@@ -95,7 +96,7 @@ def is_caught(attackers: Attackers, mutant: Mutant, rounds: int) -> bool:
 
 def scenarios_of(path: str) -> list[str]:
     """Return the scenarios that run a file: those of its own are enough for what networks need."""
-    needs_network = path.startswith("kernels/rail/")
+    needs_network = path.startswith(NEEDS_NETWORK)
     return [name for name, one in SCENARIOS.items() if one.has_network or not needs_network]
 
 
