@@ -13,18 +13,20 @@ import torch
 from collective.case import Case, make_inputs
 from collective.nodes import TWO_BY_TWO
 from collective.scenario import exchange
-from collective.session import Oracle, Session
+from collective.session import Dispatched, Oracle, Session
 from emulated.cluster import Settings
 from emulated.conftest import Schedules
 from emulated.network import PATIENCE_S
 from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated, use_runtime
 from emulated.streams import Mark
+from emulated.test_rails import SLOW, refuse_cached
+from emulated.test_trouble import AT_FAULT
 
 from deepcomm import RecvLayout
 from deepcomm.backends.cuda import carrier, gin
 from deepcomm.backends.cuda.carrier import ROWS, NetworkCarrier
-from deepcomm.errors import CommTimeout
+from deepcomm.errors import CommError, CommTimeout, InvalidArgument
 from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
@@ -60,13 +62,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("rail", "case"),
+    [*(("nccl", case) for case in CASES), *(("gin", case) for case in CASES[:: len(RecvLayout)])],
+    ids=lambda value: value if isinstance(value, str) else value.id,
+)
 def test_rows_in_parts_equal_reference(
-    schedules: Schedules, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], case: Case
+    schedules: Schedules, monkeypatch: pytest.MonkeyPatch, rail: str, case: Case
 ) -> None:
     """Those of a rank that brings nothing, too."""
     make_parts_small(monkeypatch, case)
-    oracle = Oracle()
+    options, oracle = {**HIGH_THROUGHPUT_ONLY, "rail": rail}, Oracle()
     for settings in schedules():
         run_carried(lambda group: exchange(group, case, oracle, **options), case, settings)
 
@@ -84,16 +90,66 @@ def test_pairs_of_ranks_have_parts_of_their_own(
     case = replace(MANY, ranks_per_node=1, num_ranks=3, sizes=sizes, layout=layout)
     make_parts_small(monkeypatch, case)
     oracle = Oracle()
+    for settings in schedules():
+        run_carried(lambda group: dispatch_all(group, case, oracle, options), case, settings)
 
-    def dispatch(group: LocalGroup) -> None:
+
+def dispatch_all(group: LocalGroup, case: Case, oracle: Oracle, options: dict[str, Any]) -> None:
+    with Session(group, case, oracle, **options) as session:
+        first = session.dispatch(0)
+        session.dispatch(1, cached=first)
+        session.dispatch(2)
+        session.dispatch(3, cached=first)
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_late_parts_change_nothing(
+    schedules: Schedules, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fault: str
+) -> None:
+    case, oracle = replace(MANY, layout=EXPERT), Oracle()
+    make_parts_small(monkeypatch, case)
+    for settings in schedules(faults=SLOW[fault]):
+        run_carried(lambda group: dispatch_all(group, case, oracle, options), case, settings)
+
+
+@pytest.mark.parametrize("layout", [TOKEN, EXPERT])
+def test_refused_parts_are_posted_by_all(
+    schedules: Schedules,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    layout: RecvLayout,
+) -> None:
+    """The rank at fault posts the moves of a cached dispatch that its peers have posted."""
+    case, oracle = replace(MANY, layout=layout), Oracle()
+    make_parts_small(monkeypatch, case)
+
+    def refuse(group: LocalGroup) -> None:
         with Session(group, case, oracle, **options) as session:
             first = session.dispatch(0)
+            expected = InvalidArgument if group.rank == AT_FAULT else CommError
+            with pytest.raises(expected):
+                refuse_and_wait(session, first)
             session.dispatch(1, cached=first)
             session.dispatch(2)
-            session.dispatch(3, cached=first)
 
     for settings in schedules():
-        run_carried(dispatch, case, settings)
+        run_carried(refuse, case, settings)
+
+
+def refuse_and_wait(session: Session, received: Dispatched) -> None:
+    """Peers of the rank at fault hear of it in the operation after, which waits."""
+    refuse_cached(session, received)
+    rank, inputs = session.rank, session.inputs(0)
+    session.buffer.dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank])
+
+
+def test_grown_buffer_has_parts(
+    schedules: Schedules, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    make_parts_small(monkeypatch, MANY)
+    oracle, grown = Oracle(), {**options, "max_tokens_per_rank": 4, "growable": True}
+    for settings in schedules():
+        run_carried(lambda group: dispatch_all(group, MANY, oracle, grown), MANY, settings)
 
 
 # ---- a network that does not bring all parts
