@@ -219,6 +219,29 @@ def split_rows(case: Case, begin_row: int) -> tuple[dict[int, bytes], dict[int, 
     return here, late
 
 
+def observe(session: Session, runtime: EmulatedRuntime, network: HeldNetwork) -> None:
+    """Wait until the receiver has sent on what it has; then let it have the rest."""
+    exchange_here = session.buffer._backend.engine.node.exchange  # type: ignore[attr-defined]
+    areas = exchange_here.layout.areas
+    begin = exchange_here.bases[OBSERVER % 2] + areas.generation(0) + areas.landing.rows
+
+    def have_landed(rows: dict[int, bytes]) -> list[bool]:
+        size = len(rows[min(rows)])
+        return [ctypes.string_at(begin + slot * size, size) == rows[slot] for slot in rows]
+
+    here, late = split_rows(session.case, network.begin_row)
+    never = runtime.host_memory(8)
+    for _ in range(1000):
+        if all(have_landed(here)):
+            break
+        runtime.wait_word(never.address, 1, never.address, 50e-6)
+    assert all(have_landed(here))
+    assert not any(have_landed(late))
+    network.go_on(runtime)
+    runtime.drain()
+    assert all(have_landed(late))
+
+
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT])
 def test_rows_are_sent_on_while_others_are_on_their_way(
     schedules: Schedules,
@@ -229,29 +252,6 @@ def test_rows_are_sent_on_while_others_are_on_their_way(
     """The last part comes when rows of the others have been seen beyond their first rank."""
     case, oracle = replace(FULL, layout=layout), Oracle()
     make_parts_small(monkeypatch, case)
-
-    def observe(session: Session, runtime: EmulatedRuntime, network: HeldNetwork) -> None:
-        exchange_here = session.buffer._backend.engine.node.exchange  # type: ignore[attr-defined]
-        areas = exchange_here.layout.areas
-        begin = exchange_here.bases[OBSERVER % 2] + areas.generation(0) + areas.landing.rows
-
-        def have_landed(rows: dict[int, bytes]) -> list[bool]:
-            size = len(rows[min(rows)])
-            return [
-                ctypes.string_at(begin + slot * size, size) == row for slot, row in rows.items()
-            ]
-
-        here, late = split_rows(case, network.begin_row)
-        never = runtime.host_memory(8)
-        for _ in range(1000):
-            if all(have_landed(here)):
-                break
-            runtime.wait_word(never.address, 1, never.address, 50e-6)
-        assert all(have_landed(here))
-        assert not any(have_landed(late))
-        network.go_on(runtime)
-        runtime.drain()
-        assert all(have_landed(late))
 
     def dispatch(group: LocalGroup) -> None:
         with Session(group, case, oracle, **options) as session:
