@@ -81,16 +81,14 @@ struct LandedRows {
         int32_t origin = 0;
         while (token >= my.first_token(origin + 1)) ++origin;
         begin = my.first_token(origin);
-        if (origin == my.params.rail.comm.rank) {
-            end = my.first_token(origin + 1);
-            return true;
-        }
+        end = my.first_token(origin + 1);
+        if (origin == my.params.rail.comm.rank) return true;
         const device::Warp warp;
         int32_t num_rows = 0;
         if (warp.is_leader()) num_rows = look(origin, token - begin, may_wait);
         num_rows = device::warp_shuffle(num_rows, 0);
         has_failed = num_rows < 0;
-        end = begin + num_rows;
+        if (num_rows < end - begin) end = begin + num_rows;  // a part may end beyond the last row
         return token < end;
     }
 
