@@ -24,9 +24,9 @@ using kernels::ExpertOutputs;
 using kernels::ExpertTarget;
 using kernels::GinParams;
 using kernels::Header;
-using kernels::LostParams;
 using kernels::MeetParams;
 using kernels::RailParams;
+using kernels::RailSide;
 using kernels::RailTarget;
 using kernels::RoutingTable;
 using kernels::RowSource;
@@ -116,6 +116,7 @@ void bind_rail(py::module_& module) {
     def_address(rail, "report", &RailParams::report);
     def_address(rail, "progress", &RailParams::progress);
     def_address(rail, "plan", &RailParams::plan);
+    def_address(rail, "landed", &RailParams::landed);
 }
 
 void bind_gin(py::module_& module) {
@@ -246,20 +247,22 @@ void bind_send(py::module_& module) {
     def_address(target, "topk_weights", &ExpertTarget::topk_weights);
     def_address(target, "row_slots", &ExpertTarget::row_slots);
     def_address(target, "row_weights", &ExpertTarget::row_weights);
-    py::class_<LostParams> lost(module, "LostParams");
-    lost.def(
-        "on_rail",
-        [](LostParams& self, const MeetParams& rail) {
-            self.rail = rail.comm;
-            self.layout = rail.layout;
-        },
-        py::arg("rail"), "Name the rail.");
-    def_address(lost, "lost", &LostParams::lost);
-    def_address(lost, "overflow", &LostParams::overflow);
+    py::class_<RailSide> rail(module, "RailSide");
+    rail.def(
+            "on_rail",
+            [](RailSide& self, const MeetParams& rail) {
+                self.comm = rail.comm;
+                self.layout = rail.layout;
+            },
+            py::arg("rail"), "Name the rail.")
+        .def_readwrite("part_rows", &RailSide::part_rows);
+    def_address(rail, "lost", &RailSide::lost);
+    def_address(rail, "overflow", &RailSide::overflow);
+    def_address(rail, "landed", &RailSide::landed);
     auto send = kernel_params<SendParams>(module, "SendParams");
     send.def_readwrite("meet", &SendParams::meet)
         .def_readwrite("table", &SendParams::table)
-        .def_readonly("lost", &SendParams::lost)
+        .def_readonly("rail", &SendParams::rail)
         .def_readonly("source", &SendParams::source)
         .def_readonly("target", &SendParams::target)
         .def_readwrite("num_origins", &SendParams::num_origins)

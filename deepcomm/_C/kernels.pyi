@@ -161,12 +161,6 @@ class LandingOffsets:
     @property
     def topk_weights(self) -> int: ...
 
-class LostParams:
-    lost: int
-    overflow: int
-    def __init__(self, *args, **kwargs) -> None: ...
-    def on_rail(self, rail: MeetParams) -> None: ...
-
 class LowLatencyCombineParams:
     apply_weights: int
     bias: int
@@ -349,6 +343,7 @@ class RailParams:
     epoch: int
     has_counts: int
     inbox: int
+    landed: int
     number: int
     outbox: int
     plan: int
@@ -376,6 +371,14 @@ class RailReport:
     def rows_from(self) -> int: ...
     @property
     def rows_to(self) -> int: ...
+
+class RailSide:
+    landed: int
+    lost: int
+    overflow: int
+    part_rows: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
 
 class RailTarget:
     plan: int
@@ -443,9 +446,9 @@ class SendParams:
     @property
     def address(self) -> int: ...
     @property
-    def lost(self) -> LostParams: ...
-    @property
     def num_bytes(self) -> int: ...
+    @property
+    def rail(self) -> RailSide: ...
     @property
     def source(self) -> RowSource: ...
     @property

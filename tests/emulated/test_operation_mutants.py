@@ -20,6 +20,7 @@ MARKED = [
     for path in sorted((CSRC / folder).glob("*.cuh"))
     if MARKER.search(path.read_text())
 ]
+NEEDS_NETWORK = ("kernels/rail/", "kernels/dispatch/landed.cuh")
 NUM_ATTACKERS = 2
 MAX_ROUNDS = 12
 """Of all scenarios, before a mutant counts as a survivor."""
@@ -60,6 +61,10 @@ SURVIVORS = {
     "-> bulk_wait_group_read<0>": "no other rank reads them, and the kernel's end awaits them too",
     "kernels/dispatch/kernel.cuh: the mbarriers before the lanes that wait at them: delete": (
         "the meeting's barriers stand between"
+    ),
+    "kernels/dispatch/landed.cuh: rows that a network has stored, then bulk loads: delete": (
+        "a kernel of the network has stored them, and the emulator lets every proxy see what a "
+        "kernel has written once that has ended; PTX does not say so of kernels that began before"
     ),
     "kernels/dispatch/lost.cuh: all words before the block goes on: delete": (
         "nothing after it depends on the words; it lets the block leave as one where one does not "
@@ -103,7 +108,7 @@ def is_caught(attackers: Attackers, mutant: Mutant, rounds: int) -> bool:
 
 def scenarios_of(path: str) -> list[str]:
     """Return the scenarios that run a file: those of its own are enough for what networks need."""
-    needs_network = path.startswith("kernels/rail/")
+    needs_network = path.startswith(NEEDS_NETWORK)
     return [name for name, one in SCENARIOS.items() if one.has_network or not needs_network]
 
 

@@ -143,6 +143,11 @@ DEEPCOMM_DEVICE bool await_sent(const RailBlock& my) {
     return is_there;
 }
 
+/// The mirrors are complete where the routing was carried; where it was not, they never will be.
+DEEPCOMM_DEVICE bool was_routed(const RailBlock& my) {
+    return my.params.state->routed_epoch == my.params.epoch && !has_failed(my.params.comm);
+}
+
 /// Until the rows of the part have been pushed for every peer; a thread a chunk.
 DEEPCOMM_DEVICE bool await_pushed(const RailBlock& my) {
     constexpr int32_t kChunk = layout::kPushChunk;
@@ -169,7 +174,8 @@ DEEPCOMM_DEVICE bool await_pushed(const RailBlock& my) {
 DEEPCOMM_DEVICE bool await_step(const RailBlock& my) {
     switch (my.params.step) {
         case RailStep::kMeeting: return pack_meeting(my);
-        case RailStep::kRows: return await_sent(my);
+        case RailStep::kRouting: return await_sent(my);
+        case RailStep::kRows: return was_routed(my);
         case RailStep::kPushed: return await_pushed(my);
         case RailStep::kLost: return pack_lost(my);
     }
@@ -190,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     }
     if (!my.block.is_leader()) return;
     params.state->is_ready = is_ready ? 1 : 0;
+    if (is_ready && params.step == RailStep::kRouting) params.state->routed_epoch = params.epoch;
     device::st_relaxed_sys(&params.progress->num_gates, params.number);
 }
 
