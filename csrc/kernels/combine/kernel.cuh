@@ -79,10 +79,11 @@ DEEPCOMM_DEVICE void finish(const CombineBlock<Spec>& my) {
     end_stage(meet, my.epoch);
 }
 
-template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>
-__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>::kWarps * 32,
+template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kNumOrigins>
+__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kNumOrigins>::kWarps *
+                                      32,
                                   1) combine(const __grid_constant__ CombineParams params) {
-    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>;
+    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kNumOrigins>;
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
     if (Spec::kStage == kStageInNode &&
         !may_begin(params.meet, {}, device::Operation::kCombine, device::current_epoch(state))) {

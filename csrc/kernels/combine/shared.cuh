@@ -34,7 +34,8 @@ struct CombineSpec {
     /// Blocks of rows that go to a rank; those of the expert layouts hold rows of all origins.
     static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
-    // TOKEN rows are pushed by a few warps (between nodes none are); all others reduce, and all of an expert layout do both.
+    // TOKEN rows are pushed by a few warps, none between nodes; all others reduce, and all of an expert
+    // layout do both.
     static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageAlone ? 20 : 16;
     // What a stage holds: a row, or one part of the rows of several terms.
     static constexpr int32_t kRowVectors = kHidden / kChannelsOfVector;
