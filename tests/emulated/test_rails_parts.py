@@ -91,7 +91,7 @@ def test_pairs_of_ranks_have_parts_of_their_own(
     make_parts_small(monkeypatch, case)
     oracle = Oracle()
     for settings in schedules():
-        run_carried(lambda group: dispatch_all(group, case, oracle, options), case, settings)
+        run_carried(lambda group: go_both_ways(group, case, oracle, options), case, settings)
 
 
 def dispatch_all(group: LocalGroup, case: Case, oracle: Oracle, options: dict[str, Any]) -> None:
@@ -100,6 +100,14 @@ def dispatch_all(group: LocalGroup, case: Case, oracle: Oracle, options: dict[st
         session.dispatch(1, cached=first)
         session.dispatch(2)
         session.dispatch(3, cached=first)
+
+
+def go_both_ways(group: LocalGroup, case: Case, oracle: Oracle, options: dict[str, Any]) -> None:
+    with Session(group, case, oracle, **options) as session:
+        first = session.dispatch(0)
+        session.combine(first)
+        session.combine(session.dispatch(1, cached=first))
+        session.combine(session.dispatch(2))
 
 
 @pytest.mark.parametrize("fault", SLOW)

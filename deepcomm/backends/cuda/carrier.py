@@ -381,11 +381,14 @@ class NetworkCarrier:
                 Span(base + at + (first + begin) * size, count * size) for at, size in sizes
             )
 
+        # As for the parts of a dispatch.
+        peers = [p for p in self._peers() if max(rows.to[p], rows.from_[p]) > begin]
         return self._messages(
             lambda peer: (
                 spans(exchange.bases[peer], there, 0, rows.from_[peer]),
                 spans(exchange.bases[own], here, first_sums[peer], rows.to[peer]),
-            )
+            ),
+            peers,
         )
 
     def close(self) -> None:
