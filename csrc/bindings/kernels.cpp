@@ -15,6 +15,7 @@ namespace py = pybind11;
 namespace deepcomm {
 namespace {
 
+using kernels::CombineOpenParams;
 using kernels::CombineParams;
 using kernels::CombineTarget;
 using kernels::CommParams;
@@ -23,9 +24,10 @@ using kernels::ExpertOutputs;
 using kernels::ExpertTarget;
 using kernels::GinParams;
 using kernels::Header;
-using kernels::LostParams;
 using kernels::MeetParams;
 using kernels::RailParams;
+using kernels::RailSide;
+using kernels::RailTarget;
 using kernels::RoutingTable;
 using kernels::RowSource;
 using kernels::ScaleParams;
@@ -114,6 +116,7 @@ void bind_rail(py::module_& module) {
     def_address(rail, "report", &RailParams::report);
     def_address(rail, "progress", &RailParams::progress);
     def_address(rail, "plan", &RailParams::plan);
+    def_address(rail, "landed", &RailParams::landed);
 }
 
 void bind_gin(py::module_& module) {
@@ -244,20 +247,22 @@ void bind_send(py::module_& module) {
     def_address(target, "topk_weights", &ExpertTarget::topk_weights);
     def_address(target, "row_slots", &ExpertTarget::row_slots);
     def_address(target, "row_weights", &ExpertTarget::row_weights);
-    py::class_<LostParams> lost(module, "LostParams");
-    lost.def(
-        "on_rail",
-        [](LostParams& self, const MeetParams& rail) {
-            self.rail = rail.comm;
-            self.layout = rail.layout;
-        },
-        py::arg("rail"), "Name the rail.");
-    def_address(lost, "lost", &LostParams::lost);
-    def_address(lost, "overflow", &LostParams::overflow);
+    py::class_<RailSide> rail(module, "RailSide");
+    rail.def(
+            "on_rail",
+            [](RailSide& self, const MeetParams& rail) {
+                self.comm = rail.comm;
+                self.layout = rail.layout;
+            },
+            py::arg("rail"), "Name the rail.")
+        .def_readwrite("part_rows", &RailSide::part_rows);
+    def_address(rail, "lost", &RailSide::lost);
+    def_address(rail, "overflow", &RailSide::overflow);
+    def_address(rail, "landed", &RailSide::landed);
     auto send = kernel_params<SendParams>(module, "SendParams");
     send.def_readwrite("meet", &SendParams::meet)
         .def_readwrite("table", &SendParams::table)
-        .def_readonly("lost", &SendParams::lost)
+        .def_readonly("rail", &SendParams::rail)
         .def_readonly("source", &SendParams::source)
         .def_readonly("target", &SendParams::target)
         .def_readwrite("num_origins", &SendParams::num_origins)
@@ -294,12 +299,28 @@ void bind_combine(py::module_& module) {
     def_address(target, "own_sums", &CombineTarget::own_sums);
     def_address(target, "bias", &CombineTarget::bias);
     def_address(target, "topk_weights", &CombineTarget::topk_weights);
+    py::class_<RailTarget> rail(module, "RailTarget");
+    rail.def(
+        "on_rail",
+        [](RailTarget& self, const MeetParams& meet) {
+            self.comm = meet.comm;
+            self.layout = meet.layout;
+            self.there = meet.there;
+            self.counters = meet.counters;
+        },
+        py::arg("rail"), "Name the rail.");
+    def_address(rail, "plan", &RailTarget::plan);
+    auto open = kernel_params<CombineOpenParams>(module, "CombineOpenParams");
+    open.def_readwrite("meet", &CombineOpenParams::meet)
+        .def_readwrite("num_tokens", &CombineOpenParams::num_tokens);
+    def_address(open, "rail_made", &CombineOpenParams::rail_made);
+    def_address(open, "node_made", &CombineOpenParams::node_made);
     auto combine = kernel_params<CombineParams>(module, "CombineParams");
     combine.def_readwrite("meet", &CombineParams::meet)
         .def_readwrite("table", &CombineParams::table)
         .def_readonly("outputs", &CombineParams::outputs)
         .def_readonly("target", &CombineParams::target)
-        .def_readwrite("own_origin", &CombineParams::own_origin)
+        .def_readonly("rail", &CombineParams::rail)
         .def_readwrite("num_tokens", &CombineParams::num_tokens)
         .def_readwrite("num_topk", &CombineParams::num_topk);
     def_address(combine, "topk_weights", &CombineParams::topk_weights);

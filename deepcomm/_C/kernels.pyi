@@ -15,11 +15,21 @@ MAX_LOW_LATENCY_TOKEN_WORDS: int
 RAIL_STATE_BYTES: int
 VERDICT_BYTES: int
 
+class CombineOpenParams:
+    meet: MeetParams
+    node_made: int
+    num_tokens: int
+    rail_made: int
+    def __init__(self) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
 class CombineParams:
     meet: MeetParams
     num_tokens: int
     num_topk: int
-    own_origin: int
     table: RoutingTable
     topk_weights: int
     def __init__(self) -> None: ...
@@ -29,6 +39,8 @@ class CombineParams:
     def num_bytes(self) -> int: ...
     @property
     def outputs(self) -> ExpertOutputs: ...
+    @property
+    def rail(self) -> RailTarget: ...
     @property
     def target(self) -> CombineTarget: ...
 
@@ -148,12 +160,6 @@ class LandingOffsets:
     def topk_idx(self) -> int: ...
     @property
     def topk_weights(self) -> int: ...
-
-class LostParams:
-    lost: int
-    overflow: int
-    def __init__(self, *args, **kwargs) -> None: ...
-    def on_rail(self, rail: MeetParams) -> None: ...
 
 class LowLatencyCombineParams:
     apply_weights: int
@@ -337,6 +343,7 @@ class RailParams:
     epoch: int
     has_counts: int
     inbox: int
+    landed: int
     number: int
     outbox: int
     plan: int
@@ -364,6 +371,19 @@ class RailReport:
     def rows_from(self) -> int: ...
     @property
     def rows_to(self) -> int: ...
+
+class RailSide:
+    landed: int
+    lost: int
+    overflow: int
+    part_rows: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
+
+class RailTarget:
+    plan: int
+    def __init__(self, *args, **kwargs) -> None: ...
+    def on_rail(self, rail: MeetParams) -> None: ...
 
 class RailWords:
     def __init__(self, num_counters: typing.SupportsInt | typing.SupportsIndex) -> None: ...
@@ -426,9 +446,9 @@ class SendParams:
     @property
     def address(self) -> int: ...
     @property
-    def lost(self) -> LostParams: ...
-    @property
     def num_bytes(self) -> int: ...
+    @property
+    def rail(self) -> RailSide: ...
     @property
     def source(self) -> RowSource: ...
     @property

@@ -28,6 +28,7 @@ WEAKER: dict[str, tuple[str, ...]] = {
     "red_add_release_sys": ("red_add_relaxed_sys", "red_add_release_gpu"),
     "st_release_sys": ("st_relaxed_sys", "st_release_gpu"),
     "ld_acquire_sys": ("ld_relaxed_sys", "ld_acquire_gpu"),
+    "ld_acquire_gpu": ("ld_relaxed_gpu",),
     "st_release_gpu": ("st_relaxed_gpu", "st_release_block"),
     "wait_reached_acquire_sys": ("wait_reached_relaxed_sys", "wait_reached_acquire_gpu"),
     "wait_reached_acquire_gpu": ("wait_reached_relaxed_sys",),

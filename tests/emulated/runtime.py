@@ -138,6 +138,7 @@ class EmulatedRuntime:
         self._order = StreamOrder(self)
         self.annotations: list[str] = []
         self._symmetric: weakref.WeakSet[EmulatedSymmetricMemory] = weakref.WeakSet()
+        self._records: set[int] = set()
 
     # ---- memory
 
@@ -213,6 +214,7 @@ class EmulatedRuntime:
         return self._cluster.now_ns()
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
+        self._records.add(record_address)
         word = ctypes.c_uint64.from_address(address)
         deadline_ns = self.now_ns() + int(timeout_s * 1e9)
         wait = CHostWait(WAIT_WORD, address, expected, record_address, RECORD_COMPLETE, deadline_ns)
@@ -229,6 +231,8 @@ class EmulatedRuntime:
 
     def flush(self) -> None:
         self.drain()
+        if any(ctypes.c_uint32.from_address(at).value == RECORD_COMPLETE for at in self._records):
+            return  # an operation has failed: its views are nobody's to read
         # Whoever has a view reads it now, with what the rank's kernels have acquired.
         for memory in self._symmetric:
             if self._cluster.settings.has_network and len(memory.bases) == 1:
@@ -289,7 +293,8 @@ class EmulatedRuntime:
         return contextlib.nullcontext()
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
-        del tensor
+        if self._is_on_side:  # whose kernels nobody drains
+            self.keep(tensor)
 
 
 class LazyRuntime:

@@ -66,6 +66,10 @@ class StreamOrder:
         self._launch(SIGNAL, mark, 0)
         return mark
 
+    def reach(self, mark: Mark) -> None:
+        """Let a mark be reached that is on no stream, once the work so far has been done."""
+        self._launch(SIGNAL, mark, 0)
+
     def wait(self, mark: Mark, patience_s: float) -> None:
         """Make the current stream wait for a mark."""
         self._launch(WAIT, mark, patience_s)

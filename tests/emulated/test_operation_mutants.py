@@ -20,6 +20,7 @@ MARKED = [
     for path in sorted((CSRC / folder).glob("*.cuh"))
     if MARKER.search(path.read_text())
 ]
+NEEDS_NETWORK = ("kernels/rail/", "kernels/dispatch/landed.cuh")
 NUM_ATTACKERS = 2
 MAX_ROUNDS = 12
 """Of all scenarios, before a mutant counts as a survivor."""
@@ -31,6 +32,10 @@ READ_BEFORE = (
 )
 SYNCS_OF_PIPE = (
     "the pipe synchronises the warp between two tokens, and an announcement begins so too"
+)
+LOOKS_ON = (
+    "a gate whose stage is over looks on for 20 us, in which the emulator shows it the words; PTX "
+    "does not promise that"
 )
 FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
 SURVIVORS = {
@@ -57,6 +62,10 @@ SURVIVORS = {
     "kernels/dispatch/kernel.cuh: the mbarriers before the lanes that wait at them: delete": (
         "the meeting's barriers stand between"
     ),
+    "kernels/dispatch/landed.cuh: rows that a network has stored, then bulk loads: delete": (
+        "a kernel of the network has stored them, and the emulator lets every proxy see what a "
+        "kernel has written once that has ended; PTX does not say so of kernels that began before"
+    ),
     "kernels/dispatch/lost.cuh: all words before the block goes on: delete": (
         "nothing after it depends on the words; it lets the block leave as one where one does not "
         "come, and no scenario of several nodes runs out of time"
@@ -69,6 +78,10 @@ SURVIVORS = {
         f"st_release_sys -> {weaker}": FOR_THE_HOST
         for weaker in ("st_relaxed_sys", "st_release_gpu")
     },
+    "kernels/meet/meet.cuh: what the stage has written; pairs with the acquire of the gate: "
+    "st_release_gpu -> st_relaxed_gpu": LOOKS_ON,
+    "kernels/rail/gate.cuh: the words of an ended stage; pairs with end_stage: "
+    "ld_acquire_gpu -> ld_relaxed_gpu": LOOKS_ON,
 }
 
 
@@ -95,7 +108,7 @@ def is_caught(attackers: Attackers, mutant: Mutant, rounds: int) -> bool:
 
 def scenarios_of(path: str) -> list[str]:
     """Return the scenarios that run a file: those of its own are enough for what networks need."""
-    needs_network = path.startswith("kernels/rail/")
+    needs_network = path.startswith(NEEDS_NETWORK)
     return [name for name, one in SCENARIOS.items() if one.has_network or not needs_network]
 
 

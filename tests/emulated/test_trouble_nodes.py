@@ -25,9 +25,10 @@ from emulated.test_trouble import (
     layout_case,
     wrong_dtype,
 )
+from emulated.test_trouble_later import error_of
 
 from deepcomm import DispatchOutput, RecvLayout
-from deepcomm.errors import CommError, ConfigMismatch, InvalidArgument
+from deepcomm.errors import CommError, CommTimeout, ConfigMismatch, InvalidArgument
 from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
@@ -40,6 +41,7 @@ DIFFERENT = {
     "node": {2, 3},
     "rail": {1, 3},
 }
+COMBINING = {**DIFFERENT, "crosswise": {0, 3}}
 
 
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT])
@@ -70,10 +72,10 @@ def combine_or_dispatch(session: Session, received: DispatchOutput, combines: bo
         session.buffer.dispatch(**dispatch_arguments(session))
 
 
-@pytest.mark.parametrize("combining", range(NUM_RANKS))
+@pytest.mark.parametrize("who", COMBINING)
 @pytest.mark.parametrize("layout", RecvLayout)
 def test_combine_beside_dispatches_is_told_to_all(
-    schedules: Schedules, layout: RecvLayout, combining: int
+    schedules: Schedules, layout: RecvLayout, who: str
 ) -> None:
     case, oracle = layout_case(layout, "2x2"), Oracle()
 
@@ -82,7 +84,7 @@ def test_combine_beside_dispatches_is_told_to_all(
             received = session.dispatch(0).actual
             for _ in range(2):
                 with pytest.raises(ConfigMismatch, match=DIFFER.format("operation")):
-                    combine_or_dispatch(session, received, group.rank == combining)
+                    combine_or_dispatch(session, received, group.rank in COMBINING[who])
                 exchange_well(session)
 
     for settings in schedules():
@@ -176,10 +178,10 @@ class Broken:
         raise MemoryError("no room")
 
 
-def break_second_stage(session: Session, operation: str) -> Any:
-    """Let the host fail on rank AT_FAULT between the stages; return what was in the way."""
+def break_node_stage(session: Session, operation: str) -> Any:
+    """Let the host fail on rank AT_FAULT on its way to the node's stage; return what it has."""
     engine: Any = session.buffer._backend.engine  # type: ignore[attr-defined]
-    domain = engine.rail if operation == "combine" else engine.node
+    domain = engine.node
     functions = domain.functions
     if session.rank == AT_FAULT:
         field = "combine" if operation == "combine" else "send"
@@ -187,29 +189,34 @@ def break_second_stage(session: Session, operation: str) -> Any:
     return domain, functions
 
 
+def operate(session: Session, first: DispatchOutput, operation: str) -> Exception | None:
+    """Return what a combine or a cached dispatch raises."""
+    try:
+        if operation == "combine":
+            session.buffer.combine(first.x, first.handle)
+        else:
+            session.buffer.dispatch(session.inputs(0).xs[session.rank], handle=first.handle)
+    except (MemoryError, CommError) as caught:
+        return caught
+    return None
+
+
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 @pytest.mark.parametrize("layout", RecvLayout)
-def test_host_that_fails_between_stages_keeps_them_in_step(
+def test_host_that_fails_before_the_node_keeps_stages_in_step(
     schedules: Schedules, layout: RecvLayout, operation: str
 ) -> None:
     case, oracle = layout_case(layout, "2x2"), Oracle()
-    # Who meets rank AT_FAULT in the second stage: its node, or its rail.
-    told = {"dispatch": {0}, "combine": {3}}[operation]
+    # Who hears of it: of a dispatch, whose rail has done its part, the node; of a combine all:
+    # all that may fail comes before the first launch.
+    told = {"dispatch": {0}, "combine": {0, 2, 3}}[operation]
 
     def fail(group: LocalGroup) -> None:
         with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
             first = session.dispatch(0).actual
             for _ in range(2):
-                domain, functions = break_second_stage(session, operation)
-                error: Exception | None = None
-                try:
-                    if operation == "combine":
-                        session.buffer.combine(first.x, first.handle)
-                    else:
-                        x = session.inputs(0).xs[group.rank]
-                        session.buffer.dispatch(x, handle=first.handle)
-                except (MemoryError, CommError) as caught:
-                    error = caught
+                domain, functions = break_node_stage(session, operation)
+                error = operate(session, first, operation)
                 domain.functions = functions
                 if group.rank == AT_FAULT:
                     assert isinstance(error, MemoryError)
@@ -219,6 +226,41 @@ def test_host_that_fails_between_stages_keeps_them_in_step(
                 else:
                     assert error is None
                 exchange_well(session)
+
+    for settings in schedules():
+        run_emulated(fail, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("layout", RecvLayout)
+def test_host_that_fails_once_the_rail_has_met_ends_the_combine_everywhere(
+    schedules: Schedules, layout: RecvLayout
+) -> None:
+    """Its node calls it off; who awaits sums of that node runs out of time."""
+    case, oracle = layout_case(layout, "2x2"), Oracle()
+
+    def fail(group: LocalGroup) -> None:
+        with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
+            first = session.dispatch(0).actual
+            engine: Any = session.buffer._backend.engine  # type: ignore[attr-defined]
+            launch = engine.node.launch
+
+            def break_once(*_: object, **__: object) -> None:
+                engine.node.launch = launch
+                raise MemoryError("no room")
+
+            if group.rank == AT_FAULT:
+                engine.node.launch = break_once
+            error = operate(session, first, "combine")
+            if error is None:  # the host was ahead
+                error = error_of(session.buffer._backend._check_complete)
+            if group.rank == AT_FAULT:
+                assert isinstance(error, MemoryError)
+            elif group.rank // 2 == AT_FAULT // 2:
+                assert isinstance(error, CommError)
+                assert error.peer == AT_FAULT
+            else:
+                assert isinstance(error, CommTimeout)
+                assert error.peer == group.rank - 2
 
     for settings in schedules():
         run_emulated(fail, case.num_ranks, settings)

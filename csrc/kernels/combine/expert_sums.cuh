@@ -92,19 +92,25 @@ struct ReducedTokens {
     static constexpr bool kHasPeers = true;
 
     const CombineBlock<Spec>& my;
-    WorkQueue<1>& queue;
+    TokenQueue<Spec>& queue;
+    TokenPieces<Spec> pieces;
     int32_t num_taken = 0;
-    int32_t token = 0;
+    int32_t token = -1;
     bool is_lost = false;
     ReducePair pair{};
 
-    DEEPCOMM_DEVICE ReducedTokens(const CombineBlock<Spec>& block, WorkQueue<1>& tokens)
-        : my(block), queue(tokens) {}
+    DEEPCOMM_DEVICE ReducedTokens(const CombineBlock<Spec>& block, TokenQueue<Spec>& tokens)
+        : my(block), queue(tokens), pieces(block) {}
 
     DEEPCOMM_DEVICE bool next(SumUnit* unit) {
-        token = queue.at(num_taken);
-        if (token >= my.num_tokens()) return false;
-        ++num_taken;
+        if (token < 0 || place_of(my, token).ends_piece) {
+            const int32_t piece = queue.at(num_taken, pieces);
+            if (pieces.is_end(piece)) return false;
+            ++num_taken;
+            token = pieces.first_token(piece);
+        } else {
+            ++token;
+        }
         pair = load_pair(my, token);
         is_lost = device::warp_ballot(pair.is_lost) != 0;
         *unit = sorted(pair.term, pair.slot >= 0);
@@ -122,7 +128,7 @@ struct ReducedTokens {
     DEEPCOMM_DEVICE void carry() const { bring_weights(my, pair, token); }
 
     DEEPCOMM_DEVICE SumTarget target() const { return sum_target(my, token, is_lost); }
-    DEEPCOMM_DEVICE void end() const {}
+    DEEPCOMM_DEVICE void end() const { announce_sum(my, token); }
 };
 
 /// What is loaded: ahead of what is summed, but never so far that the queue forgets.
@@ -266,7 +272,7 @@ template <typename Spec>
 DEEPCOMM_DEVICE bool sum_by_experts(const CombineBlock<Spec>& my, typename Spec::Pipe& pipe) {
     auto chunks = PushCursor<Spec>::queue_of(my);
     if (!sum_units(my, pipe, PushedSums<Spec>(my, chunks))) return false;
-    auto tokens = tokens_to_reduce(my);
+    TokenQueue<Spec> tokens{pieces_to_reduce(my)};
     return sum_units(my, pipe, ReducedTokens<Spec>(my, tokens));
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // combine: meets, which also frees the peers' combine regions, then pushes and reduces at the same
-// time. PROTOCOLS.md: combine.
+// time. Inside a node its sums go on to the ranks of the rail. PROTOCOLS.md: combine, nodes.
 #pragma once
 
 #include "kernels/combine/expert_sums.cuh"
@@ -14,23 +14,29 @@ DEEPCOMM_DEVICE typename Spec::Pipe pipe_of(const CombineBlock<Spec>& my) {
     return {my.smem.bank.bytes[w], my.smem.bank.full[w]};
 }
 
-/// By one thread: the rows that this rank pushes, all of them known beforehand.
+DEEPCOMM_DEVICE void count_rows(Counters* counters, int64_t num_rows, int32_t row_bytes) {
+    device::red_add_relaxed_gpu(&counters->bytes_node, static_cast<uint64_t>(num_rows * row_bytes));
+}
+
+/// By one thread: the rows that this rank writes to others, all of them known beforehand.
 template <typename Spec>
 DEEPCOMM_DEVICE void count_pushed(const CombineBlock<Spec>& my) {
-    uint64_t num_rows = 0;
+    int64_t num_rows = 0;
     for (int32_t block = 0; block < Spec::kRowOrigins * Spec::kNumRanks; ++block) {
         const bool is_own = block % Spec::kNumRanks == my.rank();
-        if (!is_own) num_rows += static_cast<uint64_t>(my.num_rows_of(block));
+        if (!is_own) num_rows += my.num_rows_of(block);
     }
-    device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_node, num_rows * Spec::kRowBytes);
+    count_rows(my.params.meet.counters, num_rows, Spec::kRowBytes);
+    if constexpr (Spec::kStage == kStageInNode) {
+        const int32_t own = my.own_origin();
+        const int32_t num_own = my.tokens_from(own + 1) - my.tokens_from(own);
+        count_rows(my.params.rail.counters, my.num_tokens() - num_own, Spec::kRowBytes);
+    }
 }
 
 template <typename Spec>
 DEEPCOMM_DEVICE bool meet_for_combine(const CombineBlock<Spec>& my) {
-    constexpr int32_t kNumWords = Spec::kWords.num_words();
-    for (int32_t i = my.block.thread_idx(); i < kNumWords; i += my.block.size()) {
-        my.smem.tables.plan[i] = my.params.table.plan[i];
-    }
+    load_plan(my);
     if (my.warp.warp_idx() < Spec::kPushWarps && my.warp.is_leader()) pipe_of(my).init();
     if (my.block.block_idx() == 0) {
         const uint32_t refusal = refusal_of_plan(my.params.table.plan, Spec::kWords);
@@ -73,12 +79,13 @@ DEEPCOMM_DEVICE void finish(const CombineBlock<Spec>& my) {
     end_stage(meet, my.epoch);
 }
 
-template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>
-__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>::kWarps * 32,
+template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kNumOrigins>
+__global__ void __launch_bounds__(CombineSpec<kNumRanks, kHidden, kByExpert, kNumOrigins>::kWarps *
+                                      32,
                                   1) combine(const __grid_constant__ CombineParams params) {
-    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kOrigins>;
+    using Spec = CombineSpec<kNumRanks, kHidden, kByExpert, kNumOrigins>;
     auto* state = static_cast<device::EpochState*>(params.meet.epoch);
-    if (Spec::kStage == kStageBetweenNodes &&
+    if (Spec::kStage == kStageInNode &&
         !may_begin(params.meet, {}, device::Operation::kCombine, device::current_epoch(state))) {
         return;
     }

@@ -102,15 +102,11 @@ struct PushedChunk {
 
 constexpr PushedChunk kNothingPushed = {-1, 0};
 
-/// All lanes' stores of the chunk are complete.
 template <typename Spec>
 DEEPCOMM_DEVICE void announce_pushed(const CombineBlock<Spec>& my, const PushedChunk& pushed) {
-    my.warp.sync();  // ORDER: the stores of all lanes before the leader's release
-    if (!my.warp.is_leader()) return;
     const int32_t peer = pushed.block % Spec::kNumRanks;
     const int32_t block = pushed.block - peer + my.rank();
-    // ORDER: pairs with the wait of the peer's reduce
-    device::st_release_sys(my.pushed_word(peer, block, pushed.chunk), my.epoch);
+    announce(my, my.pushed_word(peer, block, pushed.chunk));
 }
 
 /// TOKEN: bulk copies; a chunk is announced when the stores of the next one have been issued.

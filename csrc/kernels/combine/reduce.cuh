@@ -3,7 +3,7 @@
 // own rank's rows are read where they are. PROTOCOLS.md: combine.
 #pragma once
 
-#include "kernels/combine/shared.cuh"
+#include "kernels/combine/tokens.cuh"
 
 namespace deepcomm::kernels {
 
@@ -18,11 +18,17 @@ struct ReducePair {
     bool is_lost;
 };
 
+/// Place of this rank's own row, among all of a node or, between nodes, among those of its tokens.
+template <typename Spec>
+DEEPCOMM_DEVICE int32_t own_index(const CombineBlock<Spec>& my, int32_t slot) {
+    return Spec::kStage == kStageBetweenNodes ? slot - my.rows_from(my.rank()) : slot;
+}
+
 /// This rank's own row, or, between nodes, what its node has summed of the token.
 template <typename Spec>
 DEEPCOMM_DEVICE const unsigned char* own_row(const CombineBlock<Spec>& my, int32_t slot) {
     if (Spec::kStage != kStageBetweenNodes) return my.output_row(slot);
-    const int64_t index = slot - my.rows_from(my.rank());
+    const int64_t index = own_index(my, slot);
     return reinterpret_cast<const unsigned char*>(my.params.outputs.own_sums +
                                                   index * Spec::kHidden);
 }
@@ -84,12 +90,22 @@ DEEPCOMM_DEVICE bool await_rows(const CombineBlock<Spec>& my, const ReducePair& 
                                        row};
         is_there = device::wait_until(wait_context(my.params.meet.comm), site, my.epoch, word,
                                       [&]() -> device::Observed {
-                                          // ORDER: pairs with the release of announce_pushed
+                                          // ORDER: pairs with the release of announce
                                           const uint32_t value = device::ld_acquire_sys(word);
                                           return {value, value == my.epoch};
                                       });
     }
     return my.warp.sync_and(is_there);  // ORDER: the lanes' acquires before all lanes' reads
+}
+
+/// Where the weights of a token go, as its sum does.
+template <typename Spec>
+DEEPCOMM_DEVICE float* weights_target(const CombineBlock<Spec>& my, int32_t token) {
+    const TokenPlace place = place_of(my, token);
+    if (Spec::kStage == kStageInNode && place.origin != my.own_origin()) {
+        return my.rail_weights(place.origin, place.row);
+    }
+    return my.params.target.topk_weights + static_cast<int64_t>(place.row) * my.params.num_topk;
 }
 
 /// What the ranks of the token's experts gave in the pairs' places.
@@ -112,27 +128,40 @@ DEEPCOMM_DEVICE void bring_weights(const CombineBlock<Spec>& my, const ReducePai
     if (Spec::kByExpert ? pair.is_lost : pair.dst >= 0 && has_lost_row) {
         value = device::float_from_bits(kNanBits);
     } else if (pair.dst == my.rank()) {
-        value = Spec::kByExpert ? carried[pair.slot]
-                                : carried[static_cast<int64_t>(token_row) * num_topk + k];
+        const int64_t row = Spec::kByExpert ? pair.slot : own_index(my, token_row);
+        value = Spec::kByExpert ? carried[row] : carried[row * num_topk + k];
     } else if (pair.dst >= 0) {
         value = my.combine_weights(row_back)[k];
     }
-    my.params.target.topk_weights[static_cast<int64_t>(token) * num_topk + k] = value;
+    weights_target(my, token)[k] = value;
 }
 
-/// Where the sum goes: to the token, or to its rank on its own node, unrounded if that is here.
+/// Where the sum goes: to the token, or on to its rank on its own node, unrounded if that is here.
 template <typename Spec>
 DEEPCOMM_DEVICE SumTarget sum_target(const CombineBlock<Spec>& my, int32_t token, bool is_lost) {
     const CombineTarget& target = my.params.target;
+    if constexpr (Spec::kStage == kStageInNode) {
+        const TokenPlace place = place_of(my, token);
+        if (place.origin != my.own_origin()) {
+            return {my.rail_row(place.origin, place.row), nullptr, nullptr, is_lost};
+        }
+        float* sums = target.own_sums + static_cast<int64_t>(place.row) * Spec::kHidden;
+        return {nullptr, sums, nullptr, is_lost};
+    }
     SumTarget sum = {target.out + static_cast<int64_t>(token) * Spec::kRowBytes, nullptr, nullptr,
                      is_lost};
     if (target.bias != nullptr) sum.bias = target.bias + token * target.bias_stride;
-    if (Spec::kStage != kStageInNode) return sum;
-    const int32_t own_token = token - my.tokens_from(my.params.own_origin);
-    if (own_token >= 0 && token < my.tokens_from(my.params.own_origin + 1)) {
-        sum.floats = target.own_sums + static_cast<int64_t>(own_token) * Spec::kHidden;
-    }
     return sum;
+}
+
+/// Inside a node: the rank of a token's origin hears of a chunk of sums once the last one is complete.
+template <typename Spec>
+DEEPCOMM_DEVICE void announce_sum(const CombineBlock<Spec>& my, int32_t token) {
+    if constexpr (Spec::kStage == kStageInNode) {
+        const TokenPlace place = place_of(my, token);
+        if (!place.ends_piece || place.origin == my.own_origin()) return;
+        announce(my, my.rail_word(place.origin, place.row / layout::kPushChunk));
+    }
 }
 
 /// TOKEN.
@@ -148,35 +177,20 @@ DEEPCOMM_DEVICE bool reduce_token(const CombineBlock<Spec>& my, int32_t token, R
     return true;
 }
 
-/// The tokens in the order in which they are reduced.
-template <typename Spec>
-DEEPCOMM_DEVICE WorkQueue<1> tokens_to_reduce(const CombineBlock<Spec>& my) {
-    uint32_t* word = my.params.meet.taken + 1;
-    const int32_t num_blocks = my.block.num_blocks(), w = my.warp.warp_idx();
-    if (!my.are_roles_apart()) {
-        const int32_t num_others = Spec::kByExpert ? 0 : Spec::kPushWarps;
-        const int32_t num_reducing = Spec::kWarps - num_others;
-        return {word, my.block.block_idx() * num_reducing + w - num_others,
-                num_blocks * num_reducing};
-    }
-    const int32_t num_reducing = num_blocks - my.num_pushing();
-    const int32_t reducer = (my.block.block_idx() - my.num_pushing()) * Spec::kWarps + w;
-    return {word, my.pushes() ? -1 : reducer, num_reducing * Spec::kWarps};
-}
-
 /// TOKEN: this warp's tokens; the next one's routing is loaded meanwhile. False when a rank did not
 /// come.
 template <typename Spec>
 DEEPCOMM_DEVICE bool reduce_tokens(const CombineBlock<Spec>& my) {
-    const WorkQueue<1> queue = tokens_to_reduce(my);
-    WorkStream tokens(queue);
-    int32_t token = queue.worker < 0 ? tokens.next() : queue.worker;
+    const WorkQueue<1> queue = pieces_to_reduce(my);
+    TokenStream<Spec> tokens(my, queue);
+    int32_t token = tokens.first(queue.worker);
     RoutedPair routed = load_routing(my, token);
     while (token < my.num_tokens()) {
-        const int32_t following = tokens.next();
+        const int32_t following = tokens.after(token);
         const ReducePair pair = find_pair(my, token, routed);
         routed = load_routing(my, following);
         if (!reduce_token(my, token, pair)) return false;
+        announce_sum(my, token);
         token = following;
     }
     return true;

@@ -28,12 +28,14 @@ struct CombineSpec {
     static constexpr CombineStage kStage = kOrigins == 0   ? kStageBetweenNodes
                                            : kOrigins == 1 ? kStageAlone
                                                            : kStageInNode;
+    static constexpr bool kPushes = kStage != kStageBetweenNodes;
     static constexpr int32_t kNumOrigins = kOrigins == 0 ? 1 : kOrigins;
     static constexpr layout::PlanLayout kWords = {kNumRanks, kNumOrigins};
     /// Blocks of rows that go to a rank; those of the expert layouts hold rows of all origins.
     static constexpr int32_t kRowOrigins = kByExpert ? 1 : kNumOrigins;
     static constexpr int32_t kRowBytes = 2 * kHidden;
-    // TOKEN rows are pushed by a few warps; all others reduce, and all of an expert layout do both.
+    // TOKEN rows are pushed by a few warps, none between nodes; all others reduce, and all of an expert
+    // layout do both.
     static constexpr int32_t kWarps = kByExpert ? 12 : kStage == kStageAlone ? 20 : 16;
     // What a stage holds: a row, or one part of the rows of several terms.
     static constexpr int32_t kRowVectors = kHidden / kChannelsOfVector;
@@ -68,6 +70,8 @@ template <typename Spec>
 struct CombineTables {
     MeetTable<Spec::kNumRanks> meet;
     int32_t plan[Spec::kWords.num_words()];
+    /// Inside a node: first row of this rank's sums in the combine region of each origin's rank.
+    int32_t rail_base[Spec::kNumOrigins];
 };
 
 template <int32_t kNumRanks, int32_t kHidden, bool kByExpert, int32_t kOrigins>
@@ -76,6 +80,12 @@ struct CombineShared {
 
     CombineTables<Spec> tables;
     typename Spec::Bank bank;
+};
+
+/// Between nodes nothing is pushed.
+template <int32_t kNumRanks, int32_t kHidden>
+struct CombineShared<kNumRanks, kHidden, false, 0> {
+    CombineTables<CombineSpec<kNumRanks, kHidden, false, 0>> tables;
 };
 
 /// What all warps of a block share.
@@ -96,7 +106,9 @@ struct CombineBlock {
         const int32_t share = block.num_blocks() * 5 / 12;
         return share < kMaxPushing ? share : kMaxPushing;
     }
-    DEEPCOMM_DEVICE bool are_roles_apart() const { return !Spec::kByExpert && num_pushing() > 0; }
+    DEEPCOMM_DEVICE bool are_roles_apart() const {
+        return Spec::kPushes && !Spec::kByExpert && num_pushing() > 0;
+    }
     DEEPCOMM_DEVICE bool pushes() const {
         return !are_roles_apart() || block.block_idx() < num_pushing();
     }
@@ -125,14 +137,19 @@ struct CombineBlock {
     DEEPCOMM_DEVICE int32_t num_tokens() const {
         return Spec::kNumOrigins == 1 ? params.num_tokens : tokens_from(Spec::kNumOrigins);
     }
-    /// Whose token it is, where rows of origins are apart.
-    DEEPCOMM_DEVICE int32_t row_origin(int32_t token) const {
+    DEEPCOMM_DEVICE int32_t origin_of(int32_t token) const {
         int32_t found = 0;
-        for (int32_t origin = 1; origin < Spec::kRowOrigins; ++origin) {
+        for (int32_t origin = 1; origin < Spec::kNumOrigins; ++origin) {
             if (token >= tokens_from(origin)) found = origin;
         }
         return found;
     }
+    /// Whose token it is, where rows of origins are apart.
+    DEEPCOMM_DEVICE int32_t row_origin(int32_t token) const {
+        return Spec::kRowOrigins == 1 ? 0 : origin_of(token);
+    }
+    /// Inside a node: whose tokens are those of this rank.
+    DEEPCOMM_DEVICE int32_t own_origin() const { return params.rail.comm.rank; }
     /// Rows of a block that are here: TOKEN rows beyond the capacity are not.
     DEEPCOMM_DEVICE int32_t num_rows_of(int32_t block) const {
         const int32_t begin = rows_from(block);
@@ -164,11 +181,53 @@ struct CombineBlock {
         return reinterpret_cast<float*>(params.meet.comm.bases[at_rank] + areas.combine_weights) +
                static_cast<int64_t>(row) * params.num_topk;
     }
+    // Inside a node: where the sum of token number `row` of another origin goes.
+    DEEPCOMM_DEVICE unsigned char* rail_row(int32_t origin, int32_t row) const {
+        const RailTarget& rail = params.rail;
+        const int64_t index = smem.tables.rail_base[origin] + row;
+        return rail.comm.bases[origin] + rail.there.combine_rows + index * Spec::kRowBytes;
+    }
+    DEEPCOMM_DEVICE float* rail_weights(int32_t origin, int32_t row) const {
+        const RailTarget& rail = params.rail;
+        const int64_t index = smem.tables.rail_base[origin] + row;
+        return reinterpret_cast<float*>(rail.comm.bases[origin] + rail.there.combine_weights) +
+               index * params.num_topk;
+    }
+    DEEPCOMM_DEVICE uint32_t* rail_word(int32_t origin, int32_t chunk) const {
+        const RailTarget& rail = params.rail;
+        return reinterpret_cast<uint32_t*>(rail.comm.bases[origin] +
+                                           rail.layout.pushed_chunk(rail.comm.rank, chunk));
+    }
     /// The block is that of the rank that reads the word.
     DEEPCOMM_DEVICE uint32_t* pushed_word(int32_t at_rank, int32_t block, int32_t chunk) const {
         return reinterpret_cast<uint32_t*>(params.meet.comm.bases[at_rank] +
                                            params.meet.layout.pushed_chunk(block, chunk));
     }
 };
+
+/// By all threads of a block; they see it after its next barrier.
+template <typename Spec>
+DEEPCOMM_DEVICE void load_plan(const CombineBlock<Spec>& my) {
+    auto& tables = my.smem.tables;
+    for (int32_t i = my.block.thread_idx(); i < Spec::kWords.num_words(); i += my.block.size()) {
+        tables.plan[i] = my.params.table.plan[i];
+    }
+    if constexpr (Spec::kStage == kStageInNode) {
+        constexpr layout::PlanLayout kRailWords = {Spec::kNumOrigins, 1};
+        const int32_t* bases = my.params.rail.plan + kRailWords.push_base();
+        for (int32_t i = my.block.thread_idx(); i < Spec::kNumOrigins; i += my.block.size()) {
+            tables.rail_base[i] = bases[i];
+        }
+    }
+}
+
+/// All lanes' stores of a chunk are complete: tells who awaits it.
+template <typename Spec>
+DEEPCOMM_DEVICE void announce(const CombineBlock<Spec>& my, uint32_t* word) {
+    my.warp.sync();  // ORDER: the stores of all lanes before the leader's release
+    if (!my.warp.is_leader()) return;
+    // ORDER: pairs with the wait of the peer's reduce
+    device::st_release_sys(word, my.epoch);
+}
 
 }  // namespace deepcomm::kernels

@@ -20,6 +20,9 @@ DEEPCOMM_DEVICE void signal_arrival(const SendBlock<Spec>& my) {
     }
 }
 
+/// How much longer a rank waits for itself: whoever of it waits for others runs out first, and knows more.
+constexpr uint64_t kOwnPatience = 2;
+
 /// By one block.
 template <typename Spec>
 DEEPCOMM_DEVICE bool await_arrivals(const SendBlock<Spec>& my) {
@@ -29,10 +32,12 @@ DEEPCOMM_DEVICE bool await_arrivals(const SendBlock<Spec>& my) {
         const device::WaitSite site = {device::Operation::kDispatch, device::Role::kReceive, src};
         const auto* word = reinterpret_cast<const uint32_t*>(
             comm.bases[my.rank()] + my.params.meet.layout.arrived_from(src));
+        device::WaitContext context = wait_context(comm);
+        if (src == my.rank()) context.timeout_ns *= kOwnPatience;
         // ORDER: pairs with the additions of all blocks of src; the kernel's end passes it on
-        is_complete = device::wait_reached_acquire_sys(wait_context(comm), site, word,
-                                                       my.round * layout::kArrivals) &&
-                      is_complete;
+        is_complete =
+            device::wait_reached_acquire_sys(context, site, word, my.round * layout::kArrivals) &&
+            is_complete;
     }
     return my.block.sync_and(is_complete);  // ORDER: all acquires before the block goes on
 }

@@ -75,8 +75,8 @@ DEEPCOMM_DEVICE bool have_met(const SendBlock<Spec>& my, bool is_complete) {
     return is_complete && my.smem.meet.status == MeetStatus::kGood;
 }
 
-/// Loads its first rows, which need no peer, while the ranks meet; then exchanges. A warp that moves
-/// no rows does the same but for them: all warps of a block meet at the same barriers.
+/// Loads its first rows while the ranks meet, unless it would have to wait for them; then exchanges. A
+/// warp that moves no rows does the same but for them: all warps of a block meet at the same barriers.
 template <typename Spec>
 DEEPCOMM_DEVICE bool move(const SendBlock<Spec>& my) {
     const int32_t w = my.is_mover() ? my.warp.warp_idx() : 0;
@@ -84,8 +84,8 @@ DEEPCOMM_DEVICE bool move(const SendBlock<Spec>& my) {
     if (my.is_mover() && my.warp.is_leader()) pipe.init();
     my.warp.sync();  // ORDER: the mbarriers before the lanes that wait at them
     typename TokenCursor<Spec>::Queue queue(my.params.meet.taken, my.worker(), my.num_workers());
-    TokenCursor<Spec> loads(my, queue);
-    if (my.is_mover()) (void)load_ahead(pipe, loads);
+    TokenCursor<Spec> loads(my, queue, pipe);
+    if (my.is_mover() && !my.awaits_rows()) (void)load_ahead(pipe, loads);
     const bool is_met = meet_or_recall(my);
     if (!have_met(my, is_met)) {
         pipe.drain();

@@ -47,12 +47,14 @@ struct CountParams {
     uint64_t report_tag;
 };
 
-/// With several nodes: how the ranks of a rail hear of tokens lost where they were sent on.
-struct LostParams {
-    CommParams rail;
-    layout::ExchangeLayout layout;  ///< of the rail
-    const uint32_t* lost;           ///< [O], of dispatch_count; null: nothing is told
-    uint32_t* overflow;             ///< set if tokens of this rank were lost
+/// With several nodes: what a rank that sends tokens on shares with its rail.
+struct RailSide {
+    CommParams comm;
+    layout::ExchangeLayout layout;
+    const uint32_t* lost;    ///< [O], of dispatch_count; null: nobody is told of lost tokens
+    uint32_t* overflow;      ///< set if tokens of this rank were lost
+    const uint64_t* landed;  ///< [O]: {rows of the origin that are here, epoch}; null: all are
+    int32_t part_rows;       ///< of an origin, that come together: whole chunks
 };
 
 /// Rows as they are given.
@@ -80,7 +82,7 @@ struct SendParams {
     RowSource source;
     const float* topk_weights;  ///< [T, K] or null
     ExpertTarget target;        ///< expert layouts only
-    LostParams lost;
+    RailSide rail;
     void* round;          ///< device::EpochState of arrivals
     int32_t* counts;      ///< [L] to be corrected where TOKEN rows overflow
     int32_t num_origins;  ///< of the plan

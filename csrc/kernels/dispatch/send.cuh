@@ -4,6 +4,7 @@
 // other. PROTOCOLS.md: dispatch_send.
 #pragma once
 
+#include "kernels/dispatch/landed.cuh"
 #include "kernels/dispatch/pairs.cuh"
 #include "kernels/rows/cast.cuh"
 
@@ -18,20 +19,28 @@ struct TokenCursor {
 
     const SendBlock<Spec>& my;
     Queue& queue;
+    const typename Spec::Pipe& pipe;
+    LandedRows<Spec> landed;
     int32_t index = 0;  ///< of the next part: token * parts + part
 
-    DEEPCOMM_DEVICE TokenCursor(const SendBlock<Spec>& block, Queue& chunks)
-        : my(block), queue(chunks) {}
-    DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const { return queue.at(at / kChunk); }
+    DEEPCOMM_DEVICE TokenCursor(const SendBlock<Spec>& block, Queue& chunks,
+                                const typename Spec::Pipe& rows)
+        : my(block), queue(chunks), pipe(rows), landed(block) {}
+    DEEPCOMM_DEVICE int32_t chunk_of(int32_t at) const {
+        const int32_t piece = queue.at(at / kChunk);
+        return my.awaits_rows() ? PieceOrder<Spec, kChunk>{my}.at(piece) : piece;
+    }
     DEEPCOMM_DEVICE int32_t token_of(int32_t at) const {
         return chunk_of(at) * kChunk + at % kChunk;
     }
-    DEEPCOMM_DEVICE bool is_alive() const { return true; }
+    DEEPCOMM_DEVICE bool is_alive() const { return !landed.has_failed; }
     /// The next part's token.
     DEEPCOMM_DEVICE int32_t token() const { return token_of(index / Spec::kParts); }
     DEEPCOMM_DEVICE bool next(RowPiece* piece) {
         const int32_t token = this->token();
         if (token >= my.num_tokens) return false;
+        // Rows that are in the pipe go out before the next one is waited for.
+        if (my.awaits_rows() && !landed.have(token, !pipe.has_loads())) return false;
         const RowSource& source = my.params.source;
         piece->row =
             source.rows + token * source.row_stride + index % Spec::kParts * Spec::kLoadBytes;
@@ -209,7 +218,7 @@ DEEPCOMM_DEVICE void count_rows(const SendBlock<Spec>& my, uint32_t num_local, u
 template <typename Spec>
 DEEPCOMM_DEVICE bool send_tokens(const SendBlock<Spec>& my, typename Spec::Pipe& pipe,
                                  TokenCursor<Spec>& loads) {
-    TokenCursor<Spec> tokens(my, loads.queue);
+    TokenCursor<Spec> tokens(my, loads.queue, pipe);
     ChunkAnnouncer<Spec> announcer(tokens);
     const int32_t k = my.warp.thread_idx();
     PairSlots pair, next = load_pair<Spec::kByExpert>(my, tokens.token(), k);

@@ -106,6 +106,14 @@ struct SendBlock {
     DEEPCOMM_DEVICE layout::PlanLayout words() const {
         return {Spec::kNumRanks, params.num_origins};
     }
+    /// Of an origin, where there are several; and how many tokens there are.
+    DEEPCOMM_DEVICE int32_t first_token(int32_t origin) const {
+        return params.table.plan[words().tokens_from() + origin];
+    }
+    /// Whether rows may still be on their way. What has been cast has come.
+    DEEPCOMM_DEVICE bool awaits_rows() const {
+        return Spec::kWire != kWireCast && params.rail.landed != nullptr;
+    }
     DEEPCOMM_DEVICE bool is_mover() const { return warp.warp_idx() < Spec::kMovers; }
     /// This warp among the movers of all blocks.
     DEEPCOMM_DEVICE int32_t worker() const {

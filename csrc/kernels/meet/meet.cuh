@@ -257,7 +257,8 @@ DEEPCOMM_DEVICE void record_verdict(const MeetParams& params, const MeetTable<kN
 /// By the last thread of a stage, or of one called off: stages after it may begin, and who carries what
 /// it was to write need not wait any longer.
 DEEPCOMM_DEVICE void end_stage(const MeetParams& params, uint32_t epoch) {
-    device::st_relaxed_gpu(&params.verdict->done_epoch, epoch);
+    // ORDER: what the stage has written; pairs with the acquire of the gate
+    device::st_release_gpu(&params.verdict->done_epoch, epoch);
 }
 
 /// Lets the host know of an operation that does not take place, unless it is itself the reason. By the

@@ -93,7 +93,7 @@ struct MeetParams {
     const Verdict* verdict_before;  ///< of the stage before, which must have ended; or null
     Trouble* trouble;
     uint64_t* has_trouble;  ///< 0 spares a look at the Trouble, which is far away
-    uint32_t* taken;     ///< [2]: work that warps have taken (rows/work.cuh), 0 between operations
+    uint32_t* taken;     ///< [3]: work that warps have taken (rows/work.cuh), 0 before they begin
     Counters* counters;  ///< followed by [R]: ns until each rank's header came, of the first block
 };
 

@@ -91,8 +91,8 @@ DEEPCOMM_DEVICE bool was_ready(const RailBlock& my, int32_t src) {
     return told == ready_tag(params.epoch, params.step, params.begin_row);
 }
 
-/// The rows of every peer are here; the fence of the kernel stands before what says so.
-DEEPCOMM_DEVICE void deliver_rows(const RailBlock& my) {
+/// All but the rows of every peer is here; the fence of the kernel stands before what says so.
+DEEPCOMM_DEVICE void deliver_routing(const RailBlock& my) {
     for (int32_t src = my.block.thread_idx(); src < my.params.comm.num_ranks;
          src += my.block.size()) {
         if (src == my.rank() || !was_ready(my, src)) continue;
@@ -100,6 +100,17 @@ DEEPCOMM_DEVICE void deliver_rows(const RailBlock& my) {
         device::red_add_relaxed_sys(word, layout::kArrivals);
     }
     if (my.block.is_leader()) my.params.state->num_arrivals += 1;
+}
+
+/// Rows up to the end of the part are here, for who sends them on.
+DEEPCOMM_DEVICE void deliver_rows(const RailBlock& my) {
+    const RailParams& params = my.params;
+    const uint64_t word =
+        static_cast<uint64_t>(params.epoch) << 32 | static_cast<uint32_t>(params.end_row);
+    for (int32_t src = my.block.thread_idx(); src < params.comm.num_ranks; src += my.block.size()) {
+        if (src == my.rank() || !was_ready(my, src)) continue;
+        device::st_relaxed_gpu(params.landed + src, word);
+    }
 }
 
 /// A part of the rows that come back is here; chunks beyond the last row say nothing to anybody.
@@ -140,11 +151,9 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     } else if (params.step == RailStep::kLost) {
         deliver_lost(my);
     } else if (is_ready) {
-        if (params.step == RailStep::kRows) {
-            deliver_rows(my);
-        } else {
-            deliver_pushed(my);
-        }
+        if (params.step == RailStep::kRouting) deliver_routing(my);
+        if (params.step == RailStep::kRows) deliver_rows(my);
+        if (params.step == RailStep::kPushed) deliver_pushed(my);
     }
     if (!my.block.is_leader()) return;
     device::st_relaxed_sys(&params.progress->num_deliveries, params.number);

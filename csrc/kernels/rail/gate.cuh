@@ -40,9 +40,8 @@ struct RailBlock {
     /// Whether what is not there by now never will be: the stage that writes has come to its end, or
     /// the rank has failed.
     DEEPCOMM_DEVICE bool is_over() const {
-        // Nothing to order: a stage that does not come to nothing ends after its gates; or, where a
-        // combine awaits no rows, long before the last look at its words.
-        const uint32_t done_epoch = device::ld_relaxed_gpu(&params.verdict->done_epoch);
+        // ORDER: the words of an ended stage; pairs with end_stage
+        const uint32_t done_epoch = device::ld_acquire_gpu(&params.verdict->done_epoch);
         if (device::is_reached(done_epoch, params.epoch) || has_failed(params.comm)) return true;
         const auto clear = static_cast<uint32_t>(layout::RecordState::kClear);
         return device::ld_relaxed_sys(&params.comm.record->state) != clear;
@@ -144,6 +143,11 @@ DEEPCOMM_DEVICE bool await_sent(const RailBlock& my) {
     return is_there;
 }
 
+/// The mirrors are complete where the routing was carried; where it was not, they never will be.
+DEEPCOMM_DEVICE bool was_routed(const RailBlock& my) {
+    return my.params.state->routed_epoch == my.params.epoch && !has_failed(my.params.comm);
+}
+
 /// Until the rows of the part have been pushed for every peer; a thread a chunk.
 DEEPCOMM_DEVICE bool await_pushed(const RailBlock& my) {
     constexpr int32_t kChunk = layout::kPushChunk;
@@ -170,7 +174,8 @@ DEEPCOMM_DEVICE bool await_pushed(const RailBlock& my) {
 DEEPCOMM_DEVICE bool await_step(const RailBlock& my) {
     switch (my.params.step) {
         case RailStep::kMeeting: return pack_meeting(my);
-        case RailStep::kRows: return await_sent(my);
+        case RailStep::kRouting: return await_sent(my);
+        case RailStep::kRows: return was_routed(my);
         case RailStep::kPushed: return await_pushed(my);
         case RailStep::kLost: return pack_lost(my);
     }
@@ -191,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(kRailThreads, 1)
     }
     if (!my.block.is_leader()) return;
     params.state->is_ready = is_ready ? 1 : 0;
+    if (is_ready && params.step == RailStep::kRouting) params.state->routed_epoch = params.epoch;
     device::st_relaxed_sys(&params.progress->num_gates, params.number);
 }
 

@@ -10,20 +10,22 @@ namespace deepcomm::kernels {
 /// What is carried in one go.
 enum class RailStep : int32_t {
     kMeeting = 0,  ///< headers, and counts where there are some
-    kRows = 1,     ///< of a dispatch
-    kPushed = 2,   ///< of a combine: a part of them
-    kLost = 3,     ///< whether tokens were lost
+    kRouting = 1,  ///< of a dispatch: all that goes beside its rows
+    kRows = 2,     ///< of a dispatch: a part of them
+    kPushed = 3,   ///< of a combine: a part of them
+    kLost = 4,     ///< whether tokens were lost
 };
 
 /// What the kernels of one rank's rail remember, in zeroed device memory.
 struct RailState {
     uint32_t num_arrivals;  ///< dispatches whose rows were carried
     uint32_t is_ready;      ///< whether the step at hand has something to carry
+    uint32_t routed_epoch;  ///< of the latest dispatch whose mirrors were complete
 };
 
 /// What a rank tells a peer beside what it carries, where that means something: which step it is.
 constexpr uint64_t ready_tag(uint32_t epoch, RailStep step, int32_t begin_row) {
-    const auto low = static_cast<uint32_t>(begin_row) << 3 | static_cast<uint32_t>(step) << 1 | 1;
+    const auto low = static_cast<uint32_t>(begin_row) << 4 | static_cast<uint32_t>(step) << 1 | 1;
     return static_cast<uint64_t>(epoch) << 32 | low;
 }
 
@@ -48,8 +50,9 @@ struct RailParams {
     int32_t has_counts;      ///< meeting
     int32_t max_tokens;      ///< meeting
     const int32_t* plan;     ///< pushed: layout::PlanLayout of one origin
-    int32_t begin_row;       ///< pushed: the part, of each peer's rows
+    int32_t begin_row;       ///< rows, pushed: the part, of each peer's rows
     int32_t end_row;
+    uint64_t* landed;  ///< rows: [R], {rows of the source that are here, epoch}
 };
 
 }  // namespace deepcomm::kernels

@@ -8,6 +8,8 @@
 namespace deepcomm::kernels {
 
 constexpr int32_t kNumQueues = 2;  ///< words of MeetParams::taken: one a role
+/// Word behind them, of sums between nodes: they have no end of their own, their opening zeroes it.
+constexpr int32_t kQueueBetweenNodes = kNumQueues;
 
 /// One warp's view of a role's pieces 0, 1, 2, ...: those that it takes, in ascending order. The first
 /// kStatic of a worker follow from its number; they may be asked for before the ranks have met. The

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 import torch
 
 from deepcomm._C import kernels
+from deepcomm.backends.cuda.landing import ALL_LANDED, Landed, LandingSpans
 from deepcomm.backends.cuda.network import Message, Span
 from deepcomm.backends.cuda.progress import PATIENCE, PROGRESS_BYTES, Progress
 from deepcomm.errors import Error, InvalidArgument
@@ -35,9 +36,9 @@ __all__ = ["REACHED", "CarriedRows", "Carrier", "NetworkCarrier", "Reached", "Ro
 
 Spans: TypeAlias = tuple[Span, ...]
 
-MEETING, ROWS, PUSHED, LOST = range(4)  # kernels::RailStep
+MEETING, ROUTING, ROWS, PUSHED, LOST = range(5)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
-"""Of a combine's rows to one peer: carried together, while the next ones are still being pushed."""
+"""Of rows to one peer: carried together, while others are still summed, or are sent on already."""
 CHUNK_ROWS: Final = 4  # layout::kPushChunk
 
 
@@ -116,13 +117,16 @@ class Carrier(Protocol):
     def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
         """Carry the rows of a dispatch."""
 
+    def landed(self) -> Landed:
+        """Return what says which rows of the last dispatch are here."""
+
     def carry_lost(self, node: Domain) -> None:
         """Carry what the stage inside the node says of lost tokens."""
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
-        """Carry the rows of a combine."""
+        """Carry the rows of a combine, which the stage inside the node writes."""
 
     def close(self) -> None:
         """Release everything; idempotent."""
@@ -155,11 +159,15 @@ class Reached:
     def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
         """Do nothing."""
 
+    def landed(self) -> Landed:
+        """Return that all are."""
+        return ALL_LANDED
+
     def carry_lost(self, node: Domain) -> None:
         """Do nothing."""
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
         """Do nothing."""
 
@@ -190,6 +198,8 @@ class NetworkCarrier:
         self._progress = runtime.host_memory(PROGRESS_BYTES)
         self._epoch = self._num_steps = 0
         self._has_rows = False
+        self._landed = runtime.memory(8 * domain.topology.num_ranks)
+        self._part_rows = ALL_LANDED.part_rows
         self._watch()
         # Connections are made by the first move: not while kernels wait for it.
         self.follow()
@@ -244,12 +254,14 @@ class NetworkCarrier:
         return [(topology.rank + step) % topology.num_ranks for step in others]
 
     def _messages(
-        self, spans: Callable[[int], tuple[Spans, Spans]] = lambda _: ((), ())
+        self,
+        spans: Callable[[int], tuple[Spans, Spans]] = lambda _: ((), ()),
+        peers: Sequence[int] | None = None,
     ) -> list[Message]:
         """Return what to carry: the words for each peer, and what ``spans`` sends and receives."""
         exchange = self._exchange
         size, messages = exchange.words_bytes, []
-        for peer in self._peers():
+        for peer in self._peers() if peers is None else peers:
             outbox, inbox = (box + peer * size for box in (exchange.outbox, exchange.inbox))
             sends, receives = spans(peer)
             messages.append(
@@ -297,35 +309,28 @@ class NetworkCarrier:
         )
 
     def carry_rows(self, rows: CarriedRows | None, row_bytes: RowBytes) -> None:
-        """Carry rows, scales, ids and weights, from the mirrors to the landing areas."""
+        """Carry what goes beside the rows, then rows part by part: who has the former may begin."""
         self._has_rows = rows is not None
         if rows is None:
             return
-        exchange, own = self._exchange, self._domain.topology.rank
-        here, there = exchange.layout.areas.landing, exchange.there.landing
-        begin = exchange.bases[own] + exchange.layout.areas.generation(0)
-        first_rows = rows.first_rows()
+        spans = LandingSpans(self._exchange, self._domain.topology.rank, rows, row_bytes)
+        self._part_rows = part = spans.part_rows(PART_BYTES)
+        self._carry(self._params(ROUTING), self._messages(spans.routing))
+        most = max((spans.num_rows(peer) for peer in self._peers()), default=0)
+        for begin in range(0, most, part):
+            self._carry_part(spans, begin, begin + part)
 
-        def spans(
-            base: int, offsets: kernels.LandingOffsets, first: int, count: int, wide: bool
-        ) -> Spans:
-            sizes = (
-                (offsets.rows, row_bytes.row),
-                (offsets.scales, row_bytes.scales),
-                (offsets.topk_idx, row_bytes.num_topk * (8 if wide else 4)),
-                (offsets.topk_weights, row_bytes.weights),
-            )
-            return tuple(Span(base + at + first * size, count * size) for at, size in sizes)
+    def _carry_part(self, spans: LandingSpans, begin: int, end: int) -> None:
+        params = self._params(ROWS)
+        params.begin_row, params.end_row = begin, end
+        params.landed = self._landed.address
+        # A pair of ranks has as many parts as rows of the two ask for, whatever others have.
+        peers = [peer for peer in self._peers() if spans.num_rows(peer) > begin]
+        self._carry(params, self._messages(lambda peer: spans.part(peer, begin, end), peers))
 
-        def both(peer: int) -> tuple[Spans, Spans]:
-            mirror = exchange.bases[peer] + exchange.there.generation(0)
-            first, count = first_rows[peer], rows.from_[peer]
-            return (
-                spans(mirror, there, 0, rows.to[peer], rows.ids_are_64[peer]),
-                spans(begin, here, first, count, rows.ids_are_64[own]),
-            )
-
-        self._carry(self._params(ROWS), self._messages(both))
+    def landed(self) -> Landed:
+        """Return what says which rows of the last dispatch are here."""
+        return Landed(self._landed.address, self._part_rows)
 
     def carry_lost(self, node: Domain) -> None:
         """Carry what the stage inside the node says of lost tokens.
@@ -339,7 +344,7 @@ class NetworkCarrier:
         self._carry(params, self._messages())
 
     def carry_pushed(
-        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes
+        self, rows: CarriedRows | None, plan: torch.Tensor, row_bytes: RowBytes, node: Domain
     ) -> None:
         """Carry sums and weights from the mirrors to the combine regions, part by part."""
         if rows is None:
@@ -351,6 +356,7 @@ class NetworkCarrier:
             end = min(begin + part, most)
 
             params = self._params(PUSHED)
+            params.verdict = node.workspace.verdict.address
             params.plan = plan.data_ptr()
             params.begin_row, params.end_row = begin, end
             self._carry(params, self._pushed(rows, row_bytes, begin, end))
@@ -375,11 +381,14 @@ class NetworkCarrier:
                 Span(base + at + (first + begin) * size, count * size) for at, size in sizes
             )
 
+        # As for the parts of a dispatch.
+        peers = [p for p in self._peers() if max(rows.to[p], rows.from_[p]) > begin]
         return self._messages(
             lambda peer: (
                 spans(exchange.bases[peer], there, 0, rows.from_[peer]),
                 spans(exchange.bases[own], here, first_sums[peer], rows.to[peer]),
-            )
+            ),
+            peers,
         )
 
     def close(self) -> None:

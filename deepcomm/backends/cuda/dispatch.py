@@ -30,6 +30,7 @@ from deepcomm.backends.cuda.routing import (
     RoutingId,
     Stage,
     fill_count_outputs,
+    fill_rail_side,
     routing_table,
     taking_turn,
 )
@@ -306,11 +307,9 @@ class Dispatch:
         params.topk_weights = address_of(checked.topk_weights)
         if outputs is not None:
             self._fill_target(params.target, record, outputs)
-        rail = self._stage.after if self._cached is None else None
-        if rail is not None:
-            params.lost.on_rail(rail.meet())
-            params.lost.lost = domain.workspace.lost.address
-            params.lost.overflow = address_of(record.counts[-1:])
+        if (rail := self._stage.after) is not None:
+            made_here = record.counts if self._cached is None else None
+            fill_rail_side(params.rail, domain, rail, made_here)
         params.round = domain.exchange.round.address
         params.counts = address_of(record.counts) if self._cached is None else 0
         params.num_origins = record.num_origins
@@ -321,7 +320,7 @@ class Dispatch:
         params.scales_are_ue8m0 = int(fmt.scales == 2)
         kernel = domain.functions.send[fmt.wire, self._by_expert]
         domain.launch(kernel, domain.num_sms, params, meets=self._cached is not None)
-        if rail is not None:
+        if rail is not None and self._cached is None:
             rail.carrier.carry_lost(domain)
 
     def _fill_target(

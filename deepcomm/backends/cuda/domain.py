@@ -73,11 +73,6 @@ class Position:
         """Whether a network is between its ranks."""
         return bool(self.networks)
 
-    @property
-    def combine_origins(self) -> int:
-        """As the combine kernel counts them."""
-        return 0 if self.is_rail else self.num_origins
-
 
 class Domain:
     """One rank's part of a domain: symmetric memory, kernels, and one order of operations."""

@@ -52,13 +52,17 @@ class Functions:
         count: dispatch_count.
         send: dispatch_send by (wire, by expert); FP8 ones only where rows allow FP8.
         scales: dispatch_scales.
-        combine: By whether the layout is an expert one.
+        combine: By whether the layout is an expert one; none on a rail.
+        combine_open: Of a rail.
+        combine_nodes: Likewise.
     """
 
     count: Function
     send: dict[tuple[str, bool], Function]
     scales: Function
     combine: dict[bool, Function]
+    combine_open: Function | None
+    combine_nodes: Function | None
 
     @staticmethod
     def load(
@@ -82,9 +86,13 @@ class Functions:
             ("count",): ("dispatch_count", experts),
             ("scales",): ("dispatch_scales", {}),
         }
+        if position.is_rail:
+            wanted["open",] = ("combine_open", {"num_ranks": num_ranks})
+            wanted["nodes",] = ("combine_nodes", shape)
         for by_expert in (False,) if position.is_rail else (False, True):
-            origins = {"by_expert": by_expert, "origins": position.combine_origins}
-            wanted["combine", by_expert] = ("combine", {**shape, **origins})
+            if not position.is_rail:
+                origins = {"by_expert": by_expert, "num_origins": position.num_origins}
+                wanted["combine", by_expert] = ("combine", {**shape, **origins})
             for name, wire in wires.items():
                 spec = {**shape, "wire": wire, "by_expert": by_expert}
                 wanted["send", name, by_expert] = ("dispatch_send", spec)
@@ -98,6 +106,8 @@ class Functions:
             send={key[1:]: function for key, function in loaded.items() if key[0] == "send"},
             scales=loaded["scales",],
             combine={key[1]: function for key, function in loaded.items() if key[0] == "combine"},
+            combine_open=loaded.get(("open",)),
+            combine_nodes=loaded.get(("nodes",)),
         )
 
 

@@ -4,51 +4,43 @@
 A dispatch on the rail takes each token once to every node that owns one of its experts: there its
 rank of the rail has it in a landing area, with ids that are those of the node. A second dispatch,
 inside the node, takes it on from there, in the order of the tokens' ranks. Combine goes the same
-way back: sums over the ranks of a node, then over nodes. The stages follow each other on the stream
-without the host: how many tokens there are to forward, and that an operation is called off, the
-second learns from what the first has left in device memory. csrc/kernels/PROTOCOLS.md: nodes.
+way back: sums over the ranks of a node, then over nodes (``nodes_combine.py``). The stages follow
+each other on the stream without the host: how many tokens there are to forward, and that an
+operation is called off, the second learns from what the first has left in device memory.
+csrc/kernels/PROTOCOLS.md: nodes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from deepcomm.backends.base import CombineRequest
 from deepcomm.backends.cuda.carrier import RowBytes
-from deepcomm.backends.cuda.combine import Combine, OwnSums
 from deepcomm.backends.cuda.dispatch import Dispatch
 from deepcomm.backends.cuda.domain import Domain, Machine, Position
 from deepcomm.backends.cuda.engine import Traffic
 from deepcomm.backends.cuda.exchange import node_config, rail_config
-from deepcomm.backends.cuda.inputs import asked_of_combine, asked_of_dispatch, host_waits
+from deepcomm.backends.cuda.inputs import asked_of_dispatch, host_waits
+from deepcomm.backends.cuda.nodes_combine import NodesCombine
+from deepcomm.backends.cuda.nodes_record import NodesRecord, record_of, routing_on_rail
 from deepcomm.backends.cuda.routing import RoutingId, Stage, refuse, taking_turn
 from deepcomm.backends.cuda.tensors import lease_landing
-from deepcomm.checks import check_combine, check_dispatch
-from deepcomm.errors import InvalidArgument
+from deepcomm.checks import check_dispatch
 from deepcomm.group import Group, SubGroup, agree_on
-from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout, ScaledTensor
+from deepcomm.types import DispatchOutput, RecvLayout, ScaledTensor
 
 if TYPE_CHECKING:
-    from deepcomm.backends.base import DispatchRequest
+    from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.exchange import Exchange
     from deepcomm.backends.cuda.network import Network
-    from deepcomm.backends.cuda.tensors import CudaRecord, Forwarded
+    from deepcomm.backends.cuda.tensors import Forwarded
     from deepcomm.config import BufferConfig
     from deepcomm.topology import Topology
 
 __all__ = ["NodesEngine"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NodesRecord:
-    """What a ``Handle`` keeps for several nodes: those of the two stages."""
-
-    rail: Handle
-    node: Handle
 
 
 class NodesEngine:
@@ -112,7 +104,7 @@ class NodesEngine:
     def combine(self, request: CombineRequest, buffer_id: bytes) -> NodesCombine:
         """Check the arguments of a combine."""
         self.rail.carrier.check_capture()
-        return NodesCombine(self, buffer_id, request)
+        return NodesCombine(self, request, buffer_id)
 
     def refuse_dispatch(self, request: DispatchRequest, buffer_id: bytes) -> None:
         """Tell the peers of both stages that this rank does not take part in a dispatch.
@@ -131,11 +123,11 @@ class NodesEngine:
 
         They have told the network already what they will carry.
         """
-        refuse(self.node, Stage(is_last=False))
-        refuse(self.rail, Stage(after=self.node))
+        refuse(self.rail, Stage(is_last=False))
+        refuse(self.node, Stage(after=self.rail))
         if (routing := routing_on_rail(request.handle, buffer_id)) is not None:
             row_bytes = RowBytes.of_combine(request, self.config.hidden)
-            self.rail.carrier.carry_pushed(routing.rows, routing.plan, row_bytes)
+            self.rail.carrier.carry_pushed(routing.rows, routing.plan, row_bytes, self.node)
 
     def grow(self, max_tokens: int) -> None:
         """Make room for more tokens a rank; collective."""
@@ -177,26 +169,6 @@ class NodesEngine:
         self.landing = None
         self.rail.close()
         self.node.close()
-
-
-def routing_on_rail(handle: Handle | None, buffer_id: bytes) -> CudaRecord | None:
-    """Return what a handle of unknown origin keeps of the rail, if it is one of this buffer's."""
-    record = None if handle is None else getattr(handle, "records", None)
-    if not isinstance(record, NodesRecord):
-        return None
-    routing: CudaRecord = record.rail.records
-    return routing if routing.buffer_id == buffer_id else None
-
-
-def record_of(handle: Handle) -> NodesRecord:
-    """Return what a handle keeps.
-
-    Raises:
-        InvalidArgument: The handle comes from another buffer.
-    """
-    if not isinstance(handle.records, NodesRecord):
-        raise InvalidArgument("handle: expected one of this buffer, got one of another")
-    return handle.records
 
 
 class NodesDispatch:
@@ -284,56 +256,3 @@ class NodesDispatch:
         kept = [*record.rail.records.tensors, record.rail.topk_weights]
         inside = self._in_node.owned_outputs(replace(output, handle=record.node))
         return inside + [tensor for tensor in kept if tensor is not None]
-
-
-class NodesCombine:
-    """One combine of one rank, in two stages."""
-
-    def __init__(self, engine: NodesEngine, buffer_id: bytes, request: CombineRequest) -> None:
-        """Check the arguments.
-
-        Raises:
-            InvalidArgument: The first argument that is wrong.
-        """
-        checked = check_combine(
-            request, engine.config, engine.node.num_local_experts, engine.rail.device
-        )
-        record = record_of(request.handle)
-        self._asked = asked_of_combine(request, checked)
-        self._engine = engine
-        self._buffer_id = buffer_id
-        self._request = request
-        self._rail_handle = record.rail
-        inside_node = replace(request, handle=record.node, bias=None, out=None)
-        self._in_node = Combine(engine.node, buffer_id, inside_node, Stage(is_last=False))
-        self._on_rail: Combine | None = None
-
-    def run(self) -> CombineOutput:
-        """Launch."""
-        engine = self._engine
-        # The peers of the second stage wait for this rank, also if the host fails before it.
-        with taking_turn(engine.rail, Stage(after=engine.node)):
-            return self._run()
-
-    def _run(self) -> CombineOutput:
-        engine, request = self._engine, self._request
-        shape = (self._rail_handle.num_tokens, engine.config.hidden)
-        own_sums = OwnSums(
-            torch.empty(shape, dtype=torch.float32, device=engine.rail.device), engine.topology.node
-        )
-        sums = self._in_node.run(own_sums)
-        between_nodes = CombineRequest(
-            y=sums.x,
-            handle=self._rail_handle,
-            topk_weights=sums.topk_weights,
-            bias=request.bias,
-            out=request.out,
-        )
-        stage = Stage(after=engine.node, asked=self._asked)
-        self._on_rail = Combine(engine.rail, self._buffer_id, between_nodes, stage)
-        return self._on_rail.run(own_sums)
-
-    def inputs(self) -> list[torch.Tensor]:
-        """Return the tensors that kernels read."""
-        later = [] if self._on_rail is None else self._on_rail.inputs()
-        return self._in_node.inputs() + later

@@ -28,6 +28,7 @@ __all__ = [
     "RoutingId",
     "Stage",
     "fill_count_outputs",
+    "fill_rail_side",
     "refuse",
     "routing_table",
     "taking_turn",
@@ -130,6 +131,25 @@ def fill_count_outputs(domain: Domain, params: kernels.CountParams, counts: torc
     params.report = domain.workspace.report_memory.device_address
     domain.report_tag += 1
     params.report_tag = domain.report_tag
+
+
+def fill_rail_side(
+    side: kernels.RailSide, domain: Domain, rail: Domain, counts: torch.Tensor | None
+) -> None:
+    """Name the rail that rows come from, and what says which of them are here.
+
+    Args:
+        side: To be filled.
+        domain: Where rows are sent on.
+        rail: Where they come from.
+        counts: Of a new routing, whose lost tokens the rail hears of.
+    """
+    side.on_rail(rail.meet())
+    landed = rail.carrier.landed()
+    side.landed, side.part_rows = landed.address, landed.part_rows
+    if counts is not None:
+        side.lost = domain.workspace.lost.address
+        side.overflow = address_of(counts[-1:])
 
 
 def routing_table(record: CudaRecord) -> kernels.RoutingTable:
