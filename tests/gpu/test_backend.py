@@ -37,7 +37,9 @@ FOUND_WITHIN_S = 8.0  # for a timeout_s of 1
 
 
 def by_threads(num_ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    return LocalCluster(num_ranks, device="cuda:0").run(lambda group: body(group, *args))
+    # To compile what is not in the cache takes minutes.
+    cluster = LocalCluster(num_ranks, device="cuda:0", timeout_s=PROCESS_LIMIT_S)
+    return cluster.run(lambda group: body(group, *args))
 
 
 def by_processes(body: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda import failure as failures
-from deepcomm.backends.cuda.carrier import RowBytes
+from deepcomm.backends.cuda.carried_rows import RowBytes
 from deepcomm.backends.cuda.exchange import MAX_COUNT_BLOCKS, Exchange
 from deepcomm.backends.cuda.generations import Landing
 from deepcomm.backends.cuda.inputs import (

@@ -10,7 +10,7 @@ from deepcomm.backends.cuda.network import Span
 
 if TYPE_CHECKING:
     from deepcomm._C import kernels
-    from deepcomm.backends.cuda.carrier import CarriedRows, RowBytes
+    from deepcomm.backends.cuda.carried_rows import CarriedRows, RowBytes
     from deepcomm.backends.cuda.exchange import MirroredExchange
 
 __all__ = ["ALL_LANDED", "Landed", "LandingSpans"]

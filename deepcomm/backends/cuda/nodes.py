@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deepcomm.backends.cuda.carrier import RowBytes
+from deepcomm.backends.cuda.carried_rows import RowBytes
 from deepcomm.backends.cuda.dispatch import Dispatch
 from deepcomm.backends.cuda.domain import Domain, Machine, Position
 from deepcomm.backends.cuda.engine import Traffic

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.carrier import RowBytes
+from deepcomm.backends.cuda.carried_rows import RowBytes
 from deepcomm.backends.cuda.combine import CombineTensors, combine_header, name_inputs
 from deepcomm.backends.cuda.inputs import asked_of_combine, bring_combine_inputs
 from deepcomm.backends.cuda.nodes_record import record_of

@@ -16,7 +16,7 @@ from deepcomm.types import RecvLayout
 if TYPE_CHECKING:
     from deepcomm._C import kernels
     from deepcomm.backends.base import DispatchRequest
-    from deepcomm.backends.cuda.carrier import CarriedRows
+    from deepcomm.backends.cuda.carried_rows import CarriedRows
     from deepcomm.backends.cuda.exchange import Exchange
     from deepcomm.checks import CheckedDispatch
     from deepcomm.types import Handle
