@@ -13,6 +13,7 @@ import ctypes
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from deepcomm._C import kernels
+from deepcomm.backends.cuda.carried_rows import CarriedRows
 from deepcomm.backends.cuda.landing import ALL_LANDED, Landed, LandingSpans
 from deepcomm.backends.cuda.network import Message, Span
 from deepcomm.backends.cuda.progress import PATIENCE, PROGRESS_BYTES, Progress
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from deepcomm.backends.cuda.carried_rows import CarriedRows, RowBytes
+    from deepcomm.backends.cuda.carried_rows import RowBytes
     from deepcomm.backends.cuda.domain import Domain
     from deepcomm.backends.cuda.exchange import MirroredExchange
     from deepcomm.backends.cuda.network import Network
