@@ -134,7 +134,7 @@ def stages(result: Result, num_ranks: int, repeats: int) -> dict[str, Callable[[
 
 
 def run_stages(result: Result, args: argparse.Namespace) -> None:
-    """Run the stages one after the other within the time of all."""
+    """Run the stages one after the other within the time of all; what each finds is written."""
     end = time.monotonic() + args.limit_s
     for name, stage in stages(result, args.ranks, args.repeats).items():
         if name not in args.stages:
@@ -148,6 +148,9 @@ def run_stages(result: Result, args: argparse.Namespace) -> None:
         result.seconds[name] = round(time.monotonic() - start, 1)
         what = result.failures.get(name, "done")
         print(f"{name}: {what} ({result.seconds[name]} s)", file=sys.stderr, flush=True)
+        if args.out:
+            path = args.out.with_name(f"{args.out.name}-one-host")
+            write_results(path, asdict(result), report(result, args.ranks))
 
 
 # ---- The report -----------------------------------------------------------------------------
@@ -185,10 +188,7 @@ def main() -> None:
         raise SystemExit(f"--ranks: expected an even number of 2..{most} GPUs, got {args.ranks}")
     result = Result({**environment(args.commit), "ranks": str(args.ranks)})
     run_stages(result, args)
-    lines = report(result, args.ranks)
-    print("\n".join(lines))
-    if args.out:
-        write_results(args.out.with_name(f"{args.out.name}-one-host"), asdict(result), lines)
+    print("\n".join(report(result, args.ranks)))
     if result.failures:
         raise SystemExit(1)
 
