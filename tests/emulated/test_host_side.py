@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from collective.case import Case
 from collective.session import Oracle, Session
+from emulated.cluster import Settings
 from emulated.conftest import Schedules
 from emulated.runtime import EmulatedRuntime, run_emulated
 from emulated.test_trouble import (
@@ -272,3 +275,28 @@ def test_low_latency_of_a_smaller_buffer_is_refused(schedules: Schedules, nodes:
 
     for settings in schedules():
         run_emulated(outlive, case.num_ranks, settings)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_buffer_is_freed_when_it_is_dropped(nodes: str) -> None:
+    """Its streams go back at once: ranks of one device have few that do not wait for each other."""
+    case = layout_case(TOKEN, nodes)
+    backends: list[weakref.ref[Any]] = []
+
+    def body(group: LocalGroup) -> None:
+        with Session(group, case) as session:
+            backends.append(weakref.ref(session.buffer._backend))
+            flying = session.low_latency_dispatch(1, async_op=True, return_hook=True)
+            flying.finish()
+            session.low_latency_combine(flying, async_op=True)
+            flying = session.dispatch(0, async_op=True)
+            session.combine(flying, async_op=True)
+            flying.actual.event.synchronize()
+
+    gc.collect()
+    gc.disable()
+    try:
+        run_emulated(body, case.num_ranks, Settings())
+        assert [backend() for backend in backends] == [None] * case.num_ranks
+    finally:
+        gc.enable()

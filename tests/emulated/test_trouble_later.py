@@ -58,7 +58,7 @@ class RunningAhead:
             self.catch_up()
         else:
             self._actual.drain()
-        return error_of(self._buffer._backend._check_complete)
+        return error_of(self._buffer._backend.failure.check_complete)
 
 
 def error_of(call: Callable[[], Any]) -> Error | None:

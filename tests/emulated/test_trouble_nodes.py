@@ -252,7 +252,7 @@ def test_host_that_fails_once_the_rail_has_met_ends_the_combine_everywhere(
                 engine.node.launch = break_once
             error = operate(session, first, "combine")
             if error is None:  # the host was ahead
-                error = error_of(session.buffer._backend._check_complete)
+                error = error_of(session.buffer._backend.failure.check_complete)
             if group.rank == AT_FAULT:
                 assert isinstance(error, MemoryError)
             elif group.rank // 2 == AT_FAULT // 2:

@@ -259,14 +259,10 @@ class CudaBackend:
         """Keep what kernels use, and return the operation's end."""
         for tensor in inputs:
             self.runtime.keep_alive(tensor)
-        event = self.runtime.record_event(self._check_complete)
+        # Kept here, it must not keep this buffer, whose streams would wait for the collector.
+        event = self.runtime.record_event(self.failure.check_complete)
         self._keep_last_event(event)
         return event
-
-    def _check_complete(self) -> None:
-        """Raise what an operation that has ended found to be wrong."""
-        self.failure.check_usable("synchronize")
-        self.failure.raise_trouble()
 
     def _check_room(self, num_tokens: int) -> None:
         """Check that a buffer that must not grow need not."""

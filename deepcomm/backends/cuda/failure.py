@@ -163,6 +163,11 @@ class Failure:
         self._trouble = Trouble.from_address(trouble.address)
         self._fatal: Error | None = None
 
+    def check_complete(self) -> None:
+        """Raise what an operation that has ended found to be wrong."""
+        self.check_usable("synchronize")
+        self.raise_trouble()
+
     def check_usable(self, operation: str) -> None:
         """Raise, by the operation's name, once the buffer has failed.
 
