@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -120,5 +121,33 @@ def test_handles_and_outputs_are_records_like_others() -> None:
             handle.num_tokens = 1  # type: ignore[misc]
         with pytest.raises(AttributeError, match="tokens"):
             _ = handle.tokens  # type: ignore[attr-defined]
+
+    play(ALONE, body)
+
+
+def test_turn_of_a_hook_is_not_reused_before_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the hook is called on another stream its kernel may read the turn late."""
+    turns: list[weakref.ref[torch.Tensor]] = []
+    make = low_latency_plan.CombinePlan.of
+
+    def noted(context: Any, request: Any) -> Any:
+        plan, inputs = make(context, request)
+
+        def turn() -> torch.Tensor:
+            made = plan.turn()
+            turns.append(weakref.ref(made))
+            return made
+
+        return replace(plan, turn=turn), inputs
+
+    monkeypatch.setattr(low_latency_plan.CombinePlan, "of", staticmethod(noted))
+
+    def body(session: LowLatencySession) -> None:
+        one = session.low_latency_dispatch(0)
+        for num_calls in range(1, 10):
+            session.low_latency_combine(one, return_hook=True).finish()
+            kept = [turn() is not None for turn in turns]
+            assert kept[-4:] == [True] * min(num_calls, 4)
+            assert not any(kept[:-4])
 
     play(ALONE, body)

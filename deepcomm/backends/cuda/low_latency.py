@@ -10,6 +10,7 @@ refusal at different calls, and yet all of them take the same number of turns.
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,9 @@ class LowLatency:
         self._late_memory = place.runtime.host_memory(4 * self._num_ranks)
         self._late = (ctypes.c_uint32 * self._num_ranks).from_address(self._late_memory.address)
         self._masked = [False] * self._num_ranks
+        # Of combines whose hook was called, perhaps on another stream than the call, whose next
+        # tensors could lie there. A slot's next send waits until its receive phase is over.
+        self._turns: deque[torch.Tensor] = deque(maxlen=config.num_low_latency_slots)
         self.num_dispatches = self.num_combines = self.tokens_sent = 0
         self._bytes_carried_before = previous.bytes_carried if previous else 0
         self._is_closed = False
@@ -333,6 +337,8 @@ class LowLatency:
             context.carrier.receive(operation, flight.arrived)
         else:
             runtime.launch(*operation.plan.launches[RECEIVE], operation.params)
+        if operation.turn is not None:
+            self._turns.append(operation.turn)
         runtime.flush()
         operation.on_received()
         self._raise_earlier(context.slots)

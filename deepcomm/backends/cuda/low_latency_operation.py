@@ -31,6 +31,7 @@ class DispatchOperation:
     """
 
     name = DISPATCH
+    turn = None  # in the record
     __slots__ = ("_context", "_inputs", "_record", "_scales", "_topk_idx", "_x", "params", "plan")
 
     def __init__(self, context: Context, request: DispatchRequest) -> None:
@@ -79,10 +80,14 @@ class DispatchOperation:
 
 
 class CombineOperation:
-    """A combine whose arguments are right; attributes as those of ``DispatchOperation``."""
+    """A combine whose arguments are right; attributes as those of ``DispatchOperation``.
+
+    Attributes:
+        turn: Which the send phase tells the receive phase, where there are two.
+    """
 
     name = COMBINE
-    __slots__ = ("_inputs", "_record", "_topk_weights", "_turn", "_x", "params", "plan")
+    __slots__ = ("_inputs", "_record", "_topk_weights", "_x", "params", "plan", "turn")
 
     def __init__(self, context: Context, request: CombineRequest) -> None:
         """Check and allocate.
@@ -95,14 +100,14 @@ class CombineOperation:
         self._x = plan.x() if request.out is None else request.out
         self._topk_weights = None if plan.topk_weights is None else plan.topk_weights()
         self.params = params = plan.params.copy() if request.return_hook else plan.params
-        self._turn: torch.Tensor | None = None
+        self.turn: torch.Tensor | None = None
         words = record.words.data_ptr()
         params.set_tensors(
             inputs[0].data_ptr(), self._x.data_ptr(), words, words + 4 * record.map.topk_idx
         )
         if request.return_hook or context.sizes.num_nodes > 1:
-            self._turn = plan.turn()
-            params.base.turn = self._turn.data_ptr()
+            self.turn = plan.turn()
+            params.base.turn = self.turn.data_ptr()
         if plan.has_extras:
             self._fill_extras(request)
 
@@ -120,7 +125,7 @@ class CombineOperation:
     @property
     def tensors(self) -> Sequence[torch.Tensor | None]:
         """What the kernels read and write, statistics apart."""
-        return (*self._inputs, self._record.words, self._x, self._topk_weights, self._turn)
+        return (*self._inputs, self._record.words, self._x, self._topk_weights, self.turn)
 
     def on_received(self) -> None:
         """Nothing to note."""
