@@ -61,8 +61,8 @@ SURVIVORS = {
     "-> bulk_wait_group_read<0>": "no other rank reads them, and the kernel's end awaits them too",
     "kernels/dispatch/expand.cuh: the copies are complete when the kernel ends: bulk_wait_group<0> "
     "-> bulk_wait_group<1>": (
-        "the arrival behind it takes longer than the copy that is not awaited; one round in many sees "
-        "that"
+        "the arrival behind it takes longer than the copy that is not awaited; one round in many "
+        "sees that"
     ),
     "kernels/dispatch/kernel.cuh: the mbarriers before the lanes that wait at them: delete": (
         "the meeting's barriers stand between"
