@@ -43,6 +43,7 @@ pytestmark = pytest.mark.emulated_backend
 TOKEN, EXPERT, PADDED = RecvLayout
 CARRIED = {**HIGH_THROUGHPUT_ONLY, "rail": "nccl"}
 PAIR = Case(num_ranks=2, ranks_per_node=1, num_tokens=10, num_topk=3)
+PART_ROWS = 8
 FEW_CASES = [
     *SHAPE_CASES[:: len(RecvLayout)],
     *(replace(TWO_BY_TWO, layout=layout) for layout in RecvLayout),
@@ -56,6 +57,12 @@ FEW_CASES = [
 
 def run_carried(function: Callable[[LocalGroup], Any], case: Case, settings: Settings) -> list[Any]:
     return run_emulated(function, case.num_ranks, replace(settings, has_network=True))
+
+
+def make_parts_small(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    """Let a part be PART_ROWS rows."""
+    row_bytes = case.hidden * (2 if case.wire == "bf16" else 1)
+    monkeypatch.setattr(carrier, "PART_BYTES", PART_ROWS * row_bytes)
 
 
 def params(cases: list[Case]) -> list[Any]:
@@ -78,7 +85,7 @@ def test_sums_travel_in_parts(
 ) -> None:
     """Each part is announced by itself, and ranks have different numbers of them."""
     case, oracle = replace(PAIR, num_tokens=34, layout=layout, routing="uniform"), Oracle()
-    monkeypatch.setattr(carrier, "PART_BYTES", 8 * 2 * case.hidden)
+    make_parts_small(monkeypatch, case)
     for settings in schedules():
         run_carried(lambda group: exchange(group, case, oracle, **CARRIED), case, settings)
 
@@ -197,6 +204,19 @@ def refuse_cached(session: Session, received: Any) -> None:
     )
 
 
+def hear_of_refusal(
+    session: Session, received: Any, refuse: Callable[[Session, Any], None]
+) -> None:
+    """Let the rank at fault refuse; its peers hear of it in the operation after, which waits."""
+
+    def refuse_and_wait() -> None:
+        refuse(session, received)
+        session.buffer.dispatch(**dispatch_arguments(session))  # it waits, and raises
+
+    with pytest.raises(InvalidArgument if session.rank == AT_FAULT else CommError):
+        refuse_and_wait()
+
+
 @pytest.mark.parametrize("refuse", [refuse_combine, refuse_cached])
 @pytest.mark.parametrize("layout", [TOKEN, EXPERT])
 def test_refusal_of_what_the_network_has_been_told(
@@ -205,16 +225,9 @@ def test_refusal_of_what_the_network_has_been_told(
     """Peers know how much they carry by the handle; the rank at fault carries as much."""
     case, oracle = layout_case(layout, "2x2"), Oracle()
 
-    def refuse_and_wait(session: Session, received: Any) -> None:
-        refuse(session, received)
-        session.buffer.dispatch(**dispatch_arguments(session))  # it waits, and raises
-
     def run(group: LocalGroup) -> None:
         with Session(group, case, oracle, **CARRIED) as session:
-            received = session.dispatch(0)
-            expected = InvalidArgument if group.rank == AT_FAULT else CommError
-            with pytest.raises(expected):
-                refuse_and_wait(session, received)
+            hear_of_refusal(session, session.dispatch(0), refuse)
             exchange_well(session)
 
     for settings in schedules():

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from collective.session import Oracle, Session
 from emulated.conftest import Schedules
-from emulated.test_rails import CARRIED, PAIR, run_carried
-from emulated.test_trouble import AT_FAULT, exchange_well, layout_case
-from emulated.test_trouble_nodes import break_node_stage, operate
+from emulated.test_rails import CARRIED, PAIR, make_parts_small, run_carried
+from emulated.test_trouble import layout_case
+from emulated.test_trouble_nodes import fail_twice
 
 from deepcomm import RecvLayout
-from deepcomm.backends.cuda import carrier
-from deepcomm.errors import CommError
 from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
@@ -29,7 +27,7 @@ def test_parts_are_launched_between_the_stages(
 ) -> None:
     """Behind the node's kernel, which writes them, and not behind the rail's, which awaits all."""
     case, oracle = replace(PAIR, num_tokens=34, layout=layout, routing="uniform"), Oracle()
-    monkeypatch.setattr(carrier, "PART_BYTES", 8 * 2 * case.hidden)
+    make_parts_small(monkeypatch, case)
     launched: list[str] = []
 
     def combine(group: LocalGroup) -> None:
@@ -66,17 +64,7 @@ def test_host_that_fails_before_it_launches_carries_as_much(
 
     def fail(group: LocalGroup) -> None:
         with Session(group, case, oracle, **CARRIED) as session:
-            first = session.dispatch(0).actual
-            for _ in range(2):
-                domain, functions = break_node_stage(session, "combine")
-                error = operate(session, first, "combine")
-                domain.functions = functions
-                if group.rank == AT_FAULT:
-                    assert isinstance(error, MemoryError)
-                else:
-                    assert isinstance(error, CommError)
-                    assert error.peer == AT_FAULT
-                exchange_well(session)
+            fail_twice(session, "combine", told=set(range(case.num_ranks)))
 
     for settings in schedules():
         run_carried(fail, case, settings)

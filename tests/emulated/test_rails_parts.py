@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,26 +12,30 @@ import torch
 from collective.case import Case, make_inputs
 from collective.nodes import TWO_BY_TWO
 from collective.scenario import exchange
-from collective.session import Dispatched, Oracle, Session
-from emulated.cluster import Settings
+from collective.session import Oracle, Session
 from emulated.conftest import Schedules
 from emulated.network import PATIENCE_S
 from emulated.operations import HIGH_THROUGHPUT_ONLY, exchange_for_ever
-from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated, use_runtime
+from emulated.runtime import EmulatedRuntime, LazyRuntime, use_runtime
 from emulated.streams import Mark
-from emulated.test_rails import SLOW, refuse_cached
-from emulated.test_trouble import AT_FAULT
+from emulated.test_rails import (
+    PART_ROWS,
+    SLOW,
+    hear_of_refusal,
+    make_parts_small,
+    refuse_cached,
+    run_carried,
+)
 
 from deepcomm import RecvLayout
-from deepcomm.backends.cuda import carrier, gin
+from deepcomm.backends.cuda import gin
 from deepcomm.backends.cuda.carrier import ROWS, NetworkCarrier
-from deepcomm.errors import CommError, CommTimeout, InvalidArgument
+from deepcomm.errors import CommTimeout
 from deepcomm.testing import LocalGroup
 
 pytestmark = pytest.mark.emulated_backend
 
 TOKEN, EXPERT, PADDED = RecvLayout
-PART_ROWS = 8
 MANY = replace(TWO_BY_TWO, num_tokens=34, routing="uniform", sizes=(34, 21, 30, 0))
 FULL = replace(TWO_BY_TWO, num_tokens=40, routing="uniform", even=True)
 
@@ -42,15 +45,6 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Of buffers over each network."""
     monkeypatch.setattr(gin, "GRACE_S", 0.05)  # real seconds, in which no kernel goes on
     return {**HIGH_THROUGHPUT_ONLY, "rail": request.param}
-
-
-def run_carried(function: Callable[[LocalGroup], Any], case: Case, settings: Settings) -> list[Any]:
-    return run_emulated(function, case.num_ranks, replace(settings, has_network=True))
-
-
-def make_parts_small(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
-    row_bytes = case.hidden * (2 if case.wire == "bf16" else 1)
-    monkeypatch.setattr(carrier, "PART_BYTES", PART_ROWS * row_bytes)
 
 
 CASES = [
@@ -134,21 +128,12 @@ def test_refused_parts_are_posted_by_all(
     def refuse(group: LocalGroup) -> None:
         with Session(group, case, oracle, **options) as session:
             first = session.dispatch(0)
-            expected = InvalidArgument if group.rank == AT_FAULT else CommError
-            with pytest.raises(expected):
-                refuse_and_wait(session, first)
+            hear_of_refusal(session, first, refuse_cached)
             session.dispatch(1, cached=first)
             session.dispatch(2)
 
     for settings in schedules():
         run_carried(refuse, case, settings)
-
-
-def refuse_and_wait(session: Session, received: Dispatched) -> None:
-    """Peers of the rank at fault hear of it in the operation after, which waits."""
-    refuse_cached(session, received)
-    rank, inputs = session.rank, session.inputs(0)
-    session.buffer.dispatch(inputs.xs[rank], inputs.ids[rank], inputs.weights[rank])
 
 
 def test_grown_buffer_has_parts(

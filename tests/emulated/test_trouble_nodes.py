@@ -201,6 +201,23 @@ def operate(session: Session, first: DispatchOutput, operation: str) -> Exceptio
     return None
 
 
+def fail_twice(session: Session, operation: str, told: set[int]) -> None:
+    """Let the host at fault fail before the node's stage; some are told, and all go on."""
+    first = session.dispatch(0).actual
+    for _ in range(2):
+        domain, functions = break_node_stage(session, operation)
+        error = operate(session, first, operation)
+        domain.functions = functions
+        if session.rank == AT_FAULT:
+            assert isinstance(error, MemoryError)
+        elif session.rank in told:
+            assert isinstance(error, CommError)
+            assert error.peer == AT_FAULT
+        else:
+            assert error is None
+        exchange_well(session)
+
+
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 @pytest.mark.parametrize("layout", RecvLayout)
 def test_host_that_fails_before_the_node_keeps_stages_in_step(
@@ -213,19 +230,7 @@ def test_host_that_fails_before_the_node_keeps_stages_in_step(
 
     def fail(group: LocalGroup) -> None:
         with Session(group, case, oracle, **HIGH_THROUGHPUT_ONLY) as session:
-            first = session.dispatch(0).actual
-            for _ in range(2):
-                domain, functions = break_node_stage(session, operation)
-                error = operate(session, first, operation)
-                domain.functions = functions
-                if group.rank == AT_FAULT:
-                    assert isinstance(error, MemoryError)
-                elif group.rank in told:
-                    assert isinstance(error, CommError)
-                    assert error.peer == AT_FAULT
-                else:
-                    assert error is None
-                exchange_well(session)
+            fail_twice(session, operation, told)
 
     for settings in schedules():
         run_emulated(fail, case.num_ranks, settings)

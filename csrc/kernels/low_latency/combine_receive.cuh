@@ -62,8 +62,8 @@ DEEPCOMM_DEVICE void await_token(const LowLatencyCombineParams& params, const de
     awaited.load(params.base, turn, block.thread_idx());
 }
 
-/// Waits for all headers; early: that of the thread's first. Gives the number of tokens to receive: none where a rank has ended the
-/// operation. False: leave.
+/// Waits for all headers; early: that of the thread's first. Gives the number of tokens to receive:
+/// none where a rank has ended the operation. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const device::Block& block,
                                   const CombineHeaders& headers, const Vec128& early,
@@ -83,8 +83,8 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
 }
 
 /// The receive phase and its end, unless it fails. The headers, and the packets of the block's first
-/// token, are looked for before they are needed: what has come by then costs no trip to memory of its own. Not so over
-/// several nodes, where registers are needed for what is passed on first.
+/// token, are looked for before they are needed: what has come by then costs no trip to memory of its
+/// own. Not so over several nodes, where registers are needed for what is passed on first.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,

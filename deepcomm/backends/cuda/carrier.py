@@ -36,7 +36,7 @@ Spans: TypeAlias = tuple[Span, ...]
 MEETING, ROUTING, ROWS, PUSHED, LOST = range(5)  # kernels::RailStep
 PART_BYTES: Final = 4 << 20
 """Of rows to one peer: carried together, while others are still summed, or are sent on already."""
-CHUNK_ROWS: Final = 4  # layout::kPushChunk
+PUSH_CHUNK: Final = 4  # layout::kPushChunk
 
 
 class Carrier(Protocol):
@@ -289,7 +289,7 @@ class NetworkCarrier:
         """Carry sums and weights from the mirrors to the combine regions, part by part."""
         if rows is None:
             return
-        part = max(CHUNK_ROWS, PART_BYTES // row_bytes.row // CHUNK_ROWS * CHUNK_ROWS)
+        part = max(PUSH_CHUNK, PART_BYTES // row_bytes.row // PUSH_CHUNK * PUSH_CHUNK)
         peers = self._peers()
         most = max((max(rows.to[peer], rows.from_[peer]) for peer in peers), default=0)
         for begin in range(0, most, part):

@@ -35,7 +35,7 @@ __all__ = [
 MAX_COUNT_BLOCKS = 16
 NUM_COUNTERS = 4
 EPOCH_STATE_BYTES = 8
-NUM_QUEUES = 3
+NUM_QUEUES = 3  # kernels::kNumQueues, and kQueueBetweenNodes behind them
 
 
 class CountReport(ctypes.Structure):

@@ -19,7 +19,7 @@ Spans: TypeAlias = tuple[Span, ...]
 
 MOST_PARTS: Final = 16
 """Of the rows to a peer: each is three launches, and networks hold few moves."""
-CHUNK_ROWS: Final = 8  # layout::kSendChunk
+SEND_CHUNK: Final = 8  # layout::kSendChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Landed:
     part_rows: int
 
 
-ALL_LANDED: Final = Landed(0, CHUNK_ROWS)
+ALL_LANDED: Final = Landed(0, SEND_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class LandingSpans:
     def part_rows(self, part_bytes: int) -> int:
         """Return how many rows are carried together, alike on all ranks."""
         rows = max(part_bytes // self.row_bytes.row, self.exchange.max_tokens // MOST_PARTS)
-        return -(-rows // CHUNK_ROWS) * CHUNK_ROWS
+        return -(-rows // SEND_CHUNK) * SEND_CHUNK
 
     def num_rows(self, peer: int) -> int:
         """Return the rows that go to a peer, or those that come, if there are more; alike there."""
