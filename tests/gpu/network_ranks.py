@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TIMEOUT_S = 20.0
+MISMATCH_TIMEOUT_S = 5.0  # time enough to open the network
 SIZES = (0, 16, 80, 1 << 20, (1 << 24) + 48)
 NUM_ROUNDS = 50
 
@@ -86,7 +87,7 @@ def move_bytes(group: Any, kinds: Sequence[str]) -> str:
 def move_different_sizes(group: Any) -> None:
     """Expect fewer bytes than are sent: nothing is written, and both ranks hear of it."""
     control = as_group(group)
-    ends = open_ends(group, ("gin",), 1.0)
+    ends = open_ends(group, ("gin",), MISMATCH_TIMEOUT_S)
     ends.received.fill_(0xEE)
     torch.cuda.current_stream().synchronize()
     if control.rank == 0:

@@ -162,6 +162,7 @@ class Failure:
         self._record = ErrorRecord.from_address(record.address)
         self._trouble = Trouble.from_address(trouble.address)
         self._fatal: Error | None = None
+        self._is_raised = False
 
     def check_complete(self) -> None:
         """Raise what an operation that has ended found to be wrong."""
@@ -177,21 +178,24 @@ class Failure:
         """
         if self._fatal is None and self._record.state == COMPLETE:
             self._fatal = self._timeout()
-            raise self._fatal
-        if self._fatal is not None:
-            raise CommError(
-                f"{operation}: rank {self.rank}: the buffer has failed and can only be closed: "
-                f"{self._fatal}",
-                getattr(self._fatal, "peer", None),
-            )
+        if self._fatal is None:
+            return
+        if not self._is_raised:
+            self.raise_fatal(self._fatal)
+        raise CommError(
+            f"{operation}: rank {self.rank}: the buffer has failed and can only be closed: "
+            f"{self._fatal}",
+            getattr(self._fatal, "peer", None),
+        )
 
     def raise_fatal(self, error: Error) -> None:
         """Raise an error after which the buffer can only be closed."""
         self._fatal = error
+        self._is_raised = True
         raise error
 
     def condemn(self, error: Error) -> None:
-        """Let later calls raise: the buffer can only be closed."""
+        """Let the next call raise the error, and those after it that the buffer can only be closed."""
         if self._fatal is None:
             self._fatal = error
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which exception the calls of a buffer that has failed raise."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+from deepcomm import CommError, CommTimeout
+from deepcomm.backends.cuda.failure import ErrorRecord, Failure, FailureMemory, Trouble
+
+COMPLETE = 2
+
+
+class Memory:
+    """Host memory, as if kernels wrote there."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+        self.address = self.device_address = ctypes.addressof(content)
+        self.num_bytes = ctypes.sizeof(content)
+
+
+def make_failure() -> tuple[Failure, ErrorRecord]:
+    record = ErrorRecord()
+    memory = FailureMemory(Memory(record), Memory(Trouble()), Memory((ctypes.c_uint64 * 2)()))
+    return Failure(0, 8, memory), record
+
+
+def assert_unusable_for_good(failure: Failure, cause: str) -> None:
+    for _ in range(2):
+        with pytest.raises(CommError, match=f"combine: rank 0: .* only be closed: .*{cause}"):
+            failure.check_usable("combine")
+
+
+def test_what_a_watcher_has_found_is_raised_as_it_is_and_then_named() -> None:
+    failure, _ = make_failure()
+    failure.check_usable("dispatch")
+    late = CommTimeout("the network did not end", 1)
+    failure.condemn(late)
+    failure.condemn(CommError("found later"))
+    assert failure.failed
+    with pytest.raises(CommTimeout) as caught:
+        failure.check_usable("dispatch")
+    assert caught.value is late
+    assert_unusable_for_good(failure, "the network did not end")
+
+
+def test_wait_that_ran_out_is_raised_once_as_a_timeout() -> None:
+    failure, record = make_failure()
+    record.state, record.operation, record.peer, record.slot = COMPLETE, 2, 1, -1
+    with pytest.raises(CommTimeout, match="dispatch: rank 0, count: rank 1 did not come"):
+        failure.check_usable("synchronize")
+    assert_unusable_for_good(failure, "rank 1 did not come")
+
+
+def test_what_a_call_has_raised_is_not_raised_again() -> None:
+    failure, _ = make_failure()
+    with pytest.raises(CommTimeout):
+        failure.raise_fatal(CommTimeout("no verdict"))
+    assert_unusable_for_good(failure, "no verdict")
