@@ -214,8 +214,8 @@ def reserved_bytes(group: Any, case: Case, num_rounds: int) -> list[int]:
 
 
 def short_timeout_s(case: Case) -> float:
-    """Return a timeout for a peer that will not come; a network takes a second to be made."""
-    return 1.0 if case.rail in ("auto", "lsa") else 4.0
+    """Return a timeout for a peer that will not come; a network takes some seconds to be made."""
+    return {"nccl": 4.0, "gin": 8.0}.get(case.rail, 1.0)
 
 
 def miss_a_peer(group: Any, case: Case, how: str) -> float:

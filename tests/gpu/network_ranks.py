@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TIMEOUT_S = 20.0
-MISMATCH_TIMEOUT_S = 5.0  # time enough to open the network
+MISMATCH_TIMEOUT_S = 8.0  # time enough to open the network
 SIZES = (0, 16, 80, 1 << 20, (1 << 24) + 48)
 NUM_ROUNDS = 50
 

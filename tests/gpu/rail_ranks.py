@@ -143,5 +143,13 @@ def come_alone(session: Session, one: Any, how: str) -> None:
             # The send is over long before; what is received never comes.
             buffer.low_latency_dispatch(x, ids, recv_layout=session.case.layout, async_op=True)
     output.event.synchronize()
-    time.sleep(4.0)  # the host hears of it beside the device
+    await_failure(session)
     buffer.low_latency_combine(one.actual.x, one.actual.handle, apply_weights=False)
+
+
+def await_failure(session: Session) -> None:
+    """Wait until the host has heard of what the device or the network has run into."""
+    backend: Any = session.buffer._backend
+    limit_s = time.monotonic() + 4 * short_timeout_s(session.case)
+    while not backend.failure.failed and time.monotonic() < limit_s:
+        time.sleep(0.1)

@@ -3,6 +3,8 @@
 
 #include <dlfcn.h>
 
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "log.hpp"
@@ -27,7 +29,6 @@ using Address = unsigned long long;
     X(cuInit, (unsigned flags))                                                \
     X(cuDeviceGet, (int* device, int ordinal))                                 \
     X(cuCtxCreate_v2, (void** context, unsigned flags, int device))            \
-    X(cuCtxDestroy_v2, (void* context))                                        \
     X(cuCtxPushCurrent_v2, (void* context))                                    \
     X(cuCtxPopCurrent_v2, (void** context))                                    \
     X(cuPointerGetAttribute, (void* value, int attribute, Address address))    \
@@ -77,19 +78,31 @@ void check(int code, const char* call) {
     }
 }
 
+/// The process's own context on a GPU. Making one takes up to seconds where hosts have many GPUs, and
+/// NCCL makes several communicators of a network: it is made once, and ends with the process.
+void* context_on(const Driver& driver, int ordinal) {
+    static std::mutex mutex;
+    static std::map<int, void*> contexts;
+    const std::lock_guard<std::mutex> lock(mutex);
+    void*& context = contexts[ordinal];
+    if (context == nullptr) {
+        int device;
+        check(driver.cuDeviceGet(&device, ordinal), "cuDeviceGet");
+        check(driver.cuCtxCreate_v2(&context, kUsualContext, device), "cuCtxCreate");
+        void* popped;
+        driver.cuCtxPopCurrent_v2(&popped);
+    }
+    return context;
+}
+
 }  // namespace
 
 Device::Device(const void* address) : driver_(Driver::get()) {
     check(driver_.cuPointerGetAttribute(&ordinal_, kDeviceOrdinal,
                                         reinterpret_cast<Address>(address)),
           "cuPointerGetAttribute");
-    check(driver_.cuDeviceGet(&device_, ordinal_), "cuDeviceGet");
-    check(driver_.cuCtxCreate_v2(&context_, kUsualContext, device_), "cuCtxCreate");
-    void* context;
-    driver_.cuCtxPopCurrent_v2(&context);
+    context_ = context_on(driver_, ordinal_);
 }
-
-Device::~Device() { driver_.cuCtxDestroy_v2(context_); }
 
 Device::Scope::Scope(const Device& device) : driver_(device.driver_) {
     check(driver_.cuCtxPushCurrent_v2(device.context_), "cuCtxPushCurrent");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies between registered host memory and a GPU, by the driver alone, from any thread. They have a
-// context of their own: a program may keep the lock of its context while it waits, as long as a copy
+// Copies between registered host memory and a GPU, by the driver alone, from any thread. All of a
+// process's have a context of their own: a program may keep the lock of its context while it waits, as long as a copy
 // or the loading of a kernel lasts, for kernels that wait for the network. A lane is a stream with
 // one event behind the copies that it was last given.
 #pragma once
@@ -17,7 +17,6 @@ class Device {
   public:
     /// The GPU that memory lives on. Throws std::runtime_error, as all below.
     explicit Device(const void* address);
-    ~Device();
     Device(const Device&) = delete;
     Device& operator=(const Device&) = delete;
 
@@ -40,7 +39,6 @@ class Device {
     friend class Pinned;
     const Driver& driver_;
     int ordinal_ = 0;
-    int device_ = 0;
     void* context_ = nullptr;
 };
 
