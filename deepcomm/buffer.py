@@ -379,6 +379,10 @@ class Buffer:
         Both phases skip a masked peer: nothing is sent to it or awaited from it, and its tokens and
         expert outputs count as absent. With several nodes the pairs of ranks whose tokens it
         forwards are cut with it.
+
+        Raises:
+            InvalidArgument: It is no peer; or it would be taken back while operations, sent without
+                it, wait for their hooks.
         """
         self._backend.set_rank_mask(rank, masked)
 

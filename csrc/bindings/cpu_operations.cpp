@@ -180,6 +180,7 @@ void bind_slot_ring(py::module_& module) {
         .def("is_masked", &SlotRing::is_masked, py::arg("rank"))
         .def("connected", &SlotRing::connected, py::arg("source"), py::arg("destination"))
         .def("check_free", &SlotRing::check_free, py::arg("kind"))
+        .def_property_readonly("num_in_flight", &SlotRing::num_in_flight)
         .def("open", &SlotRing::open)
         .def("close", &SlotRing::close, py::arg("epoch"))
         .def(

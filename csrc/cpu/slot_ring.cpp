@@ -43,6 +43,10 @@ void SlotRing::check_free(OpKind kind) const {
                        op_name(kind), config().num_slots);
 }
 
+int64_t SlotRing::num_in_flight() const {
+    return std::count(in_flight_.begin(), in_flight_.end(), uint8_t{1});
+}
+
 void SlotRing::close(uint64_t epoch) {
     in_flight_[slot_of(epoch)] = 0;
     endpoint_.own_control().slot_done[slot_of(epoch)].store(epoch, std::memory_order_release);

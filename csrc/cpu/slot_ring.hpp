@@ -65,6 +65,8 @@ class SlotRing {
         in_flight_[slot_of(++epoch_)] = 1;
         return epoch_;
     }
+    /// Operations that have been opened and not closed.
+    int64_t num_in_flight() const;
     /// Marks this rank's slot of epoch as read.
     void close(uint64_t epoch);
     void continue_from(const SlotRing& other);

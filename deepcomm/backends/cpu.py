@@ -33,7 +33,7 @@ from deepcomm.backends.cpu_tensors import (
 )
 from deepcomm.backends.rail import GlooRail, RailPolicy
 from deepcomm.backends.relay import Leg, Relay
-from deepcomm.checks import check_combine, check_dispatch
+from deepcomm.checks import check_combine, check_dispatch, check_peer, check_taken_back
 from deepcomm.errors import InvalidArgument, describe_error
 from deepcomm.group import Group, agree, as_group, check_equal
 from deepcomm.sizing import native_config
@@ -315,12 +315,11 @@ class CpuBackend:
 
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead or alive."""
-        if not 0 <= rank < self.topology.num_ranks or rank == self.topology.rank:
-            raise InvalidArgument(
-                f"rank: expected a peer in 0..{self.topology.num_ranks - 1} other than "
-                f"{self.topology.rank}, got {rank}"
-            )
-        self._low_latency.ring.set_masked(rank, masked)
+        check_peer(self.topology, rank)
+        ring = self._low_latency.ring
+        if ring.is_masked(rank) and not masked:
+            check_taken_back(rank, ring.num_in_flight)
+        ring.set_masked(rank, masked)
 
     def rank_mask(self) -> torch.Tensor:
         """Return bool [R]."""

@@ -9,6 +9,7 @@ came.
 from deepcomm.checks.combine import CheckedCombine, check_combine
 from deepcomm.checks.common import check_length
 from deepcomm.checks.dispatch import CheckedDispatch, check_dispatch, check_out_shape
+from deepcomm.checks.mask import check_peer, check_taken_back
 
 __all__ = [
     "CheckedCombine",
@@ -17,4 +18,6 @@ __all__ = [
     "check_dispatch",
     "check_length",
     "check_out_shape",
+    "check_peer",
+    "check_taken_back",
 ]

@@ -99,9 +99,9 @@ class NativeBuffers:
 
     def set_mask(self, rank: int, masked: bool) -> None:
         """Mask a peer in the low-latency buffers, those to come included."""
-        self._masked[rank] = masked
         for buffer in self._low_latency_buffers():
             buffer.set_rank_mask(rank, masked)
+        self._masked[rank] = masked
 
     def masked_ranks(self) -> set[int]:
         """Return the peers that are masked, by the user or because they were late."""

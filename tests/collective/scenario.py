@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from collective.case import DTYPES
 from collective.session import Session
 
-from deepcomm import RecvLayout
+from deepcomm import InvalidArgument, RecvLayout
 
 if TYPE_CHECKING:
     from collective.case import Case
@@ -86,6 +87,25 @@ def low_latency_exchange(group: Any, case: Case, oracle: Oracle | None = None) -
         for operation in (bare, *returning):
             operation.finish()
         session.low_latency_combine(bare, apply_weights=False)
+
+
+def take_back_in_flight(session: Session) -> None:
+    """Let pairs of ranks mask each other, and take each other back once no hook is awaited."""
+    buffer, peer = session.buffer, session.rank ^ 1
+    own = session.inputs(0)
+    session.low_latency_combine(session.low_latency_dispatch(0))
+    buffer.set_rank_mask(peer, True)
+    x, ids = session._own(own.xs), session._own(own.ids)
+    got = buffer.low_latency_dispatch(x, ids, recv_layout=session.case.layout, return_hook=True)
+    with pytest.raises(InvalidArgument, match=r"masked: expected True .* 1 low-latency"):
+        buffer.set_rank_mask(peer, False)
+    assert buffer.rank_mask()[peer]
+    buffer.set_rank_mask(peer, True)  # as it is
+    assert got.hook is not None
+    got.hook()
+    buffer.set_rank_mask(peer, False)
+    session.group.barrier()
+    session.low_latency_combine(session.low_latency_dispatch(1))
 
 
 def lose_after_dispatch(session: Session, absent: int, *, override: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case, case_params
-from collective.scenario import lose_after_dispatch
+from collective.scenario import lose_after_dispatch, take_back_in_flight
 from collective.session import Oracle, Session
 
 from deepcomm import InvalidArgument, RecvLayout
@@ -184,3 +184,7 @@ def test_mask_of_no_peer_is_refused(rank: Any) -> None:
             session.buffer.set_rank_mask(session.rank if rank == "own" else rank, True)
 
     run(Case(), body)
+
+
+def test_rank_is_not_taken_back_between_send_and_hook() -> None:
+    run(Case(layout=PADDED, num_topk=4, routing="uniform"), take_back_in_flight)

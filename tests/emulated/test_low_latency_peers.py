@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
+from collective.scenario import take_back_in_flight
 from emulated.cluster import RankStopped, Settings
 from emulated.host_api import Faults
 from emulated.low_latency import LowLatencySession, go_apart, play, use_small_blocks
@@ -142,6 +143,11 @@ def test_mask_set_between_dispatch_and_combine() -> None:
             session.low_latency_combine(one, masked={absent})
 
     play(Case(num_ranks=3, num_tokens=6, hidden=64, layout=PADDED, num_topk=4), body)
+
+
+def test_rank_is_not_taken_back_between_send_and_hook() -> None:
+    case = Case(num_ranks=4, num_tokens=6, hidden=64, layout=PADDED, num_topk=4, routing="uniform")
+    play(case, take_back_in_flight)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -19,6 +19,7 @@ from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.nodes import NodesEngine
 from deepcomm.backends.cuda.routing import RoutingId
 from deepcomm.backends.cuda.sms import DEFAULT_NUM_SMS, share_sms
+from deepcomm.checks import check_peer
 from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.group import Group, agree, agree_on, as_group, check_equal
 from deepcomm.topology import find_nodes
@@ -323,11 +324,7 @@ class CudaBackend:
 
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead or alive."""
-        if not 0 <= rank < self.topology.num_ranks or rank == self.topology.rank:
-            raise InvalidArgument(
-                f"rank: expected a peer in 0..{self.topology.num_ranks - 1} other than "
-                f"{self.topology.rank}, got {rank}"
-            )
+        check_peer(self.topology, rank)
         self._low_latency.set_masked(rank, masked)
 
     def rank_mask(self) -> torch.Tensor:

@@ -195,7 +195,7 @@ class Failure:
         raise error
 
     def condemn(self, error: Error) -> None:
-        """Let the next call raise the error, and those after it that the buffer can only be closed."""
+        """Let the next call raise the error, and later ones that the buffer can only be closed."""
         if self._fatal is None:
             self._fatal = error
 

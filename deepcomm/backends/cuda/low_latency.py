@@ -36,6 +36,7 @@ from deepcomm.backends.cuda.low_latency_slots import (
 )
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_words import Sizes
+from deepcomm.checks import check_taken_back
 from deepcomm.errors import CommError, Error, InvalidArgument, describe_error
 from deepcomm.group import agree_on
 
@@ -157,13 +158,16 @@ class LowLatency:
         """Mark a peer dead or alive, after the operations launched so far on this stream.
 
         Raises:
-            InvalidArgument: A network carries the rails: it waits for all of its ranks.
+            InvalidArgument: A network carries the rails: it waits for all of its ranks. Or a rank
+                that is masked cannot be taken back now.
         """
         if masked and is_carried(self._config, self._place.topology):
             raise InvalidArgument(
                 f"rail: expected 'lsa' to mask ranks, got {self._config.rail!r}: a network waits "
                 "for all of them"
             )
+        if self.rank_mask()[rank] and not masked and self._context is not None:
+            check_taken_back(rank, self._context.slots.num_in_flight)
         params = kernels.LowLatencyMaskParams()
         params.rank_mask = self._mask.address
         params.peer = rank

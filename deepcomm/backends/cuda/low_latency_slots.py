@@ -289,6 +289,11 @@ class Slots:
             )
 
     @property
+    def num_in_flight(self) -> int:
+        """How many operations wait for their hooks."""
+        return len(self._in_flight)
+
+    @property
     def next_slot(self) -> int:
         """Slot of the operation that is opened next, as kernels count where nothing is replayed."""
         return self._num_opened % self._config.num_low_latency_slots
