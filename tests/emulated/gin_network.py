@@ -115,6 +115,8 @@ class EmulatedGinNetwork(GinNetwork):
         )
         agent: Any = runtime.load("gin_move", {})
         super().__init__(group, runtime, endpoint, agent, timeout_s)  # type: ignore[arg-type]
+        # A stopped rank closes nothing, and the memory of its cluster is the next one's.
+        self._finalizer.detach()
 
     def watch(self, has_failed: Callable[[], bool], condemn: Callable[[Error], None]) -> None:
         """Moves have deadlines of their own, and real time means nothing here."""

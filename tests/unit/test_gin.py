@@ -6,17 +6,20 @@ The library and the machine have no GPU; agents are threads that really move byt
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_nccl.agent import World
-from fake_nccl.gin_ranks import BLOCK_BYTES, end_of, exchange, with_gin
-from fake_nccl.ranks import SOON_S, leaving_nothing, run
+from fake_nccl.agent import AgentRuntime, World
+from fake_nccl.gin_ranks import BLOCK_BYTES, TIMEOUT_S, end_of, exchange, with_gin
+from fake_nccl.ranks import SOON_S, device, leaving_nothing, run
 
 from deepcomm._C import kernels
 from deepcomm.backends.cuda.gin import NUM_SLOTS, GinNetwork
+from deepcomm.backends.cuda.nccl import NcclOptions
 from deepcomm.backends.cuda.network import Message, Span
+from deepcomm.backends.cuda.network_choice import open_network
 from deepcomm.errors import CommError, CommTimeout, Error, InvalidArgument
 
 if TYPE_CHECKING:
@@ -215,3 +218,26 @@ def test_close_is_idempotent_and_ends_what_does_not_end(fake: FakeNccl) -> None:
 
     with leaving_nothing(fake):
         run(2, use)
+
+
+def test_network_that_nobody_closes_outlives_its_agents(fake: FakeNccl) -> None:
+    world = World()
+
+    def use(group: LocalGroup) -> None:
+        runtime: Any = AgentRuntime(world, group.rank)
+        library, options = fake.library, NcclOptions(TIMEOUT_S)
+        network = open_network(group, runtime, device(group.rank), options, ("gin",), library)
+        memory = runtime.host_memory(BLOCK_BYTES)
+        network.register(memory.address, BLOCK_BYTES)
+        group.barrier()
+        if group.rank == 0:
+            network.move([Message(1, (Span(memory.address, 8),), ())])
+            agent, moves = runtime.launched[-1], network._moves  # type: ignore[attr-defined]
+            assert agent.is_alive()
+            del network
+            gc.collect()
+            assert moves.record.is_set
+            assert moves.is_idle()
+        group.barrier()
+
+    run(2, use)

@@ -63,6 +63,56 @@ class Endpoint:
     label: str
 
 
+class Moves:
+    """Moves that were launched, and how far the device has come with them.
+
+    Attributes:
+        number: Of the last one.
+        record: Of what has gone wrong.
+    """
+
+    def __init__(self, runtime: Runtime, record: MoveRecord) -> None:
+        """Reserve what agents write to."""
+        self.number = 0
+        self.record = record
+        self._runtime = runtime
+        self._done = runtime.host_memory(8 * NUM_SLOTS)
+
+    def done_device_address(self, number: int) -> int:
+        """Return where the agent of a move says that it has ended."""
+        return self._done.device_address + 8 * (number % NUM_SLOTS)
+
+    def wait(self, number: int, limit_s: float) -> bool:
+        """Return whether a move ended in time, and none has failed before that."""
+        address = self._done.address + 8 * (number % NUM_SLOTS)
+        return self._runtime.wait_word(address, number, self.record.address, limit_s)
+
+    def is_idle(self) -> bool:
+        """Return whether all have ended."""
+        last = self._done.address + 8 * (self.number % NUM_SLOTS)
+        return ctypes.c_uint64.from_address(last).value == self.number
+
+    def end(self) -> None:
+        """Let agents leave that have not ended, and wait for those that run.
+
+        They must not find their communicator gone.
+        """
+        if self.is_idle():
+            return
+        self.record.abort()
+        self._runtime.flush()
+        limit = time.monotonic() + GRACE_S
+        while not self.is_idle() and time.monotonic() < limit:
+            time.sleep(POLL_S)
+
+    def end_quietly(self) -> None:
+        """Do the same for a network that nobody has closed, and nobody hears of."""
+        try:
+            self.end()
+        except Exception as error:  # noqa: BLE001  # a finalizer has nobody to raise it to
+            logger.warning("a network that nobody has closed did not end: %s", error)
+
+
 class GinNetwork:
     """The ranks of a group, and the rail agent between their devices."""
 
@@ -80,7 +130,6 @@ class GinNetwork:
         self._agent = agent
         self._timeout_s = timeout_s
         self._group = group
-        self._num_moves = 0
         self._failed_address = 0
         self._is_closed = False
         self._ended = threading.Event()
@@ -102,7 +151,9 @@ class GinNetwork:
         self._dev_comm = runtime.upload(self._endpoint.dev_comm)
         self._slot_bytes = kernels.GIN_PEER_BYTES * max(1, group.size - 1)
         self._slots = runtime.host_memory(NUM_SLOTS * self._slot_bytes)
-        self._done = runtime.host_memory(8 * NUM_SLOTS)
+        self._moves = Moves(runtime, self._record)
+        self._finalizer = weakref.finalize(self, self._moves.end_quietly)
+        self._finalizer.atexit = False
 
     @property
     def name(self) -> str:
@@ -136,7 +187,7 @@ class GinNetwork:
         entries = [entry for message in messages if (entry := self._entry(message)) is not None]
         if not entries:
             return
-        number = self._num_moves + 1
+        number = self._moves.number + 1
         slot = number % NUM_SLOTS
         if number > NUM_SLOTS:
             self._await(number - NUM_SLOTS, "an earlier move")
@@ -155,8 +206,8 @@ class GinNetwork:
         params.control = self._control.bases[0]
         params.peers = self._slots.device_address + slot * self._slot_bytes
         params.num_peers = len(entries)
-        params.number = self._num_moves = number
-        params.done = self._done.device_address + 8 * slot
+        params.number = self._moves.number = number
+        params.done = self._moves.done_device_address(number)
         self._runtime.launch(self._agent, 1, params)
 
     def _entry(self, message: Message) -> tuple[int, list[int], list[int]] | None:
@@ -206,14 +257,13 @@ class GinNetwork:
     def _await(self, number: int, what: str) -> None:
         """Wait for the end of a move, as long as agents may wait."""
         limit_s = PATIENCE * self._timeout_s + GRACE_S
-        address = self._done.address + 8 * (number % NUM_SLOTS)
-        if not self._runtime.wait_word(address, number, self._record.address, limit_s):
+        if not self._moves.wait(number, limit_s):
             self._check()
             raise CommTimeout(f"rail: {what} did not end within {limit_s:g} s")
 
     def _await_moves(self) -> None:
-        if self._num_moves > 0:
-            self._await(self._num_moves, "a move")
+        if self._moves.number > 0:
+            self._await(self._moves.number, "a move")
 
     # ---- the end
 
@@ -245,6 +295,7 @@ class GinNetwork:
             with contextlib.suppress(Error):  # it is in the record, or abort puts it there
                 self._await_moves()
         trouble = self._leave()
+        self._finalizer.detach()
         self._is_closed = True
         self._ended.set()
         if trouble:
@@ -254,13 +305,8 @@ class GinNetwork:
     def _leave(self) -> str:
         """End the communicator; returns what went wrong, or nothing."""
         endpoint = self._endpoint
-        if self._record.is_set or not self._is_idle():
-            self._record.abort()
-            self._runtime.flush()
-            # The agent must not find its communicator gone.
-            limit = time.monotonic() + GRACE_S
-            while not self._is_idle() and time.monotonic() < limit:
-                time.sleep(POLL_S)
+        if self._record.is_set or not self._moves.is_idle():
+            self._moves.end()
             endpoint.communicator.abort()
             return str(self._record.error() or "")
         try:
@@ -269,10 +315,6 @@ class GinNetwork:
             endpoint.communicator.abort()
             return str(error)
         return endpoint.communicator.close(self._timeout_s)
-
-    def _is_idle(self) -> bool:
-        last = self._done.address + 8 * (self._num_moves % NUM_SLOTS)
-        return ctypes.c_uint64.from_address(last).value == self._num_moves
 
     def describe(self) -> str:
         """Return NCCL's version and file."""
