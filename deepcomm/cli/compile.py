@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deepcomm import jit
 from deepcomm.backends.cuda.network_choice import loaded_nccl_headers
-from deepcomm.cli.console import note, print_table
+from deepcomm.cli.console import note, print_table, progress
 from deepcomm.cli.environment import num_cores
 from deepcomm.errors import Error, InvalidArgument
 
@@ -148,8 +148,13 @@ def _compile(
         except jit.CompileError as error:
             return error
 
-    with ThreadPoolExecutor(num_cores()) as pool:
-        return list(zip(jobs, pool.map(compile_one, jobs), strict=True))
+    results = []
+    title = f"compiling {len(jobs)} kernels, unless the cache has them"
+    with progress(title, len(jobs)) as advance, ThreadPoolExecutor(num_cores()) as pool:
+        for job, result in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            results.append((job, result))
+            advance()
+    return results
 
 
 def _problems(results: Sequence[tuple[Job, Result]], is_report: bool) -> list[str]:
