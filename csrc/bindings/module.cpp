@@ -49,8 +49,8 @@ PYBIND11_MODULE(_C, module) {
     py::register_exception_translator(&deepcomm::translate);
     deepcomm::bind_simd(module);
     deepcomm::bind_cpu(module);
+    deepcomm::bind_cuda(module);  // whose functions the kernels' arguments are launched with
     deepcomm::bind_kernels(module);
     deepcomm::bind_kernels_low_latency(module);
-    deepcomm::bind_cuda(module);
     deepcomm::bind_nccl(module);
 }

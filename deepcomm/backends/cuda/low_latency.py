@@ -99,6 +99,7 @@ class LowLatency:
             place.runtime.device,
             place.topology.num_nodes if has_nodes(config, place.topology) else 1,
         )
+        self._is_carried = is_carried(config, place.topology)
         self._context: Context | None = None
         self._mask = place.runtime.memory(4 * self._num_ranks)
         self._late_memory = place.runtime.host_memory(4 * self._num_ranks)
@@ -122,7 +123,7 @@ class LowLatency:
     @property
     def num_sms(self) -> int:
         """How many SMs kernels may fill."""
-        if not is_carried(self._config, self._place.topology):
+        if not self._is_carried:
             return self._place.num_sms
         return min(self._place.num_sms, sms_beside_network(self._place.runtime.num_sms))
 
@@ -159,7 +160,7 @@ class LowLatency:
         Raises:
             InvalidArgument: A network carries the rails: it waits for all of its ranks.
         """
-        if masked and is_carried(self._config, self._place.topology):
+        if masked and self._is_carried:
             raise InvalidArgument(
                 f"rail: expected 'lsa' to mask ranks, got {self._config.rail!r}: a network waits "
                 "for all of them"
@@ -188,7 +189,7 @@ class LowLatency:
 
     def check_capture(self) -> None:
         """Raise InvalidArgument where a graph is being captured that cannot hold these rails."""
-        if is_carried(self._config, self._place.topology) and self._place.runtime.is_capturing():
+        if self._is_carried and self._place.runtime.is_capturing():
             raise InvalidArgument(
                 "rail: expected 'lsa' while a CUDA graph is captured, got "
                 f"{self._config.rail!r}: the host has to tell the network which slot to carry"
@@ -218,7 +219,7 @@ class LowLatency:
 
     def _open_carrier(self, slots: Slots) -> SlotCarrier | None:
         """Reserve what is beside slots that a network carries; collective."""
-        if not is_carried(self._config, self._place.topology):
+        if not self._is_carried:
             return None
         timeout_s = self._config.timeout_s
         try:

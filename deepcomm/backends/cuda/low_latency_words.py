@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from deepcomm.checks import CheckedDispatch
+    from deepcomm.types import Event
 
 __all__ = ["PackedHandle", "PackedOutput", "Record", "Sizes", "Words", "contiguous_strides"]
 
@@ -56,25 +57,20 @@ class Words:
 
     Attributes:
         record: What kernels leave for combines; at 0.
+        offsets: Of rows by local expert, and after them their sum; of the handle's ids and weights;
+            of the output's weights.
         recv_layout: Of the rows.
         lead: Shape of the received rows, without H.
-        counts: Rows by local expert, and after them their sum.
-        topk_idx: Of the handle.
-        topk_weights: Likewise.
-        out_topk_weights: Of the output.
     """
 
     record: kernels.LowLatencyRecordLayout
+    offsets: kernels.WordOffsets
     recv_layout: RecvLayout
     num_tokens: int
     num_topk: int
     has_weights: bool
     lead: tuple[int, ...]
     num_local_experts: int
-    counts: int
-    topk_idx: int
-    topk_weights: int
-    out_topk_weights: int
     num_words: int
 
     @staticmethod
@@ -101,16 +97,18 @@ def _make_words(
     out_topk_weights = topk_weights + round_up(num_tokens * num_topk)
     return Words(
         record=record,
+        offsets=kernels.WordOffsets(
+            counts=counts,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            out_topk_weights=out_topk_weights,
+        ),
         recv_layout=recv_layout,
         num_tokens=num_tokens,
         num_topk=num_topk,
         has_weights=has_weights,
         lead=(sizes.block_rows,) if is_token else (num_blocks, sizes.block_rows),
         num_local_experts=sizes.num_local_experts,
-        counts=counts,
-        topk_idx=topk_idx,
-        topk_weights=topk_weights,
-        out_topk_weights=out_topk_weights,
         num_words=out_topk_weights + num_weights if has_weights else topk_weights,
     )
 
@@ -174,28 +172,28 @@ class Record:
 
     def counts(self) -> torch.Tensor:
         """Return the rows by local expert."""
-        return self.ints((self.map.num_local_experts,), self.map.counts)
+        return self.ints((self.map.num_local_experts,), self.map.offsets.counts)
 
     def num_recv(self) -> torch.Tensor:
         """Return their sum."""
-        return self.ints((), self.map.counts + self.map.num_local_experts)
+        return self.ints((), self.map.offsets.counts + self.map.num_local_experts)
 
     def topk_idx(self) -> torch.Tensor:
         """Return the handle's ids."""
         words = self.map
-        return self.ints((words.num_tokens, words.num_topk), words.topk_idx)
+        return self.ints((words.num_tokens, words.num_topk), words.offsets.topk_idx)
 
     def topk_weights(self) -> torch.Tensor | None:
         """Return the handle's weights."""
         words = self.map
-        return self.weights((words.num_tokens, words.num_topk), words.topk_weights)
+        return self.weights((words.num_tokens, words.num_topk), words.offsets.topk_weights)
 
     def out_topk_weights(self) -> torch.Tensor | None:
         """Return the weights of the rows received."""
         words = self.map
         is_token = words.recv_layout is RecvLayout.TOKEN
         shape = (*words.lead, words.num_topk) if is_token else words.lead
-        return self.weights(shape, words.out_topk_weights)
+        return self.weights(shape, words.offsets.out_topk_weights)
 
 
 class Lazy:
@@ -218,6 +216,12 @@ def setters(dataclass: type, *names: str) -> tuple[Callable[[Any, Any], None], .
     return tuple(getattr(dataclass, name).__set__ for name in names)
 
 
+(SET_RECORDS,) = setters(Handle, "records")
+SET_HANDLE, SET_X, SET_SCALES, SET_TOPK_IDX, SET_OVERFLOW, SET_EVENT, SET_HOOK = setters(
+    DispatchOutput, "handle", "x", "scales", "topk_idx", "overflow", "event", "hook"
+)
+
+
 class PackedHandle(Lazy, Handle):
     """The handle of a record."""
 
@@ -232,13 +236,12 @@ class PackedHandle(Lazy, Handle):
         "topk_weights": lambda handle: handle.records.topk_weights(),
         "low_latency": lambda _: True,
     }
-    _set_records: ClassVar = setters(Handle, "records")[0]
 
     @staticmethod
     def of(record: Record) -> PackedHandle:
         """Return one with nothing else."""
         handle = object.__new__(PackedHandle)
-        PackedHandle._set_records(handle, record)
+        SET_RECORDS(handle, record)
         return handle
 
 
@@ -252,16 +255,22 @@ class PackedOutput(Lazy, DispatchOutput):
         "expert_offsets": lambda _: None,
         "num_recv_tokens": lambda output: output.handle.records.num_recv(),
     }
-    _setters: ClassVar = setters(
-        DispatchOutput, "handle", "x", "scales", "topk_idx", "overflow", "event", "hook"
-    )
 
     @staticmethod
-    def of(record: Record, *given: Any) -> PackedOutput:
-        """Return one with a handle and x, scales, topk_idx, overflow, event and hook."""
+    def of(
+        record: Record,
+        tensors: tuple[torch.Tensor | None, ...],
+        event: Event | None,
+        hook: Callable[[], None] | None,
+    ) -> PackedOutput:
+        """Return one with a handle and x, scales, topk_idx and overflow."""
         output = object.__new__(PackedOutput)
-        for give, value in zip(
-            PackedOutput._setters, (PackedHandle.of(record), *given), strict=True
-        ):
-            give(output, value)
+        x, scales, topk_idx, overflow = tensors
+        SET_HANDLE(output, PackedHandle.of(record))  # no loop: that takes as long as the rest
+        SET_X(output, x)
+        SET_SCALES(output, scales)
+        SET_TOPK_IDX(output, topk_idx)
+        SET_OVERFLOW(output, overflow)
+        SET_EVENT(output, event)
+        SET_HOOK(output, hook)
         return output
