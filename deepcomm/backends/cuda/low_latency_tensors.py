@@ -65,10 +65,23 @@ def empty(
     device: torch.device,
     strides: tuple[int, ...] | None = None,
 ) -> Allocate:
-    """Return what allocates such tensors: in half of the time that ``torch.empty`` takes."""
+    """Return what allocates such tensors: in half of the time that ``torch.empty`` takes.
+
+    Or in a quarter of it, with the function of torch that its compiled code calls. That one knows
+    only the current device.
+    """
     strides = contiguous_strides(shape) if strides is None else strides
     like = torch.empty(0, dtype=dtype, device=device)
-    return functools.partial(like.new_empty_strided, shape, strides)
+    anywhere = functools.partial(like.new_empty_strided, shape, strides)
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    function = getattr(guards, f"_empty_strided_{device.type}", None)
+    if function is None:
+        return anywhere
+    here = functools.partial(function, shape, strides, dtype)
+    if device.type == "cpu":
+        return here
+    index, current_device = device.index, torch._C._cuda_getDevice
+    return lambda: here() if current_device() == index else anywhere()
 
 
 def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:
