@@ -136,6 +136,23 @@ def test_runtime_compiles_for_its_device(fake: FakeCuda, major: int, minor: int,
         runtime.load("nothing", {})
 
 
+def test_launch_makes_the_context_current_unless_it_is(fake: FakeCuda) -> None:
+    runtime = make(fake, "cuda:1")
+    function = runtime.load("probe_signal", {})
+    params = kernels.LowLatencyMaskParams()
+    fake.fail_call("cuCtxPushCurrent", 709)
+    try:
+        fake.make_current(1)
+        runtime.launch(function, 3, params)
+        assert fake.last_launch()[0] == 3
+        for device in (0, None):
+            fake.make_current(device)
+            with pytest.raises(CudaError, match=r"cuCtxPushCurrent.* failed: 709"):
+                runtime.launch(function, 4, params)
+    finally:
+        fake.make_current(None)
+
+
 def test_runtime_shares_a_heap(fake: FakeCuda) -> None:
     def use(group: LocalGroup) -> None:
         memory = make(fake, f"cuda:{group.rank}").symmetric_memory(group, 100, TIMEOUT_S)
