@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import fields
+import sys
+import weakref
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepcomm import Buffer
-from deepcomm._C import kernels
+from deepcomm._C import kernels, slots
 from deepcomm.backends.cuda.low_latency_plan import UNDESCRIBABLE, describe_by_asking
 from deepcomm.backends.cuda.low_latency_tensors import address_of, empty
 
@@ -188,3 +190,44 @@ def test_arguments_reach_the_fields_of_their_names(operation: str) -> None:
     assert values.pop("low_latency") is True
     assert {name: values.pop(name) for name in given} == given
     assert set(values.values()) <= {None, False}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    first: Any
+    second: Any = None
+
+
+def test_maker_fills_a_frozen_dataclass() -> None:
+    pair = slots.maker(Pair, ["second", "first"])(1, "x")
+    assert type(pair) is Pair
+    assert (pair.first, pair.second) == ("x", 1)
+    with pytest.raises(FrozenInstanceError):
+        pair.first = 2
+    assert replace(pair, second=3).second == 3
+
+
+def test_maker_leaves_other_slots_empty_and_keeps_nothing() -> None:
+    make = slots.maker(Pair, ["first"])
+    value = torch.zeros(1)
+    kept = weakref.ref(value)
+    pair = make(value)
+    assert pair.first is value
+    assert not hasattr(pair, "second")
+    del value
+    assert kept() is not None
+    del pair
+    assert kept() is None
+    before = sys.getrefcount(Pair)
+    for _ in range(100):
+        make(1)
+    assert sys.getrefcount(Pair) == before
+
+
+def test_maker_refuses_what_is_no_slot() -> None:
+    with pytest.raises(TypeError, match="__module__: expected the name of a slot"):
+        slots.maker(Pair, ["__module__"])
+    with pytest.raises(AttributeError, match="third"):
+        slots.maker(Pair, ["third"])
+    with pytest.raises(TypeError, match="expected a value for each slot"):
+        slots.maker(Pair, ["first"])(1, 2)

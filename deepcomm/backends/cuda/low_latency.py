@@ -363,7 +363,8 @@ class LowLatency:
             raise
         self.num_dispatches += 1
         self.tokens_sent += operation.plan.num_tokens
-        return operation.output(*self._run(context, request, operation))
+        event, hook = self._run(context, request, operation)
+        return operation.output(event, hook)
 
     def combine(
         self, request: CombineRequest, order_refusal: Callable[[], None] = nothing_to_order
@@ -378,4 +379,5 @@ class LowLatency:
             self._refuse_if_open(context, COMBINE, request, error)
             raise
         self.num_combines += 1
-        return operation.output(*self._run(context, request, operation))
+        event, hook = self._run(context, request, operation)
+        return operation.output(event, hook)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from deepcomm.backends.cuda.low_latency_plan import CombinePlan, Context, DispatchPlan
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import address_of
-from deepcomm.backends.cuda.low_latency_words import PackedOutput, Record
-from deepcomm.types import CombineOutput, Handle
+from deepcomm.backends.cuda.low_latency_words import Record, pack_handle, pack_output, pack_sums
+from deepcomm.types import Handle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
-    from deepcomm.types import DispatchOutput, Event
+    from deepcomm.types import CombineOutput, DispatchOutput, Event
 
 __all__ = ["CombineOperation", "Context", "DispatchOperation", "known_record"]
 
@@ -43,7 +43,7 @@ class DispatchOperation:
         self.plan, self._inputs = plan, inputs = DispatchPlan.of(context, request)
         self._context = context
         outputs = plan.outputs
-        self._x = outputs.rows(request.out)
+        self._x = outputs.x() if request.out is None else outputs.rows(request.out)
         self._scales = None if outputs.scales is None else outputs.scales()
         self._topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
         words = outputs.words()
@@ -68,8 +68,8 @@ class DispatchOperation:
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> DispatchOutput:
         """Return what the caller gets."""
-        tensors = (self._x, self._scales, self._topk_idx, self._context.no_overflow)
-        return PackedOutput.of(self._record, tensors, event, hook)
+        handle, no_overflow = pack_handle(self._record), self._context.no_overflow
+        return pack_output(handle, self._x, self._scales, self._topk_idx, no_overflow, event, hook)
 
 
 class CombineOperation:
@@ -122,7 +122,7 @@ class CombineOperation:
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> CombineOutput:
         """Return what the caller gets."""
-        return CombineOutput(self._x, self._topk_weights, event, hook)
+        return pack_sums(self._x, self._topk_weights, event, hook)
 
 
 def known_record(request: Any, buffer_id: bytes) -> Record | None:

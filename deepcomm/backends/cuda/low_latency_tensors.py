@@ -141,10 +141,8 @@ class Outputs:
             zero_padding=request.zero_padding,
         )
 
-    def rows(self, out: torch.Tensor | None) -> torch.Tensor:
-        """Return the tensor to receive into."""
-        if out is None:
-            return self.x()
+    def rows(self, out: torch.Tensor) -> torch.Tensor:
+        """Return the part of a given tensor to receive into."""
         rows = out if self.num_rows is None else out[: self.num_rows]
         if self.zero_padding:
             rows.view(torch.uint8).zero_()

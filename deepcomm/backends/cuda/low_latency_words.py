@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from deepcomm._C import kernels
+from deepcomm._C import kernels, slots
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import DispatchOutput, Handle, RecvLayout
+from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from deepcomm.checks import CheckedDispatch
-    from deepcomm.types import Event
 
-__all__ = ["PackedHandle", "PackedOutput", "Record", "Sizes", "Words", "contiguous_strides"]
+__all__ = [
+    "Record",
+    "Sizes",
+    "Words",
+    "contiguous_strides",
+    "pack_handle",
+    "pack_output",
+    "pack_sums",
+]
 
 ALIGN_WORDS: Final = 4
 MAX_MAPS: Final = 1024
@@ -211,17 +218,6 @@ class Lazy:
         return value
 
 
-def setters(dataclass: type, *names: str) -> tuple[Callable[[Any, Any], None], ...]:
-    """Return what sets fields of a frozen dataclass, faster than its constructor does."""
-    return tuple(getattr(dataclass, name).__set__ for name in names)
-
-
-(SET_RECORDS,) = setters(Handle, "records")
-SET_HANDLE, SET_X, SET_SCALES, SET_TOPK_IDX, SET_OVERFLOW, SET_EVENT, SET_HOOK = setters(
-    DispatchOutput, "handle", "x", "scales", "topk_idx", "overflow", "event", "hook"
-)
-
-
 class PackedHandle(Lazy, Handle):
     """The handle of a record."""
 
@@ -237,16 +233,9 @@ class PackedHandle(Lazy, Handle):
         "low_latency": lambda _: True,
     }
 
-    @staticmethod
-    def of(record: Record) -> PackedHandle:
-        """Return one with nothing else."""
-        handle = object.__new__(PackedHandle)
-        SET_RECORDS(handle, record)
-        return handle
-
 
 class PackedOutput(Lazy, DispatchOutput):
-    """An output of which the record has what is not given to ``of``."""
+    """An output of which the record has what is not given."""
 
     __slots__ = ()
     _makers: ClassVar = {
@@ -256,21 +245,12 @@ class PackedOutput(Lazy, DispatchOutput):
         "num_recv_tokens": lambda output: output.handle.records.num_recv(),
     }
 
-    @staticmethod
-    def of(
-        record: Record,
-        tensors: tuple[torch.Tensor | None, ...],
-        event: Event | None,
-        hook: Callable[[], None] | None,
-    ) -> PackedOutput:
-        """Return one with a handle and x, scales, topk_idx and overflow."""
-        output = object.__new__(PackedOutput)
-        x, scales, topk_idx, overflow = tensors
-        SET_HANDLE(output, PackedHandle.of(record))  # no loop: that takes as long as the rest
-        SET_X(output, x)
-        SET_SCALES(output, scales)
-        SET_TOPK_IDX(output, topk_idx)
-        SET_OVERFLOW(output, overflow)
-        SET_EVENT(output, event)
-        SET_HOOK(output, hook)
-        return output
+
+# A frozen dataclass's constructor, or a loop, takes three times as long.
+pack_handle: Final[Callable[[Record], PackedHandle]] = slots.maker(PackedHandle, ["records"])
+pack_output: Final[Callable[..., PackedOutput]] = slots.maker(
+    PackedOutput, ["handle", "x", "scales", "topk_idx", "overflow", "event", "hook"]
+)
+pack_sums: Final[Callable[..., CombineOutput]] = slots.maker(
+    CombineOutput, ["x", "topk_weights", "event", "hook"]
+)
