@@ -28,7 +28,7 @@ TorchTensor make_tensor(std::shared_ptr<std::byte> data, DlDataType dtype,
 /// Whether torch has the C function that describe_tensor calls.
 bool can_describe_tensors();
 
-/// Returns a tensor's address, type and shape, in a few percent of the time that asking it takes; valid
+/// Returns a tensor's address, type and shape, in a fifth of the time that asking for each takes; valid
 /// while the tensor is, which stays the owner. Throws what torch raises where the object is none, or
 /// none that it can describe, and RuntimeError where it has elements but no memory.
 DlTensor describe_tensor(pybind11::handle tensor);

@@ -2,7 +2,8 @@
 """The interface of a backend, its requests, and the choice of one by device.
 
 Requests are made in every call, so they are not frozen: that would make them three times as slow.
-Their fields begin in the order of the low-latency calls, which name none: that takes twice as long.
+Fields come in the order of the low-latency calls' arguments, which are passed by place: by name,
+making a request takes twice as long.
 """
 
 from __future__ import annotations

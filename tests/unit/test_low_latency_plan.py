@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import subprocess
 import sys
 import weakref
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
@@ -127,6 +128,23 @@ def test_params_of_a_dispatch_hold_addresses_of_tensors() -> None:
         has = weights is not None
         expected = [begin + 16, begin + 32, has * (begin + 48), has * (begin + 64)]
         assert [getattr(params, name) for name in names] == expected
+
+
+def test_params_are_filled_without_the_c_functions() -> None:
+    program = (
+        "import torch\n"
+        "if hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "from deepcomm._C import kernels\n"
+        "from deepcomm.backends.cuda import low_latency_plan as plan\n"
+        "assert not kernels.can_describe_tensors()\n"
+        "assert plan.describe is plan.describe_by_asking\n"
+        "params, y = kernels.LowLatencyCombineParams(), torch.zeros(4)\n"
+        "offsets = kernels.WordOffsets(counts=0, topk_idx=0, topk_weights=0, out_topk_weights=0)\n"
+        "params.set_tensors(y, None, torch.empty(0), offsets)\n"
+        "assert (params.y, params.out, params.base.record) == (y.data_ptr(), 0, 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int32])
