@@ -149,7 +149,7 @@ class LowLatency:
 
     def _raise_earlier(self, slots: Slots) -> None:
         """Raise what an earlier operation has left; in a capture, no turn has been taken yet."""
-        if slots.status.is_pending and not self._place.runtime.is_capturing():
+        if slots.status.is_pending() and not self._place.runtime.is_capturing():
             slots.status.raise_pending()
 
     # ---- rank mask
@@ -304,7 +304,8 @@ class LowLatency:
         if has_hook:
             launch(*launches[SEND], operation.params)
         elif self._sizes.num_nodes == 1:
-            launch(*launches[BOTH], operation.params)
+            function, grid = launches[BOTH]
+            launch(function, grid, operation.params)
         else:
             launch(*launches[SEND], operation.params)
             launch(*launches[RECEIVE], operation.params)

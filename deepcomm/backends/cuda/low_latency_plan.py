@@ -189,9 +189,9 @@ def given_inputs(request: DispatchRequest) -> Inputs:
 
 def dispatch_key(request: DispatchRequest, given: Inputs) -> tuple[Any, ...]:
     """Describe all that can be given to a low-latency dispatch."""
-    others = request.out, request.expert_token_stats, request.wait_us_stats
+    counts, waits = request.expert_token_stats, request.wait_us_stats
     return (
-        describe((*given, *others), ALIGN),
+        describe((*given, request.out, counts, waits), ALIGN),
         request.recv_layout,
         request.quantize,
         request.scale_format,
@@ -317,9 +317,8 @@ class CombinePlan:
 
 def combine_key(request: CombineRequest, given: Inputs) -> tuple[Any, ...]:
     """Describe all that can be given to a low-latency combine."""
-    others = request.out, request.wait_us_stats
     return (
-        describe((*given, *others), ALIGN),
+        describe((*given, request.out, request.wait_us_stats), ALIGN),
         request.handle.records.map,
         request.apply_weights,
         request.on_timeout,
