@@ -299,21 +299,21 @@ class Buffer:
         """
         return self._backend.low_latency_dispatch(
             DispatchRequest(
-                x=x,
-                topk_idx=topk_idx,
-                topk_weights=topk_weights,
-                recv_layout=recv_layout,
-                quantize=quantize,
-                scale_format=scale_format,
-                zero_padding=zero_padding,
-                out=out,
-                return_hook=return_hook,
-                async_op=async_op,
-                previous_event=previous_event,
-                on_timeout=on_timeout,
-                expert_token_stats=expert_token_stats,
-                wait_us_stats=wait_us_stats,
-                low_latency=True,
+                x,
+                topk_idx,
+                topk_weights,
+                quantize,
+                scale_format,
+                recv_layout,
+                zero_padding,
+                out,
+                return_hook,
+                async_op,
+                previous_event,
+                on_timeout,
+                expert_token_stats,
+                wait_us_stats,
+                True,
             )
         )
 
@@ -358,18 +358,18 @@ class Buffer:
         """
         return self._backend.low_latency_combine(
             CombineRequest(
-                y=y,
-                handle=handle,
-                topk_weights=topk_weights,
-                apply_weights=apply_weights,
-                bias=bias,
-                out=out,
-                return_hook=return_hook,
-                async_op=async_op,
-                previous_event=previous_event,
-                on_timeout=on_timeout,
-                wait_us_stats=wait_us_stats,
-                low_latency=True,
+                y,
+                handle,
+                topk_weights,
+                apply_weights,
+                bias,
+                out,
+                return_hook,
+                async_op,
+                previous_event,
+                on_timeout,
+                wait_us_stats,
+                True,
             )
         )
 

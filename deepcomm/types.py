@@ -45,6 +45,8 @@ class RecvLayout(enum.Enum):
     EXPERT = "expert"
     EXPERT_PADDED = "expert_padded"
 
+    __hash__ = object.__hash__  # members are equal to themselves alone; Enum's hash asks for a name
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaledTensor:

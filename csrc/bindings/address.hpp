@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "host/function.hpp"
+
 namespace deepcomm {
 
 template <typename T>
@@ -21,14 +23,22 @@ void def_address(Class& bound, const char* name, T* Struct::* member) {
         [member](Struct& self, uintptr_t value) { self.*member = pointer<T>(value); });
 }
 
-/// A zeroed struct that a kernel takes by value.
+/// A zeroed struct that a kernel takes by value; it is launched by one call, as short as can be.
 template <typename Struct>
 pybind11::class_<Struct> kernel_params(pybind11::module_& module, const char* name) {
     pybind11::class_<Struct> bound(module, name);
     bound.def(pybind11::init([] { return Struct{}; }))
         .def_property_readonly(
             "address", [](const Struct& self) { return reinterpret_cast<uintptr_t>(&self); })
-        .def_property_readonly("num_bytes", [](const Struct& /*self*/) { return sizeof(Struct); });
+        .def_property_readonly("num_bytes", [](const Struct& /*self*/) { return sizeof(Struct); })
+        .def(
+            "launch",
+            [](const Struct& self, const host::Function& function, int grid, uintptr_t stream) {
+                function.launch(grid, &self, static_cast<int64_t>(sizeof(Struct)),
+                                pointer<host::cu::StreamObject>(stream));
+            },
+            pybind11::arg("function"), pybind11::arg("grid"), pybind11::arg("stream"),
+            pybind11::call_guard<pybind11::gil_scoped_release>());
     return bound;
 }
 

@@ -12,5 +12,6 @@ void bind_kernels_low_latency(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 void bind_nccl(pybind11::module_& module);
 void bind_simd(pybind11::module_& module);
+void bind_slots(pybind11::module_& module);
 
 }  // namespace deepcomm

@@ -168,15 +168,7 @@ void bind_function(py::module_& module) {
              py::arg("device"), py::arg("cubin"), py::arg("symbol"), py::arg("shared_bytes"),
              py::arg("max_threads"))
         .def_property_readonly("max_threads", &Function::max_threads)
-        .def_property_readonly("blocks_per_sm", &Function::blocks_per_sm)
-        .def(
-            "launch",
-            [](const Function& self, int grid, uintptr_t params, int64_t num_bytes,
-               uintptr_t stream) {
-                self.launch(grid, reinterpret_cast<const void*>(params), num_bytes,
-                            stream_of<host::cu::Stream>(stream));
-            },
-            py::arg("grid"), py::arg("params"), py::arg("num_bytes"), py::arg("stream"), NoGil());
+        .def_property_readonly("blocks_per_sm", &Function::blocks_per_sm);
     module.def(
         "wait_word",
         [](uintptr_t address, uint64_t expected, uintptr_t record, double timeout_s) {

@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <string>
 #include <string_view>
 
 #include "bindings/address.hpp"
 #include "bindings/bind.hpp"
+#include "bindings/torch_tensor.hpp"
 #include "kernels/low_latency/params.hpp"
 
 namespace py = pybind11;
@@ -26,6 +28,16 @@ using kernels::LowLatencyRefuseParams;
 using layout::LowLatencyLayout;
 using layout::LowLatencyRecordLayout;
 using layout::LowLatencyShape;
+
+/// Where the parts of a dispatch's one allocation lie, in 32-bit words; its record is at 0.
+struct WordOffsets {
+    int64_t counts;
+    int64_t topk_idx;
+    int64_t topk_weights;
+    int64_t out_topk_weights;
+};
+
+constexpr size_t kUsualKeyBytes = 512;
 using TimeoutsNs = std::array<uint64_t, kernels::kNumLowLatencyRoles>;
 
 void bind_maps(py::module_& module) {
@@ -60,6 +72,17 @@ void bind_maps(py::module_& module) {
         .def_readonly("turn", &LowLatencyRecordLayout::turn)
         .def_readonly("entries", &LowLatencyRecordLayout::entries)
         .def_readonly("num_words", &LowLatencyRecordLayout::num_words);
+    py::class_<WordOffsets>(module, "WordOffsets")
+        .def(py::init([](int64_t counts, int64_t topk_idx, int64_t topk_weights,
+                         int64_t out_topk_weights) {
+                 return WordOffsets{counts, topk_idx, topk_weights, out_topk_weights};
+             }),
+             py::kw_only(), py::arg("counts"), py::arg("topk_idx"), py::arg("topk_weights"),
+             py::arg("out_topk_weights"))
+        .def_readonly("counts", &WordOffsets::counts)
+        .def_readonly("topk_idx", &WordOffsets::topk_idx)
+        .def_readonly("topk_weights", &WordOffsets::topk_weights)
+        .def_readonly("out_topk_weights", &WordOffsets::out_topk_weights);
     module.attr("MAX_LOW_LATENCY_RANKS") = layout::kMaxLowLatencyRanks;
     module.attr("MAX_LOW_LATENCY_EXPERTS") = layout::kMaxLowLatencyExperts;
     module.attr("MAX_LOW_LATENCY_TOKEN_WORDS") = layout::kMaxLowLatencyTokenWords;
@@ -104,46 +127,41 @@ py::class_<Struct> operation_params(py::module_& module, const char* name) {
     return params;
 }
 
-/// What changes in every call is set by few calls: each costs as much as ten of its arguments.
+/// What changes in every call is set by few calls, which take the tensors themselves: each call, and
+/// each question for an address, costs as much as ten arguments.
 void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
     params.def(
         "set_inputs",
-        [](LowLatencyDispatchParams& self, uintptr_t x, uintptr_t scales, uintptr_t topk_idx,
-           uintptr_t topk_weights) {
-            self.x = pointer<unsigned char>(x);
-            self.scales = pointer<uint32_t>(scales);
-            self.topk_idx = pointer<void>(topk_idx);
-            self.topk_weights = pointer<float>(topk_weights);
+        [](LowLatencyDispatchParams& self, TensorAddress x, TensorAddress scales,
+           TensorAddress topk_idx, TensorAddress topk_weights) {
+            self.x = pointer<unsigned char>(x.value);
+            self.scales = pointer<uint32_t>(scales.value);
+            self.topk_idx = pointer<void>(topk_idx.value);
+            self.topk_weights = pointer<float>(topk_weights.value);
         },
         py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("topk_weights"));
     params.def(
         "set_outputs",
-        [](LowLatencyDispatchParams& self, uintptr_t x, uintptr_t scales, uintptr_t topk_idx) {
-            self.out_x = pointer<unsigned char>(x);
-            self.out_scales = pointer<uint32_t>(scales);
-            self.out_topk_idx = pointer<void>(topk_idx);
-        },
-        py::arg("x"), py::arg("scales"), py::arg("topk_idx"));
-    params.def(
-        "set_words",
-        [](LowLatencyDispatchParams& self, uintptr_t words, int64_t counts, int64_t topk_idx,
-           int64_t topk_weights, int64_t out_topk_weights) {
-            auto* const begin = pointer<int32_t>(words);
-            auto* const floats = pointer<float>(words);
+        [](LowLatencyDispatchParams& self, TensorAddress x, TensorAddress scales,
+           TensorAddress topk_idx, TensorAddress words, const WordOffsets& offsets) {
+            auto* const begin = pointer<int32_t>(words.value);
+            auto* const floats = pointer<float>(words.value);
             const bool has_weights = self.topk_weights != nullptr;
+            self.out_x = pointer<unsigned char>(x.value);
+            self.out_scales = pointer<uint32_t>(scales.value);
+            self.out_topk_idx = pointer<void>(topk_idx.value);
             self.base.record = begin;
             self.base.turn =
                 reinterpret_cast<layout::LowLatencyTurn*>(begin + self.base.record_map.turn);
-            self.counts = begin + counts;
+            self.counts = begin + offsets.counts;
             self.num_recv = self.counts + self.base.map.num_local_experts;
-            self.handle_topk_idx = begin + topk_idx;
-            self.handle_topk_weights = has_weights ? floats + topk_weights : nullptr;
-            self.out_topk_weights = has_weights ? floats + out_topk_weights : nullptr;
+            self.handle_topk_idx = begin + offsets.topk_idx;
+            self.handle_topk_weights = has_weights ? floats + offsets.topk_weights : nullptr;
+            self.out_topk_weights = has_weights ? floats + offsets.out_topk_weights : nullptr;
         },
-        py::arg("words"), py::arg("counts"), py::arg("topk_idx"), py::arg("topk_weights"),
-        py::arg("out_topk_weights"),
-        "One allocation: the record of record_map, and at these offsets what else is filled. After "
-        "set_inputs.");
+        py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("words"), py::arg("offsets"),
+        "The words are one allocation: the record of record_map, and at the offsets what else is "
+        "filled. After set_inputs.");
 }
 
 void bind_dispatch(py::module_& module) {
@@ -188,14 +206,53 @@ void bind_combine(py::module_& module) {
     def_address(params, "out", &LowLatencyCombineParams::out);
     params.def(
         "set_tensors",
-        [](LowLatencyCombineParams& self, uintptr_t y, uintptr_t out, uintptr_t record,
-           uintptr_t topk_idx) {
-            self.y = pointer<unsigned char>(y);
-            self.out = pointer<unsigned char>(out);
-            self.base.record = pointer<int32_t>(record);
-            self.topk_idx = pointer<int32_t>(topk_idx);
+        [](LowLatencyCombineParams& self, TensorAddress y, TensorAddress out, TensorAddress words,
+           const WordOffsets& offsets) {
+            self.y = pointer<unsigned char>(y.value);
+            self.out = pointer<unsigned char>(out.value);
+            self.base.record = pointer<int32_t>(words.value);
+            self.topk_idx = self.base.record + offsets.topk_idx;
         },
-        py::arg("y"), py::arg("out"), py::arg("record"), py::arg("topk_idx"));
+        py::arg("y"), py::arg("out"), py::arg("words"), py::arg("offsets"),
+        "The words are those of the dispatch.");
+}
+
+/// Appends what a tensor is to a key: one tensor's part tells where the next one's begins.
+void append_description(std::string& key, py::handle object, uintptr_t align) {
+    if (object.is_none()) {
+        key.push_back('\0');  // no device has this type
+        return;
+    }
+    const DlTensor tensor = describe_tensor(object);
+    const auto append = [&key](const auto* values, int32_t count) {
+        key.append(reinterpret_cast<const char*>(values),
+                   static_cast<size_t>(count) * sizeof *values);
+    };
+    append(&tensor.device, 1);
+    append(&tensor.dtype, 1);
+    append(&tensor.ndim, 1);
+    append(tensor.shape, tensor.ndim);
+    append(tensor.strides, tensor.ndim);
+    const auto phase = static_cast<unsigned char>(reinterpret_cast<uintptr_t>(tensor.data) % align);
+    append(&phase, 1);
+}
+
+void bind_description(py::module_& module) {
+    module.def("can_describe_tensors", &can_describe_tensors,
+               "Whether this torch has what describe_tensors calls.");
+    module.def(
+        "describe_tensors",
+        [](const py::tuple& tensors, uint8_t align) {
+            std::string key;
+            key.reserve(kUsualKeyBytes);
+            for (const py::handle tensor : tensors) {
+                append_description(key, tensor, align);
+            }
+            return py::bytes(key);
+        },
+        py::arg("tensors"), py::arg("align"),
+        "All that checks and kernels can ask of tensors, None among them: device, dtype, shape, "
+        "strides, and how far from a multiple of align each begins.");
 }
 
 void bind_others(py::module_& module) {
@@ -233,6 +290,7 @@ void bind_kernels_low_latency(py::module_& parent) {
     bind_dispatch(module);
     bind_combine(module);
     bind_others(module);
+    bind_description(module);
 }
 
 }  // namespace deepcomm

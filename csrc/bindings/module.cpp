@@ -48,9 +48,10 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native part of deepcomm.";
     py::register_exception_translator(&deepcomm::translate);
     deepcomm::bind_simd(module);
+    deepcomm::bind_slots(module);
     deepcomm::bind_cpu(module);
+    deepcomm::bind_cuda(module);  // whose functions the kernels' arguments are launched with
     deepcomm::bind_kernels(module);
     deepcomm::bind_kernels_low_latency(module);
-    deepcomm::bind_cuda(module);
     deepcomm::bind_nccl(module);
 }

@@ -3,6 +3,9 @@
 
 #include <pybind11/gil_safe_call_once.h>
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace py = pybind11;
 
 namespace deepcomm {
@@ -11,13 +14,14 @@ namespace {
 
 constexpr DlVersion kDlVersion{1, 0};
 
-/// DLPack's exchange API, version 1; the members that are not called here have no type.
+/// DLPack's exchange API, version 1, as far as it is called here; other members have no type.
 struct DlExchangeApi {
     DlVersion version;
     const void* previous;
     void* allocate;
     void* from_object;
     int (*to_object)(DlManagedTensorVersioned* tensor, void** object);
+    int (*describe)(void* object, DlTensor* tensor);  ///< may be null
 };
 
 /// The ways into torch, found once.
@@ -67,6 +71,33 @@ TorchTensor make_tensor(std::shared_ptr<std::byte> data, DlDataType dtype,
         throw py::error_already_set();
     }
     return TorchTensor(py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)));
+}
+
+bool can_describe_tensors() {
+    const TorchEntry& torch = torch_entry();
+    return torch.api != nullptr && torch.api->describe != nullptr;
+}
+
+DlTensor describe_tensor(py::handle tensor) {
+    DlTensor described{};
+    if (torch_entry().api->describe(tensor.ptr(), &described) != 0) {
+        throw py::error_already_set();
+    }
+    if (described.data == nullptr && std::find(described.shape, described.shape + described.ndim,
+                                               0) == described.shape + described.ndim) {
+        throw std::runtime_error("tensor: expected one with memory");
+    }
+    return described;
+}
+
+uintptr_t address_of(py::handle tensor) {
+    if (tensor.is_none()) {
+        return 0;
+    }
+    const auto address = can_describe_tensors()
+                             ? reinterpret_cast<uintptr_t>(describe_tensor(tensor).data)
+                             : tensor.attr("data_ptr")().cast<uintptr_t>();
+    return address == 0 ? 1 : address;
 }
 
 }  // namespace deepcomm

@@ -106,6 +106,7 @@ struct FabricHandle {
     X(cuDevicePrimaryCtxRetain, (Context * context, Device device))                               \
     X(cuDevicePrimaryCtxRelease, (Device device))                                                 \
     X(cuDevicePrimaryCtxGetState, (Device device, unsigned* flags, int* active))                  \
+    X(cuCtxGetCurrent, (Context * context))                                                       \
     X(cuCtxPushCurrent, (Context context))                                                        \
     X(cuCtxPopCurrent, (Context * context))                                                       \
     X(cuMemGetInfo, (size_t* free, size_t* total))                                                \

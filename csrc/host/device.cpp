@@ -95,7 +95,12 @@ cu::Stream Device::make_stream(int priority) const {
 }
 
 Device::Current::Current(const Device& device) : driver_(device.driver()) {
-    DEEPCOMM_CUDA_CHECK(driver_, cuCtxPushCurrent(device.context_));
+    cu::Context context = nullptr;
+    DEEPCOMM_CUDA_CHECK(driver_, cuCtxGetCurrent(&context));
+    is_pushed_ = context != device.context_;
+    if (is_pushed_) {
+        DEEPCOMM_CUDA_CHECK(driver_, cuCtxPushCurrent(device.context_));
+    }
 }
 
 Device::Current::Current(const Device& device, std::nothrow_t) noexcept

@@ -41,7 +41,8 @@ class Device {
     /// any time. The lower the priority, the more urgent.
     cu::Stream make_stream(int priority) const;
 
-    /// Makes the context current in this thread for a while. For destructors: without throwing.
+    /// Makes the context current in this thread for a while, unless it is that: asking is faster than
+    /// pushing and popping. For destructors: without throwing.
     class Current {
       public:
         explicit Current(const Device& device);

@@ -5,3 +5,4 @@ from . import cuda as cuda
 from . import kernels as kernels
 from . import nccl as nccl
 from . import simd as simd
+from . import slots as slots

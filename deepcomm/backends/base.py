@@ -2,6 +2,8 @@
 """The interface of a backend, its requests, and the choice of one by device.
 
 Requests are made in every call, so they are not frozen: that would make them three times as slow.
+Fields come in the order of the low-latency calls' arguments, which are passed by place: by name,
+making a request takes twice as long.
 """
 
 from __future__ import annotations
@@ -33,22 +35,18 @@ if TYPE_CHECKING:
 OnTimeout = Literal["raise", "mask"]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class DispatchRequest:
     """Arguments of one dispatch of either mode, as the user gave them."""
 
     x: torch.Tensor | ScaledTensor
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
-    handle: Handle | None = None
-    recv_layout: RecvLayout | None = None
-    expert_alignment: int | None = None
     quantize: str | None = None
     scale_format: str = "fp32"
-    capacity: int | None = None
+    recv_layout: RecvLayout | None = None
     zero_padding: bool = False
     out: torch.Tensor | None = None
-    owned: bool = False
     return_hook: bool = False
     async_op: bool = False
     previous_event: Event | None = None
@@ -56,6 +54,10 @@ class DispatchRequest:
     expert_token_stats: torch.Tensor | None = None
     wait_us_stats: torch.Tensor | None = None
     low_latency: bool = False
+    handle: Handle | None = None
+    expert_alignment: int | None = None
+    capacity: int | None = None
+    owned: bool = False
 
     @property
     def sends_fp8(self) -> bool:
@@ -63,7 +65,7 @@ class DispatchRequest:
         return self.quantize is not None or isinstance(self.x, ScaledTensor)
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class CombineRequest:
     """Arguments of one combine of either mode, as the user gave them."""
 

@@ -123,6 +123,10 @@ Result cuDevicePrimaryCtxGetState(Device, unsigned* flags, int* active) {
     *active = live["context"] > 0 ? 1 : 0;
     return kSuccess;
 }
+Result cuCtxGetCurrent(Context* context) {
+    *context = contexts.empty() ? nullptr : contexts.back();
+    return begin("cuCtxGetCurrent", false);
+}
 Result cuCtxPushCurrent(Context context) {
     // Not one of the calls that fake_fail_after counts: cleaning up needs it as well.
     if (failures.count("cuCtxPushCurrent") != 0) {
@@ -326,6 +330,14 @@ Result cuGetProcAddress_v2(const char* name, void** function, int, uint64_t, int
     }
     *function = entry->second;
     return kSuccess;
+}
+
+/// Makes a device's context current in this thread, as torch does; with -1 none is.
+void fake_make_current(int device) {
+    contexts.clear();
+    if (device >= 0) {
+        contexts.push_back(reinterpret_cast<Context>(static_cast<uintptr_t>(0x1000 + device)));
+    }
 }
 
 /// Everything as at first, except what lives.

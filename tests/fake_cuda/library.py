@@ -74,6 +74,10 @@ class FakeCuda:
     def num_calls(self, name: str) -> int:
         return int(self._library.fake_num_calls(name.encode()))
 
+    def make_current(self, device: int | None) -> None:
+        """Let this thread have a context, as if torch had made it current."""
+        self._library.fake_make_current(-1 if device is None else device)
+
     def last_launch(self) -> tuple[int, ...]:
         """Return grid, block, shared memory, stream and the first word of the arguments."""
         values = (ctypes.c_int64 * 5)()

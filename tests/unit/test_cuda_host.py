@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 from fake_cuda.library import FakeCuda
 
-from deepcomm._C import cuda
+from deepcomm._C import cuda, kernels
 from deepcomm.errors import CudaError, InvalidArgument
 
 OUT_OF_MEMORY = 2
@@ -231,13 +231,18 @@ def load(fake: FakeCuda, max_threads: int = 256) -> cuda.Function:
     return cuda.Function(cuda.Device(fake.driver(), 0), b"cubin", "kernel_symbol", 48, max_threads)
 
 
+def params_of_16_bytes(first_word: int = 0) -> kernels.LowLatencyMaskParams:
+    params = kernels.LowLatencyMaskParams()
+    params.rank_mask = first_word
+    return params
+
+
 @pytest.mark.parametrize(("max_threads", "expected"), [(256, 256), (0, 1024)])
 def test_function_is_loaded_and_launched(fake: FakeCuda, max_threads: int, expected: int) -> None:
     function = load(fake, max_threads)
     assert fake.num_calls("cuFuncLoad") == 1
     assert (function.max_threads, function.blocks_per_sm) == (expected, 2048 // expected)
-    params = (ctypes.c_int32 * 4)(11, 12, 13, 14)
-    function.launch(7, ctypes.addressof(params), 16, 0x77)
+    params_of_16_bytes(11).launch(function, 7, 0x77)
     assert fake.last_launch() == (7, expected, 48, 0x77, 11)
     del function
     assert fake.live() == {}
@@ -246,22 +251,20 @@ def test_function_is_loaded_and_launched(fake: FakeCuda, max_threads: int, expec
 def test_function_of_a_driver_that_cannot_tell_its_params(fake: FakeCuda) -> None:
     fake.hide("cuFuncLoad")
     fake.hide("cuFuncGetParamInfo")
-    params = (ctypes.c_int32 * 9)(5)
-    load(fake).launch(1, ctypes.addressof(params), 36, 0)
-    assert fake.last_launch()[-1] == 5
+    kernels.LowLatencyDispatchParams().launch(load(fake), 5, 0)
+    assert fake.last_launch()[0] == 5
 
 
 def test_launch_refuses_what_the_kernel_does_not_take(fake: FakeCuda) -> None:
     function = load(fake)
-    params = (ctypes.c_int32 * 4)()
     with pytest.raises(InvalidArgument, match="expected the 16 bytes that kernel_symbol takes"):
-        function.launch(1, ctypes.addressof(params), 12, 0)
+        kernels.LowLatencyDispatchParams().launch(function, 1, 0)
     with pytest.raises(InvalidArgument, match="grid: expected at least 1 block, got 0"):
-        function.launch(0, ctypes.addressof(params), 16, 0)
+        params_of_16_bytes().launch(function, 0, 0)
     fake.fail_call("cuLaunchKernelEx", 719)
     message = r"cuLaunchKernelEx failed: 719 .*; kernel_symbol, 3 blocks of 256 threads on cuda:0"
     with pytest.raises(CudaError, match=message):
-        function.launch(3, ctypes.addressof(params), 16, 0)
+        params_of_16_bytes().launch(function, 3, 0)
 
 
 def use_everything(fake: FakeCuda) -> None:
@@ -278,9 +281,7 @@ def use_everything(fake: FakeCuda) -> None:
         heap.map(cuda.PhysicalMemory.import_fd(device, descriptor, peers.num_bytes))
     finally:
         os.close(descriptor)
-    function = cuda.Function(device, b"cubin", "symbol", 0, 0)
-    params = (ctypes.c_int32 * 4)()
-    function.launch(1, ctypes.addressof(params), 16, 0)
+    params_of_16_bytes().launch(cuda.Function(device, b"cubin", "symbol", 0, 0), 1, 0)
 
 
 def test_nothing_is_left_whatever_call_fails(fake: FakeCuda) -> None:

@@ -17,7 +17,7 @@ from fake_nccl.library import FakeNccl
 from fake_nccl.ranks import exchange
 
 from deepcomm import jit
-from deepcomm._C import cuda
+from deepcomm._C import cuda, kernels
 from deepcomm.backends import base
 from deepcomm.backends.cuda import device as devices
 from deepcomm.backends.cuda import driver as drivers
@@ -128,11 +128,29 @@ def test_runtime_compiles_for_its_device(fake: FakeCuda, major: int, minor: int,
         1024,
         2,
     )
-    params = (ctypes.c_int32 * 4)(21)
-    runtime.launch(function, 3, SimpleNamespace(address=ctypes.addressof(params), num_bytes=16))
+    params = kernels.LowLatencyMaskParams()
+    params.rank_mask = 21
+    runtime.launch(function, 3, params)
     assert fake.last_launch() == (3, 1024, 32, STREAM, 21)
     with pytest.raises(InvalidArgument, match=r"kernel: expected one of .*, got 'nothing'"):
         runtime.load("nothing", {})
+
+
+def test_launch_makes_the_context_current_unless_it_is(fake: FakeCuda) -> None:
+    runtime = make(fake, "cuda:1")
+    function = runtime.load("probe_signal", {})
+    params = kernels.LowLatencyMaskParams()
+    fake.fail_call("cuCtxPushCurrent", 709)
+    try:
+        fake.make_current(1)
+        runtime.launch(function, 3, params)
+        assert fake.last_launch()[0] == 3
+        for device in (0, None):
+            fake.make_current(device)
+            with pytest.raises(CudaError, match=r"cuCtxPushCurrent.* failed: 709"):
+                runtime.launch(function, 4, params)
+    finally:
+        fake.make_current(None)
 
 
 def test_runtime_shares_a_heap(fake: FakeCuda) -> None:

@@ -23,7 +23,7 @@ from deepcomm.checks import check_peer
 from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.group import Group, agree, agree_on, as_group, check_equal
 from deepcomm.topology import find_nodes
-from deepcomm.types import BufferStats, CombineOutput, DispatchOutput
+from deepcomm.types import BufferStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,12 @@ if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
-    from deepcomm.types import Event
+    from deepcomm.types import CombineOutput, DispatchOutput, Event
 
 __all__ = ["CudaBackend"]
 
 T = TypeVar("T")
 Request = TypeVar("Request", "DispatchRequest", "CombineRequest")
-Output = TypeVar("Output", DispatchOutput, CombineOutput)
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
@@ -290,17 +289,19 @@ class CudaBackend:
         """Low-latency dispatch, both phases or the first."""
         request = self._begin_low_latency("low_latency_dispatch", request)
         with self.runtime.annotate("low_latency_dispatch"):
-            return self._end_low_latency(
-                self._low_latency.dispatch(request, self._order_on_current_stream)
-            )
+            output = self._low_latency.dispatch(request, self._order_on_current_stream)
+        if output.event is not None:
+            self._keep_last_event(output.event)
+        return output
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         request = self._begin_low_latency("low_latency_combine", request)
         with self.runtime.annotate("low_latency_combine"):
-            return self._end_low_latency(
-                self._low_latency.combine(request, self._order_on_current_stream)
-            )
+            output = self._low_latency.combine(request, self._order_on_current_stream)
+        if output.event is not None:
+            self._keep_last_event(output.event)
+        return output
 
     def _begin_low_latency(self, operation: str, request: Request) -> Request:
         """Order an operation behind those before it; return it with what it still waits for."""
@@ -314,11 +315,6 @@ class CudaBackend:
         if previous_event is request.previous_event:
             return request
         return replace(request, previous_event=previous_event)
-
-    def _end_low_latency(self, output: Output) -> Output:
-        if output.event is not None:
-            self._keep_last_event(output.event)
-        return output
 
     # ---- the rest
 

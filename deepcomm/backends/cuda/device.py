@@ -146,6 +146,7 @@ class CudaRuntime:
         self._compiler = compiler or jit.default_compiler()
         index = torch.cuda.current_device() if device.index is None else device.index
         self._native = cuda.Device(self._driver, index)
+        self._index = index
         self.device = torch.device("cuda", index)
         self.device_id: str = self._native.uuid
         self.num_sms: int = self._native.num_sms
@@ -201,8 +202,7 @@ class CudaRuntime:
 
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
-        native = cast("CudaFunction", function).native
-        native.launch(grid, params.address, params.num_bytes, self.raw_stream())
+        params.launch(cast("CudaFunction", function).native, grid, self.raw_stream())
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires."""
@@ -260,7 +260,7 @@ class CudaRuntime:
     def raw_stream(self) -> int:
         """Return the driver's handle of the current stream."""
         # The public way makes a Stream first, which takes as long as the launch.
-        return int(torch._C._cuda_getCurrentRawStream(self.device.index))  # type: ignore[attr-defined,unused-ignore]
+        return torch._C._cuda_getCurrentRawStream(self._index)  # type: ignore[attr-defined,no-any-return,unused-ignore]
 
     def _communication_stream(self) -> torch.cuda.Stream:
         if self._own_stream is None:

@@ -100,6 +100,7 @@ class LowLatency:
             place.runtime.device,
             place.topology.num_nodes if has_nodes(config, place.topology) else 1,
         )
+        self._is_carried = is_carried(config, place.topology)
         self._context: Context | None = None
         self._mask = place.runtime.memory(4 * self._num_ranks)
         self._late_memory = place.runtime.host_memory(4 * self._num_ranks)
@@ -123,7 +124,7 @@ class LowLatency:
     @property
     def num_sms(self) -> int:
         """How many SMs kernels may fill."""
-        if not is_carried(self._config, self._place.topology):
+        if not self._is_carried:
             return self._place.num_sms
         return min(self._place.num_sms, sms_beside_network(self._place.runtime.num_sms))
 
@@ -149,7 +150,7 @@ class LowLatency:
 
     def _raise_earlier(self, slots: Slots) -> None:
         """Raise what an earlier operation has left; in a capture, no turn has been taken yet."""
-        if slots.status.is_pending and not self._place.runtime.is_capturing():
+        if slots.status.is_pending() and not self._place.runtime.is_capturing():
             slots.status.raise_pending()
 
     # ---- rank mask
@@ -161,7 +162,7 @@ class LowLatency:
             InvalidArgument: A network carries the rails: it waits for all of its ranks. Or a rank
                 that is masked cannot be taken back now.
         """
-        if masked and is_carried(self._config, self._place.topology):
+        if masked and self._is_carried:
             raise InvalidArgument(
                 f"rail: expected 'lsa' to mask ranks, got {self._config.rail!r}: a network waits "
                 "for all of them"
@@ -192,7 +193,7 @@ class LowLatency:
 
     def check_capture(self) -> None:
         """Raise InvalidArgument where a graph is being captured that cannot hold these rails."""
-        if is_carried(self._config, self._place.topology) and self._place.runtime.is_capturing():
+        if self._is_carried and self._place.runtime.is_capturing():
             raise InvalidArgument(
                 "rail: expected 'lsa' while a CUDA graph is captured, got "
                 f"{self._config.rail!r}: the host has to tell the network which slot to carry"
@@ -222,7 +223,7 @@ class LowLatency:
 
     def _open_carrier(self, slots: Slots) -> SlotCarrier | None:
         """Reserve what is beside slots that a network carries; collective."""
-        if not is_carried(self._config, self._place.topology):
+        if not self._is_carried:
             return None
         timeout_s = self._config.timeout_s
         try:
@@ -307,7 +308,8 @@ class LowLatency:
         if has_hook:
             launch(*launches[SEND], operation.params)
         elif self._sizes.num_nodes == 1:
-            launch(*launches[BOTH], operation.params)
+            function, grid = launches[BOTH]
+            launch(function, grid, operation.params)
         else:
             launch(*launches[SEND], operation.params)
             launch(*launches[RECEIVE], operation.params)
@@ -366,7 +368,8 @@ class LowLatency:
             raise
         self.num_dispatches += 1
         self.tokens_sent += operation.plan.num_tokens
-        return operation.output(*self._run(context, request, operation))
+        event, hook = self._run(context, request, operation)
+        return operation.output(event, hook)
 
     def combine(
         self, request: CombineRequest, order_refusal: Callable[[], None] = nothing_to_order
@@ -381,4 +384,5 @@ class LowLatency:
             self._refuse_if_open(context, COMBINE, request, error)
             raise
         self.num_combines += 1
-        return operation.output(*self._run(context, request, operation))
+        event, hook = self._run(context, request, operation)
+        return operation.output(event, hook)

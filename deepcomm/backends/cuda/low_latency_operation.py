@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from deepcomm.backends.cuda.low_latency_plan import CombinePlan, Context, DispatchPlan
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import address_of
-from deepcomm.backends.cuda.low_latency_words import PackedOutput, Record
-from deepcomm.types import CombineOutput, Handle
+from deepcomm.backends.cuda.low_latency_words import Record, pack_handle, pack_output, pack_sums
+from deepcomm.types import Handle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from deepcomm.backends.base import CombineRequest, DispatchRequest
-    from deepcomm.types import DispatchOutput, Event
+    from deepcomm.types import CombineOutput, DispatchOutput, Event
 
 __all__ = ["CombineOperation", "Context", "DispatchOperation", "known_record"]
 
@@ -43,22 +43,15 @@ class DispatchOperation:
         self.plan, self._inputs = plan, inputs = DispatchPlan.of(context, request)
         self._context = context
         outputs = plan.outputs
-        self._x = outputs.rows(request.out)
+        self._x = outputs.x() if request.out is None else outputs.rows(request.out)
         self._scales = None if outputs.scales is None else outputs.scales()
         self._topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
-        self._record = Record(context.buffer_id, outputs.words(), outputs.map)
+        words = outputs.words()
+        self._record = Record(context.buffer_id, words, outputs.map)
         # Only an operation in flight needs arguments of its own: a launch copies them.
         self.params = params = plan.params.copy() if request.return_hook else plan.params
-        rows, scales, topk_idx, topk_weights = inputs
-        params.set_inputs(
-            rows.data_ptr(), address_of(scales), topk_idx.data_ptr(), address_of(topk_weights)
-        )
-        params.set_outputs(self._x.data_ptr(), address_of(self._scales), address_of(self._topk_idx))
-        words = outputs.map
-        params.set_words(
-            self._record.words.data_ptr(),
-            *(words.counts, words.topk_idx, words.topk_weights, words.out_topk_weights),
-        )
+        params.set_inputs(*inputs)
+        params.set_outputs(self._x, self._scales, self._topk_idx, words, outputs.map.offsets)
         if request.wait_us_stats is not None:
             params.base.wait_us = address_of(request.wait_us_stats)
         if request.expert_token_stats is not None:
@@ -75,8 +68,8 @@ class DispatchOperation:
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> DispatchOutput:
         """Return what the caller gets."""
-        tensors = (self._x, self._scales, self._topk_idx, self._context.no_overflow)
-        return PackedOutput.of(self._record, *tensors, event, hook)
+        handle, no_overflow = pack_handle(self._record), self._context.no_overflow
+        return pack_output(handle, self._x, self._scales, self._topk_idx, no_overflow, event, hook)
 
 
 class CombineOperation:
@@ -101,10 +94,7 @@ class CombineOperation:
         self._topk_weights = None if plan.topk_weights is None else plan.topk_weights()
         self.params = params = plan.params.copy() if request.return_hook else plan.params
         self.turn: torch.Tensor | None = None
-        words = record.words.data_ptr()
-        params.set_tensors(
-            inputs[0].data_ptr(), self._x.data_ptr(), words, words + 4 * record.map.topk_idx
-        )
+        params.set_tensors(inputs[0], self._x, record.words, record.map.offsets)
         if request.return_hook or context.sizes.num_nodes > 1:
             self.turn = plan.turn()
             params.base.turn = self.turn.data_ptr()
@@ -132,7 +122,7 @@ class CombineOperation:
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> CombineOutput:
         """Return what the caller gets."""
-        return CombineOutput(self._x, self._topk_weights, event, hook)
+        return pack_sums(self._x, self._topk_weights, event, hook)
 
 
 def known_record(request: Any, buffer_id: bytes) -> Record | None:

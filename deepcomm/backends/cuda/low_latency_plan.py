@@ -9,10 +9,11 @@ checked, and a plan is kept. Arguments that had to be copied for the kernels are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import torch
 
+from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_slots import (
     ANNOUNCE,
     BOTH,
@@ -40,7 +41,6 @@ from deepcomm.types import RecvLayout, ScaledTensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier
@@ -64,11 +64,11 @@ Plan = TypeVar("Plan", "DispatchPlan", "CombinePlan")
 
 
 def look_up(
-    plans: dict[Any, Plan], key_of: Callable[[Any], Any], request: Any
+    plans: dict[Any, Plan], key_of: Callable[[Any, Inputs], Any], request: Any, given: Inputs
 ) -> tuple[Any, Plan | None]:
     """Return a request's key and plan; neither where arguments are none that it could have."""
     try:
-        key = key_of(request)
+        key = key_of(request, given)
         return key, plans.get(key)
     except UNDESCRIBABLE:
         return None, None
@@ -116,15 +116,25 @@ def check_on_timeout(context: Context, on_timeout: str) -> None:
         )
 
 
-def describe(tensor: Any) -> tuple[Any, ...]:
-    """Return all that checks and kernels can ask of a tensor; raises where it is none."""
-    return (
-        tensor.dtype,
-        tensor.shape,
-        tensor.is_contiguous() or tensor.stride(),
-        tensor.get_device(),
-        tensor.data_ptr() % ALIGN,
+def describe_by_asking(tensors: Inputs, align: int) -> tuple[Any, ...]:
+    """Return what ``describe_tensors`` puts into bytes; raises where something is no tensor."""
+    return tuple(
+        tensor is not None
+        and (
+            tensor.get_device(),
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            tensor.data_ptr() % align,
+        )
+        for tensor in tensors
     )
+
+
+describe: Final[Callable[[Inputs, int], Any]] = (
+    kernels.describe_tensors if kernels.can_describe_tensors() else describe_by_asking
+)
+"""Returns all that checks and kernels can ask of tensors, None among them."""
 
 
 def are_same(given: Inputs, used: Inputs) -> bool:
@@ -156,8 +166,8 @@ class DispatchPlan:
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        key, plan = look_up(context.dispatches, dispatch_key, request)
         given = given_inputs(request)
+        key, plan = look_up(context.dispatches, dispatch_key, request, given)
         if plan is not None:
             return plan, given
         checked = _check_dispatch(context, request)
@@ -177,23 +187,16 @@ def given_inputs(request: DispatchRequest) -> Inputs:
     return x, None, request.topk_idx, request.topk_weights
 
 
-def dispatch_key(request: DispatchRequest) -> tuple[Any, ...]:
+def dispatch_key(request: DispatchRequest, given: Inputs) -> tuple[Any, ...]:
     """Describe all that can be given to a low-latency dispatch."""
-    rows, scales, topk_idx, topk_weights = given_inputs(request)
-    out, counts, waits = request.out, request.expert_token_stats, request.wait_us_stats
+    counts, waits = request.expert_token_stats, request.wait_us_stats
     return (
-        describe(rows),
-        scales is not None and describe(scales),
-        describe(topk_idx),
-        topk_weights is not None and describe(topk_weights),
+        describe((*given, request.out, counts, waits), ALIGN),
         request.recv_layout,
         request.quantize,
         request.scale_format,
         request.zero_padding,
         request.on_timeout,
-        out is not None and describe(out),
-        counts is not None and describe(counts),
-        waits is not None and describe(waits),
     )
 
 
@@ -298,8 +301,8 @@ class CombinePlan:
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        key, plan = look_up(context.combines, combine_key, request)
         given = (request.y, request.topk_weights, request.bias)
+        key, plan = look_up(context.combines, combine_key, request, given)
         if plan is not None:
             return plan, given
         checked = _check_combine(context, request)
@@ -312,19 +315,13 @@ class CombinePlan:
         return plan, inputs
 
 
-def combine_key(request: CombineRequest) -> tuple[Any, ...]:
+def combine_key(request: CombineRequest, given: Inputs) -> tuple[Any, ...]:
     """Describe all that can be given to a low-latency combine."""
-    weights, bias, out = request.topk_weights, request.bias, request.out
-    waits = request.wait_us_stats
     return (
-        describe(request.y),
+        describe((*given, request.out, request.wait_us_stats), ALIGN),
         request.handle.records.map,
-        weights is not None and describe(weights),
         request.apply_weights,
-        bias is not None and describe(bias),
-        out is not None and describe(out),
         request.on_timeout,
-        waits is not None and describe(waits),
     )
 
 

@@ -103,10 +103,10 @@ class Status:
         """As kernels see it."""
         return self._memory.device_address
 
-    @property
     def is_pending(self) -> bool:
         """Whether there is something to raise."""
-        return bool(self._record.state == COMPLETE)
+        state: int = self._record.state
+        return state == COMPLETE
 
     def raise_pending(self) -> None:
         """Raise what the last operations have found to be wrong, once.
@@ -116,7 +116,7 @@ class Status:
             CommError: A peer refused an operation; names it.
             ConfigMismatch: Ranks differed about an operation.
         """
-        if not self.is_pending:
+        if not self.is_pending():
             return
         error = self._describe()
         self._record.state = CLEAR

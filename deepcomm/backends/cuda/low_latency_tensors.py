@@ -65,10 +65,23 @@ def empty(
     device: torch.device,
     strides: tuple[int, ...] | None = None,
 ) -> Allocate:
-    """Return what allocates such tensors: in half of the time that ``torch.empty`` takes."""
+    """Return what allocates such tensors: in half of the time that ``torch.empty`` takes.
+
+    Or in a quarter of it, with the function of torch that its compiled code calls. That one knows
+    only the current device, and fills nothing where torch is to be deterministic.
+    """
     strides = contiguous_strides(shape) if strides is None else strides
     like = torch.empty(0, dtype=dtype, device=device)
-    return functools.partial(like.new_empty_strided, shape, strides)
+    anywhere = functools.partial(like.new_empty_strided, shape, strides)
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    function = getattr(guards, f"_empty_strided_{device.type}", None)
+    if function is None:
+        return anywhere
+    here = functools.partial(function, shape, strides, dtype)
+    if device.type == "cpu":
+        return here
+    index, current_device = device.index, torch._C._cuda_getDevice
+    return lambda: here() if current_device() == index else anywhere()
 
 
 def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:
@@ -128,10 +141,8 @@ class Outputs:
             zero_padding=request.zero_padding,
         )
 
-    def rows(self, out: torch.Tensor | None) -> torch.Tensor:
-        """Return the tensor to receive into."""
-        if out is None:
-            return self.x()
+    def rows(self, out: torch.Tensor) -> torch.Tensor:
+        """Return the part of a given tensor to receive into."""
         rows = out if self.num_rows is None else out[: self.num_rows]
         if self.zero_padding:
             rows.view(torch.uint8).zero_()

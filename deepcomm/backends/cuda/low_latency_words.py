@@ -14,16 +14,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 
-from deepcomm._C import kernels
+from deepcomm._C import kernels, slots
 from deepcomm.errors import InvalidArgument
-from deepcomm.types import DispatchOutput, Handle, RecvLayout
+from deepcomm.types import CombineOutput, DispatchOutput, Handle, RecvLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from deepcomm.checks import CheckedDispatch
 
-__all__ = ["PackedHandle", "PackedOutput", "Record", "Sizes", "Words", "contiguous_strides"]
+__all__ = [
+    "Record",
+    "Sizes",
+    "Words",
+    "contiguous_strides",
+    "pack_handle",
+    "pack_output",
+    "pack_sums",
+]
 
 ALIGN_WORDS: Final = 4
 MAX_MAPS: Final = 1024
@@ -56,25 +64,20 @@ class Words:
 
     Attributes:
         record: What kernels leave for combines; at 0.
+        offsets: Of rows by local expert, and after them their sum; of the handle's ids and weights;
+            of the output's weights.
         recv_layout: Of the rows.
         lead: Shape of the received rows, without H.
-        counts: Rows by local expert, and after them their sum.
-        topk_idx: Of the handle.
-        topk_weights: Likewise.
-        out_topk_weights: Of the output.
     """
 
     record: kernels.LowLatencyRecordLayout
+    offsets: kernels.WordOffsets
     recv_layout: RecvLayout
     num_tokens: int
     num_topk: int
     has_weights: bool
     lead: tuple[int, ...]
     num_local_experts: int
-    counts: int
-    topk_idx: int
-    topk_weights: int
-    out_topk_weights: int
     num_words: int
 
     @staticmethod
@@ -101,16 +104,18 @@ def _make_words(
     out_topk_weights = topk_weights + round_up(num_tokens * num_topk)
     return Words(
         record=record,
+        offsets=kernels.WordOffsets(
+            counts=counts,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            out_topk_weights=out_topk_weights,
+        ),
         recv_layout=recv_layout,
         num_tokens=num_tokens,
         num_topk=num_topk,
         has_weights=has_weights,
         lead=(sizes.block_rows,) if is_token else (num_blocks, sizes.block_rows),
         num_local_experts=sizes.num_local_experts,
-        counts=counts,
-        topk_idx=topk_idx,
-        topk_weights=topk_weights,
-        out_topk_weights=out_topk_weights,
         num_words=out_topk_weights + num_weights if has_weights else topk_weights,
     )
 
@@ -174,28 +179,28 @@ class Record:
 
     def counts(self) -> torch.Tensor:
         """Return the rows by local expert."""
-        return self.ints((self.map.num_local_experts,), self.map.counts)
+        return self.ints((self.map.num_local_experts,), self.map.offsets.counts)
 
     def num_recv(self) -> torch.Tensor:
         """Return their sum."""
-        return self.ints((), self.map.counts + self.map.num_local_experts)
+        return self.ints((), self.map.offsets.counts + self.map.num_local_experts)
 
     def topk_idx(self) -> torch.Tensor:
         """Return the handle's ids."""
         words = self.map
-        return self.ints((words.num_tokens, words.num_topk), words.topk_idx)
+        return self.ints((words.num_tokens, words.num_topk), words.offsets.topk_idx)
 
     def topk_weights(self) -> torch.Tensor | None:
         """Return the handle's weights."""
         words = self.map
-        return self.weights((words.num_tokens, words.num_topk), words.topk_weights)
+        return self.weights((words.num_tokens, words.num_topk), words.offsets.topk_weights)
 
     def out_topk_weights(self) -> torch.Tensor | None:
         """Return the weights of the rows received."""
         words = self.map
         is_token = words.recv_layout is RecvLayout.TOKEN
         shape = (*words.lead, words.num_topk) if is_token else words.lead
-        return self.weights(shape, words.out_topk_weights)
+        return self.weights(shape, words.offsets.out_topk_weights)
 
 
 class Lazy:
@@ -213,11 +218,6 @@ class Lazy:
         return value
 
 
-def setters(dataclass: type, *names: str) -> tuple[Callable[[Any, Any], None], ...]:
-    """Return what sets fields of a frozen dataclass, faster than its constructor does."""
-    return tuple(getattr(dataclass, name).__set__ for name in names)
-
-
 class PackedHandle(Lazy, Handle):
     """The handle of a record."""
 
@@ -232,18 +232,10 @@ class PackedHandle(Lazy, Handle):
         "topk_weights": lambda handle: handle.records.topk_weights(),
         "low_latency": lambda _: True,
     }
-    _set_records: ClassVar = setters(Handle, "records")[0]
-
-    @staticmethod
-    def of(record: Record) -> PackedHandle:
-        """Return one with nothing else."""
-        handle = object.__new__(PackedHandle)
-        PackedHandle._set_records(handle, record)
-        return handle
 
 
 class PackedOutput(Lazy, DispatchOutput):
-    """An output of which the record has what is not given to ``of``."""
+    """An output of which the record has what is not given."""
 
     __slots__ = ()
     _makers: ClassVar = {
@@ -252,16 +244,13 @@ class PackedOutput(Lazy, DispatchOutput):
         "expert_offsets": lambda _: None,
         "num_recv_tokens": lambda output: output.handle.records.num_recv(),
     }
-    _setters: ClassVar = setters(
-        DispatchOutput, "handle", "x", "scales", "topk_idx", "overflow", "event", "hook"
-    )
 
-    @staticmethod
-    def of(record: Record, *given: Any) -> PackedOutput:
-        """Return one with a handle and x, scales, topk_idx, overflow, event and hook."""
-        output = object.__new__(PackedOutput)
-        for give, value in zip(
-            PackedOutput._setters, (PackedHandle.of(record), *given), strict=True
-        ):
-            give(output, value)
-        return output
+
+# A frozen dataclass's constructor, or a loop, takes three times as long.
+pack_handle: Final[Callable[[Record], PackedHandle]] = slots.maker(PackedHandle, ["records"])
+pack_output: Final[Callable[..., PackedOutput]] = slots.maker(
+    PackedOutput, ["handle", "x", "scales", "topk_idx", "overflow", "event", "hook"]
+)
+pack_sums: Final[Callable[..., CombineOutput]] = slots.maker(
+    CombineOutput, ["x", "topk_weights", "event", "hook"]
+)

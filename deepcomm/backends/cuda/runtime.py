@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from deepcomm._C import cuda
     from deepcomm.backends.cuda.network import Network
     from deepcomm.group import Group
     from deepcomm.types import Event
@@ -32,6 +33,9 @@ class KernelParams(Protocol):
     @property
     def num_bytes(self) -> int:
         """Its size."""
+
+    def launch(self, function: cuda.Function, grid: int, stream: int) -> None:
+        """Launch a kernel of the driver's, with this argument."""
 
 
 class Function(Protocol):

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-latency calls on GPUs: what they are given reaches the backend, and is told apart by it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import subprocess
+import sys
+import weakref
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deepcomm import Buffer
+from deepcomm._C import kernels, slots
+from deepcomm.backends.cuda.low_latency_plan import UNDESCRIBABLE, describe_by_asking
+from deepcomm.backends.cuda.low_latency_tensors import address_of, empty
+
+ALIGN = 16
+BYTES = torch.zeros(256, dtype=torch.uint8)
+FLOATS = torch.zeros(64)
+
+TENSORS: dict[str, torch.Tensor | None] = {
+    "none": None,
+    "float32": FLOATS[:16].view(4, 4),
+    "other memory": FLOATS[16:32].view(4, 4),
+    "parameter": torch.nn.Parameter(torch.zeros(4, 4)),
+    "int32": torch.zeros(4, 4, dtype=torch.int32),
+    "int64": torch.zeros(4, 4, dtype=torch.int64),
+    "bfloat16": torch.zeros(4, 4, dtype=torch.bfloat16),
+    "float16": torch.zeros(4, 4, dtype=torch.float16),
+    "bool": torch.zeros(4, 4, dtype=torch.bool),
+    "uint8": BYTES[:16].view(4, 4),
+    "float8_e4m3fn": BYTES[:16].view(torch.float8_e4m3fn).view(4, 4),
+    "float8_e5m2": BYTES[:16].view(torch.float8_e5m2).view(4, 4),
+    "three dimensions": FLOATS[:16].view(1, 4, 4),
+    "flat": FLOATS[:16],
+    "scalar": FLOATS[0],
+    "wide": FLOATS[:16].view(2, 8),
+    "strided": FLOATS.as_strided((4, 4), (8, 1)),
+    "transposed": FLOATS[:16].view(4, 4).T,
+    "one row": FLOATS.as_strided((1, 4), (4, 1)),
+    "one row far from none": FLOATS.as_strided((1, 4), (32, 1)),
+    "empty": torch.empty(0, 4),
+    "4 bytes off": FLOATS[1:17].view(4, 4),
+    "8 bytes off": FLOATS[2:18].view(4, 4),
+}
+
+needs_c_functions = pytest.mark.skipif(
+    not kernels.can_describe_tensors(), reason="this torch has no C functions for DLPack"
+)
+
+
+@needs_c_functions
+def test_descriptions_tell_apart_what_asking_tells_apart() -> None:
+    for (name, one), (other_name, other) in itertools.product(TENSORS.items(), repeat=2):
+        for given in ((one,), (other,)), ((one, None, other), (other, None, one)):
+            native, asked = (
+                [describe(tensors, ALIGN) for tensors in given]
+                for describe in (kernels.describe_tensors, describe_by_asking)
+            )
+            assert (native[0] == native[1]) == (asked[0] == asked[1]), (name, other_name)
+
+
+@needs_c_functions
+def test_description_sees_nothing_of_the_elements_and_the_place() -> None:
+    names = "float32", "other memory", "parameter"
+    keys = {kernels.describe_tensors((TENSORS[name],), ALIGN) for name in names}
+    assert len(keys) == 1
+    everything = {kernels.describe_tensors((tensor,), ALIGN) for tensor in TENSORS.values()}
+    assert len(everything) == len(TENSORS) - len(names) + 1
+
+
+def undescribable() -> dict[str, Any]:
+    with FakeTensorMode():
+        fake = torch.zeros(4, 4)
+    return {
+        "number": 3,
+        "text": "x",
+        "list": [1.0],
+        "sparse": torch.eye(3).to_sparse(),
+        "no memory": torch.zeros(4, 4, device="meta"),
+        "fake": fake,
+    }
+
+
+@needs_c_functions
+@pytest.mark.parametrize("name", undescribable())
+def test_what_the_checks_must_refuse_is_not_described(name: str) -> None:
+    given = undescribable()[name]
+    ways = [kernels.describe_tensors]
+    if name in ("number", "text", "list", "sparse"):  # torch names an address of the others
+        ways.append(describe_by_asking)
+    for describe in ways:
+        with pytest.raises(UNDESCRIBABLE):
+            describe((given,), ALIGN)
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "none"])
+def test_params_hold_addresses_of_tensors(name: str) -> None:
+    tensor = TENSORS[name]
+    params = kernels.LowLatencyCombineParams()
+    offsets = kernels.WordOffsets(counts=1, topk_idx=5, topk_weights=9, out_topk_weights=13)
+    params.set_tensors(tensor, None, tensor, offsets)
+    assert params.y == params.base.record == address_of(tensor)
+    assert params.out == 0
+    assert params.topk_idx == params.base.record + 4 * 5
+
+
+def test_params_of_a_dispatch_hold_addresses_of_tensors() -> None:
+    x, scales, topk_idx, topk_weights, out, words = torch.zeros(6, 64).unbind()
+    params = kernels.LowLatencyDispatchParams()
+    offsets = kernels.WordOffsets(counts=4, topk_idx=8, topk_weights=12, out_topk_weights=16)
+    names = "counts", "handle_topk_idx", "handle_topk_weights", "out_topk_weights"
+    for weights in (topk_weights, None):
+        params.set_inputs(x, scales, topk_idx, weights)
+        params.set_outputs(out, None, topk_idx, words, offsets)
+        assert (params.x, params.scales) == (x.data_ptr(), scales.data_ptr())
+        assert (params.topk_idx, params.topk_weights) == (topk_idx.data_ptr(), address_of(weights))
+        assert (params.out_x, params.out_scales) == (out.data_ptr(), 0)
+        assert params.out_topk_idx == topk_idx.data_ptr()
+        begin = params.base.record
+        assert begin == params.base.turn == words.data_ptr()
+        has = weights is not None
+        expected = [begin + 16, begin + 32, has * (begin + 48), has * (begin + 64)]
+        assert [getattr(params, name) for name in names] == expected
+
+
+def test_params_are_filled_without_the_c_functions() -> None:
+    program = (
+        "import torch\n"
+        "if hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "from deepcomm._C import kernels\n"
+        "from deepcomm.backends.cuda import low_latency_plan as plan\n"
+        "assert not kernels.can_describe_tensors()\n"
+        "assert plan.describe is plan.describe_by_asking\n"
+        "params, y = kernels.LowLatencyCombineParams(), torch.zeros(4)\n"
+        "offsets = kernels.WordOffsets(counts=0, topk_idx=0, topk_weights=0, out_topk_weights=0)\n"
+        "params.set_tensors(y, None, torch.empty(0), offsets)\n"
+        "assert (params.y, params.out, params.base.record) == (y.data_ptr(), 0, 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("strides", [None, (12, 1, 3)])
+def test_allocation_gives_what_was_asked_for(
+    dtype: torch.dtype, strides: tuple[int, ...] | None
+) -> None:
+    allocate = empty((2, 3, 4), dtype, torch.device("cpu"), strides)
+    first, second = allocate(), allocate()
+    expected = torch.empty_strided((2, 3, 4), strides or (12, 4, 1), dtype=dtype)
+    for tensor in (first, second):
+        assert (tensor.shape, tensor.stride()) == (expected.shape, expected.stride())
+        assert (tensor.dtype, tensor.device) == (expected.dtype, expected.device)
+        assert tensor.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    assert first.data_ptr() != second.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["_empty_strided_cpu", "_dynamo"])
+def test_allocation_does_without_the_function_of_compiled_code(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = torch._C if name == "_dynamo" else torch._C._dynamo.guards
+    monkeypatch.delattr(owner, name)
+    tensor = empty((2, 3), torch.int32, torch.device("cpu"))()
+    assert (tensor.shape, tensor.stride(), tensor.dtype) == ((2, 3), (3, 1), torch.int32)
+
+
+@pytest.mark.parametrize(("current", "expected"), [(1, "here"), (0, "anywhere")])
+def test_allocation_is_on_the_tensors_device(
+    current: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Prototype:
+        def new_empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+            assert (shape, strides) == ((2, 3), (3, 1))
+            return "anywhere"
+
+    def on_current_device(*arguments: Any) -> Any:
+        assert arguments == ((2, 3), (3, 1), torch.int32)
+        return "here"
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Prototype())
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    guards = torch._C._dynamo.guards
+    monkeypatch.setattr(guards, "_empty_strided_cuda", on_current_device, raising=False)
+    assert empty((2, 3), torch.int32, torch.device("cuda", 1))() == expected
+
+
+@pytest.mark.parametrize("operation", ["low_latency_dispatch", "low_latency_combine"])
+def test_arguments_reach_the_fields_of_their_names(operation: str) -> None:
+    class Backend:
+        def __getattr__(self, name: str) -> Any:
+            assert name == operation
+            return lambda request: request
+
+    buffer = object.__new__(Buffer)
+    buffer._backend = Backend()
+    parameters = inspect.signature(getattr(buffer, operation)).parameters
+    given = {name: object() for name in parameters}
+    request = getattr(buffer, operation)(**given)
+    values = {field.name: getattr(request, field.name) for field in fields(request)}
+    assert values.pop("low_latency") is True
+    assert {name: values.pop(name) for name in given} == given
+    assert set(values.values()) <= {None, False}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    first: Any
+    second: Any = None
+
+
+def test_maker_fills_a_frozen_dataclass() -> None:
+    pair = slots.maker(Pair, ["second", "first"])(1, "x")
+    assert type(pair) is Pair
+    assert (pair.first, pair.second) == ("x", 1)
+    with pytest.raises(FrozenInstanceError):
+        pair.first = 2
+    assert replace(pair, second=3).second == 3
+
+
+def test_maker_leaves_other_slots_empty_and_keeps_nothing() -> None:
+    make = slots.maker(Pair, ["first"])
+    value = torch.zeros(1)
+    kept = weakref.ref(value)
+    pair = make(value)
+    assert pair.first is value
+    assert not hasattr(pair, "second")
+    del value
+    assert kept() is not None
+    del pair
+    assert kept() is None
+    before = sys.getrefcount(Pair)
+    for _ in range(100):
+        make(1)
+    assert sys.getrefcount(Pair) == before
+
+
+def test_maker_refuses_what_is_no_slot() -> None:
+    with pytest.raises(TypeError, match="__module__: expected the name of a slot"):
+        slots.maker(Pair, ["__module__"])
+    with pytest.raises(AttributeError, match="third"):
+        slots.maker(Pair, ["third"])
+    with pytest.raises(TypeError, match="expected a value for each slot"):
+        slots.maker(Pair, ["first"])(1, 2)
