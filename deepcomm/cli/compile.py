@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deepcomm import jit
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["add_parser"]
 
 DEFAULT_ARCHS = "sm_90a,sm_100a"
+MOST_PROCESSES = 16  # each takes half a GiB
 USAGE_ERROR = 2
 HEADER = ("kernel", "arch", "registers", "shared\nbytes", "stack\nbytes", "spill\nbytes", "threads")
 
@@ -41,6 +44,16 @@ class Job:
         """Name and compile-time choices."""
         choices = ", ".join(f"{name}={value}" for name, value in self.spec.items())
         return f"{self.kernel.name}<{choices}>" if choices else self.kernel.name
+
+    def is_cached(self, compiler: jit.KernelCompiler, headers: jit.NcclHeaders | None) -> bool:
+        """Return whether it has been compiled before."""
+        return compiler.has(self.kernel, arch=self.arch, spec=self.spec, nccl=headers)
+
+    def compile(
+        self, compiler: jit.KernelCompiler, headers: jit.NcclHeaders | None
+    ) -> jit.CompiledKernel:
+        """Compile it, unless it has been; raises as ``compiler`` does."""
+        return compiler.compile(self.kernel, arch=self.arch, spec=self.spec, nccl=headers)
 
 
 def add_parser(commands: Any) -> None:
@@ -139,22 +152,40 @@ def _hidden_sizes(text: str) -> list[int]:
 def _compile(
     compiler: jit.KernelCompiler, jobs: Sequence[Job], nccl: jit.NcclHeaders | str
 ) -> list[tuple[Job, Result]]:
-    """Compile all, in parallel as far as NVRTC lets; a kernel's error becomes its result."""
-
-    def compile_one(job: Job) -> Result:
+    """Compile all; a kernel's error becomes its result."""
+    headers = None if isinstance(nccl, str) else nccl
+    absent = [job for job in jobs if not job.is_cached(compiler, headers)]
+    _fill_cache(absent, headers)
+    results: list[tuple[Job, Result]] = []
+    for job in jobs:
         try:
-            headers = None if isinstance(nccl, str) else nccl
-            return compiler.compile(job.kernel, arch=job.arch, spec=job.spec, nccl=headers)
+            result: Result = replace(job.compile(compiler, headers), is_new=job in absent)
         except jit.CompileError as error:
-            return error
-
-    results = []
-    title = f"compiling {len(jobs)} kernels, unless the cache has them"
-    with progress(title, len(jobs)) as advance, ThreadPoolExecutor(num_cores()) as pool:
-        for job, result in zip(jobs, pool.map(compile_one, jobs), strict=True):
-            results.append((job, result))
-            advance()
+            result = error
+        results.append((job, result))
     return results
+
+
+def _fill_cache(jobs: Sequence[Job], headers: jit.NcclHeaders | None) -> None:
+    """Compile in processes: in one of them, NVRTC compiles one kernel at a time."""
+    num_processes = min(len(jobs), num_cores(), MOST_PROCESSES)
+    if num_processes < 2:
+        return
+    title = f"compiling {len(jobs)} kernels in {num_processes} processes"
+    context = multiprocessing.get_context("spawn")
+    with (
+        progress(title, len(jobs)) as advance,
+        ProcessPoolExecutor(num_processes, mp_context=context) as pool,
+    ):
+        for future in as_completed([pool.submit(_compile_one, job, headers) for job in jobs]):
+            future.result()
+            advance()
+
+
+def _compile_one(job: Job, headers: jit.NcclHeaders | None) -> None:
+    """Leave a kernel in the cache; what does not compile is told when it is looked for."""
+    with contextlib.suppress(jit.CompileError):
+        job.compile(jit.default_compiler(), headers)
 
 
 def _problems(results: Sequence[tuple[Job, Result]], is_report: bool) -> list[str]:

@@ -103,11 +103,7 @@ class KernelCompiler:
             CompileError: The kernel does not compile.
         """
         spec = dict(spec or {})
-        _check(kernel, arch, spec)
-        unit = _translation_unit(kernel, arch, spec, self.root)
-        if kernel.uses_nccl:
-            unit = _with_nccl(unit, nccl)
-        key = f"{kernel.name}-{arch}-{_digest(unit, self.toolchain.version)}"
+        key, unit = self._unit(kernel, arch, spec, nccl)
         stored, is_new = self.cache.get_or_build(key, lambda: self._build(kernel, unit))
         head, _, cubin = stored.partition(b"\n")
         facts = json.loads(head)
@@ -122,6 +118,32 @@ class KernelCompiler:
             is_new=is_new,
             **facts,
         )
+
+    def has(
+        self,
+        kernel: Kernel,
+        *,
+        arch: str,
+        spec: Mapping[str, int] | None = None,
+        nccl: NcclHeaders | None = None,
+    ) -> bool:
+        """Return whether the cache has a kernel; arguments as for ``compile``.
+
+        Raises:
+            InvalidArgument: As ``compile`` does.
+        """
+        key, _ = self._unit(kernel, arch, dict(spec or {}), nccl)
+        return self.cache.load(key) is not None
+
+    def _unit(
+        self, kernel: Kernel, arch: str, spec: Mapping[str, int], nccl: NcclHeaders | None
+    ) -> tuple[str, TranslationUnit]:
+        """Return what is compiled, after its key in the cache."""
+        _check(kernel, arch, spec)
+        unit = _translation_unit(kernel, arch, spec, self.root)
+        if kernel.uses_nccl:
+            unit = _with_nccl(unit, nccl)
+        return f"{kernel.name}-{arch}-{_digest(unit, self.toolchain.version)}", unit
 
     def _build(self, kernel: Kernel, unit: TranslationUnit) -> bytes:
         """Compile, and return a line of facts followed by the cubin."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from deepcomm.cli import main
 if TYPE_CHECKING:
     from pathlib import Path
 
+NUM_CORES = 3
 NO_SPILL = REPORT.replace("8 bytes spill stores, 12", "0 bytes spill stores, 0")
 
 
@@ -26,7 +28,15 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> jit.KernelCompi
     made = jit.KernelCompiler(FakeToolchain(), root, jit.DiskCache(tmp_path / "cache"))
     monkeypatch.setattr(jit, "default_compiler", lambda: made)
     monkeypatch.setattr(jit, "KERNELS", (SCALE,))
+    # Other processes would know nothing of these.
+    monkeypatch.setattr(compile_command, "ProcessPoolExecutor", make_threads)
+    monkeypatch.setattr(compile_command, "num_cores", lambda: NUM_CORES)
     return made
+
+
+def make_threads(num_threads: int, mp_context: object) -> ThreadPoolExecutor:
+    del mp_context
+    return ThreadPoolExecutor(num_threads)
 
 
 def test_compile_fills_the_cache(
