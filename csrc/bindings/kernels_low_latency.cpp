@@ -223,6 +223,7 @@ void append_description(std::string& key, py::handle object, uintptr_t align) {
         key.push_back('\0');  // no device has this type
         return;
     }
+    // Types of less than a byte look like bytes here; no operation takes either.
     const DlTensor tensor = describe_tensor(object);
     const auto append = [&key](const auto* values, int32_t count) {
         key.append(reinterpret_cast<const char*>(values),

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from deepcomm import jit
@@ -40,6 +40,11 @@ class Job:
     spec: Mapping[str, int]
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Which one it is."""
+        return self.label, self.arch
+
+    @property
     def label(self) -> str:
         """Name and compile-time choices."""
         choices = ", ".join(f"{name}={value}" for name, value in self.spec.items())
@@ -49,11 +54,12 @@ class Job:
         """Return whether it has been compiled before."""
         return compiler.has(self.kernel, arch=self.arch, spec=self.spec, nccl=headers)
 
-    def compile(
-        self, compiler: jit.KernelCompiler, headers: jit.NcclHeaders | None
-    ) -> jit.CompiledKernel:
-        """Compile it, unless it has been; raises as ``compiler`` does."""
-        return compiler.compile(self.kernel, arch=self.arch, spec=self.spec, nccl=headers)
+    def compile(self, compiler: jit.KernelCompiler, headers: jit.NcclHeaders | None) -> Result:
+        """Compile it, unless it has been."""
+        try:
+            return compiler.compile(self.kernel, arch=self.arch, spec=self.spec, nccl=headers)
+        except jit.CompileError as error:
+            return error
 
 
 def add_parser(commands: Any) -> None:
@@ -155,37 +161,43 @@ def _compile(
     """Compile all; a kernel's error becomes its result."""
     headers = None if isinstance(nccl, str) else nccl
     absent = [job for job in jobs if not job.is_cached(compiler, headers)]
-    _fill_cache(absent, headers)
-    results: list[tuple[Job, Result]] = []
-    for job in jobs:
-        try:
-            result: Result = replace(job.compile(compiler, headers), is_new=job in absent)
-        except jit.CompileError as error:
-            result = error
-        results.append((job, result))
-    return results
+    made = _compile_apart(absent, headers)
+    return [(job, made.get(job.key) or job.compile(compiler, headers)) for job in jobs]
 
 
-def _fill_cache(jobs: Sequence[Job], headers: jit.NcclHeaders | None) -> None:
-    """Compile in processes: in one of them, NVRTC compiles one kernel at a time."""
+def _compile_apart(
+    jobs: Sequence[Job], headers: jit.NcclHeaders | None
+) -> dict[tuple[str, str], Result]:
+    """Compile in processes: in one of them, NVRTC compiles one kernel at a time.
+
+    Returns:
+        What came of them by key; not all of it, where a process was killed.
+    """
     num_processes = min(len(jobs), num_cores(), MOST_PROCESSES)
+    made: dict[tuple[str, str], Result] = {}
     if num_processes < 2:
-        return
+        return made
     title = f"compiling {len(jobs)} kernels in {num_processes} processes"
     context = multiprocessing.get_context("spawn")
     with (
         progress(title, len(jobs)) as advance,
         ProcessPoolExecutor(num_processes, mp_context=context) as pool,
     ):
-        for future in as_completed([pool.submit(_compile_one, job, headers) for job in jobs]):
-            future.result()
-            advance()
+        try:
+            futures = {pool.submit(_compile_one, job, headers): job for job in jobs}
+            for future in as_completed(futures):
+                made[futures[future].key] = future.result()
+                advance()
+        except BrokenProcessPool as error:
+            note(f"deepcomm compile: {error}; the rest is compiled one by one")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return made
 
 
-def _compile_one(job: Job, headers: jit.NcclHeaders | None) -> None:
-    """Leave a kernel in the cache; what does not compile is told when it is looked for."""
-    with contextlib.suppress(jit.CompileError):
-        job.compile(jit.default_compiler(), headers)
+def _compile_one(job: Job, headers: jit.NcclHeaders | None) -> Result:
+    return job.compile(jit.default_compiler(), headers)
 
 
 def _problems(results: Sequence[tuple[Job, Result]], is_report: bool) -> list[str]:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def build() -> Path:
     path = BUILD / f"libfakecuda-{digest}.so"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         command = [*COMMAND, f"-I{ROOT / 'csrc'}", str(SOURCES[0]), "-o", str(partial)]
         subprocess.run(command, check=True)
         partial.replace(path)

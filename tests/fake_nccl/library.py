@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import subprocess
+import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def build(*options: str) -> Path:
     path = BUILD / f"libfakenccl-{hashlib.sha256(content).hexdigest()[:16]}.so"
     if not path.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         arguments = (*options, f"-I{ROOT / 'csrc'}", str(SOURCES[0]), "-o", str(partial))
         subprocess.run([*COMMAND, *arguments, "-lpthread"], check=True)
         partial.replace(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from jit_project import REPORT, SCALE, FakeToolchain, write_project
@@ -131,6 +132,27 @@ def test_compile_goes_on_after_a_kernel_that_does_not_compile(
     assert said.out.count("?") == 5
     assert main(["compile", "--arch", "sm_90a", "--json", "--hidden", "64"]) == 1
     assert json.loads(capfd.readouterr().out)[1]["error"] == "scale.cuh(3): error: no"
+
+
+def test_compile_goes_on_where_a_process_was_killed(
+    compiler: jit.KernelCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Broken(ThreadPoolExecutor):
+        def __init__(self, num_threads: int, mp_context: object) -> None:
+            del mp_context
+            super().__init__(num_threads)
+
+        def submit(self, *_: object, **__: object) -> Any:
+            raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(compile_command, "ProcessPoolExecutor", Broken)
+    assert main(["compile", "--arch", "sm_90a"]) == 0
+    said = capfd.readouterr().err
+    assert "a child process terminated abruptly; the rest is compiled one by one" in said
+    assert "4 kernels, 4 compiled now" in said
+    assert len(compiler.cache.sizes()) == 4
 
 
 @pytest.mark.parametrize(

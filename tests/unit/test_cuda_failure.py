@@ -61,3 +61,23 @@ def test_what_a_call_has_raised_is_not_raised_again() -> None:
     with pytest.raises(CommTimeout):
         failure.raise_fatal(CommTimeout("no verdict"))
     assert_unusable_for_good(failure, "no verdict")
+
+
+def test_cause_that_a_kernel_has_recorded_goes_before_what_follows_from_it() -> None:
+    failure, record = make_failure()
+    record.state, record.operation, record.peer, record.slot = COMPLETE, 2, 1, -1
+    failure.condemn(CommError("the network was aborted"))
+    with pytest.raises(CommTimeout, match="rank 1 did not come"):
+        failure.check_usable("synchronize")
+    assert_unusable_for_good(failure, "rank 1 did not come")
+
+
+def test_cause_that_a_watcher_has_found_goes_before_what_a_call_runs_into() -> None:
+    failure, _ = make_failure()
+    late = CommTimeout("the network did not end", 1)
+    failure.condemn(late)
+    with pytest.raises(CommTimeout) as caught:
+        failure.raise_fatal(CommError("the network was aborted"))
+    assert caught.value is late
+    assert str(caught.value.__cause__) == "the network was aborted"
+    assert_unusable_for_good(failure, "the network did not end")

@@ -20,6 +20,7 @@ from deepcomm.backends.cuda.gin import NUM_SLOTS, GinNetwork
 from deepcomm.backends.cuda.nccl import NcclOptions
 from deepcomm.backends.cuda.network import Message, Span
 from deepcomm.backends.cuda.network_choice import open_network
+from deepcomm.backends.cuda.progress import WATCH_S
 from deepcomm.errors import CommError, CommTimeout, Error, InvalidArgument
 
 if TYPE_CHECKING:
@@ -197,6 +198,24 @@ def test_watch_ends_moves_once_the_rank_has_failed(fake: FakeNccl) -> None:
                 assert time.monotonic() - start < SOON_S
                 with pytest.raises(CommError, match="rail: the network was aborted"):
                     end.network.move([])
+            group.barrier()
+
+    with leaving_nothing(fake):
+        run(2, use)
+
+
+def test_abort_by_one_who_watches_is_no_failure_for_another(fake: FakeNccl) -> None:
+    world = World()
+
+    def use(group: LocalGroup) -> None:
+        with end_of(group, fake, world) as end:
+            told: list[Error] = []
+            end.network.watch(lambda: bool(end.runtime.launched), told.append)
+            end.network.watch(lambda: False, told.append)
+            if group.rank == 0:
+                end.move([Message(1, (end.span(0, 8),), ())])
+                time.sleep(3 * WATCH_S)
+                assert not told
             group.barrier()
 
     with leaving_nothing(fake):

@@ -189,15 +189,19 @@ class Failure:
         )
 
     def raise_fatal(self, error: Error) -> None:
-        """Raise an error after which the buffer can only be closed."""
-        self._fatal = error
+        """Raise an error after which the buffer can only be closed, or what has caused it."""
+        self.condemn(error)
+        assert self._fatal is not None
         self._is_raised = True
-        raise error
+        if self._fatal is error:
+            raise error
+        raise self._fatal from error
 
     def condemn(self, error: Error) -> None:
         """Let the next call raise the error, and later ones that the buffer can only be closed."""
         if self._fatal is None:
-            self._fatal = error
+            is_recorded = self._record.state == COMPLETE  # what others have found follows from it
+            self._fatal = self._timeout() if is_recorded else error
 
     @property
     def failed(self) -> bool:

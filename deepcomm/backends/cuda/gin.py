@@ -105,8 +105,13 @@ class Moves:
         while not self.is_idle() and time.monotonic() < limit:
             time.sleep(POLL_S)
 
-    def end_quietly(self) -> None:
-        """Do the same for a network that nobody has closed, and nobody hears of."""
+    def end_quietly(self, ended: threading.Event) -> None:
+        """Do the same for a network that nobody has closed, and nobody hears of.
+
+        Args:
+            ended: Is set first, so that nobody takes it for a failure.
+        """
+        ended.set()
         try:
             self.end()
         except Exception as error:  # noqa: BLE001  # a finalizer has nobody to raise it to
@@ -152,7 +157,7 @@ class GinNetwork:
         self._slot_bytes = kernels.GIN_PEER_BYTES * max(1, group.size - 1)
         self._slots = runtime.host_memory(NUM_SLOTS * self._slot_bytes)
         self._moves = Moves(runtime, self._record)
-        self._finalizer = weakref.finalize(self, self._moves.end_quietly)
+        self._finalizer = weakref.finalize(self, self._moves.end_quietly, self._ended)
         self._finalizer.atexit = False
 
     @property
@@ -280,8 +285,11 @@ class GinNetwork:
         record = self._record
 
         def is_over() -> bool:
+            # An abort follows a failure that is known already, or the end.
+            if has_failed() or record.is_aborted:
+                return True
             if (error := record.error()) is None:
-                return has_failed()
+                return False
             condemn(error)
             return True
 

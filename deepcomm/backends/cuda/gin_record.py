@@ -55,6 +55,11 @@ class MoveRecord:
         """Whether moves have failed or were aborted."""
         return bool(self._record.state != CLEAR)
 
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it was this rank that ended them."""
+        return self._is_aborted
+
     def abort(self) -> None:
         """Set it, unless a failure has."""
         if self._record.state == CLEAR:
