@@ -30,7 +30,8 @@ class Buffer:
     """Symmetric memory of one rank in a group, and the operations that exchange tokens through it.
 
     Constructing and growing a buffer is collective, and all ranks call the operations of one buffer
-    in the same order. Two buffers, of the same or of different groups, are independent.
+    in the same order. Two buffers, of the same or of different groups, are independent. One thread
+    at a time calls one buffer.
     """
 
     def __init__(
