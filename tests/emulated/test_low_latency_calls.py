@@ -13,7 +13,7 @@ import torch
 from collective.case import Case
 from emulated.low_latency import LowLatencySession, play, use_small_blocks
 
-from deepcomm import Handle, InvalidArgument, RecvLayout
+from deepcomm import Handle, InvalidArgument, RecvLayout, ScaledTensor
 from deepcomm.backends.cuda import low_latency_plan
 
 pytestmark = pytest.mark.emulated_backend
@@ -64,6 +64,9 @@ def test_calls_are_checked_although_one_like_them_was_right() -> None:
                 buffer.low_latency_combine(bad, got.handle)  # type: ignore[arg-type]
         with pytest.raises(InvalidArgument, match="handle: expected"):
             buffer.low_latency_combine(y, None)  # type: ignore[arg-type]
+        scaled: Any = ScaledTensor(good["x"], None)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="expected"):
+            buffer.low_latency_dispatch(**{**good, "x": scaled})
 
     play(ALONE, body)
 

@@ -192,6 +192,7 @@ def dispatch_key(request: DispatchRequest, given: Inputs) -> tuple[Any, ...]:
     counts, waits = request.expert_token_stats, request.wait_us_stats
     return (
         describe((*given, request.out, counts, waits), ALIGN),
+        isinstance(request.x, ScaledTensor),
         request.recv_layout,
         request.quantize,
         request.scale_format,
