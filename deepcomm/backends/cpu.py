@@ -315,7 +315,7 @@ class CpuBackend:
 
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead or alive."""
-        check_peer(self.topology, rank)
+        check_peer("rank", rank, self.topology.rank, self.topology.num_ranks)
         ring = self._low_latency.ring
         if ring.is_masked(rank) and not masked:
             check_taken_back(rank, ring.num_in_flight)

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from deepcomm.errors import InvalidArgument
 
-if TYPE_CHECKING:
-    from deepcomm.topology import Topology
 
-
-def check_peer(topology: Topology, rank: int) -> None:
-    """Raise InvalidArgument unless a rank is another one of the buffer's."""
-    if not 0 <= rank < topology.num_ranks or rank == topology.rank:
+def check_peer(name: str, peer: int, rank: int, num_ranks: int) -> None:
+    """Raise InvalidArgument, by the argument's name, unless a rank is another one of the group."""
+    if not 0 <= peer < num_ranks or peer == rank:
         raise InvalidArgument(
-            f"rank: expected a peer in 0..{topology.num_ranks - 1} other than {topology.rank}, "
-            f"got {rank}"
+            f"{name}: expected a peer in 0..{num_ranks - 1} other than {rank}, got {peer}"
         )
 
 

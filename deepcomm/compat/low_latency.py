@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from deepcomm.checks import check_peer
 from deepcomm.compat.events import EventOverlap
 from deepcomm.compat.handles import LowLatencyHandle, routing_of
 from deepcomm.compat.keys import Routing
@@ -229,11 +230,7 @@ class LowLatencyOperations:
         Raises:
             InvalidArgument: It is no peer.
         """
-        if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
-            raise InvalidArgument(
-                f"rank_to_mask: expected a peer in 0..{self.group_size - 1} other than "
-                f"{self.rank}, got {rank_to_mask}"
-            )
+        check_peer("rank_to_mask", rank_to_mask, self.rank, self.group_size)
         self._native.set_mask(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import pytest
+from fake_nccl.agent import HostBytes
 
 from deepcomm import CommError, CommTimeout
 from deepcomm.backends.cuda.failure import ErrorRecord, Failure, FailureMemory, Trouble
@@ -14,19 +14,10 @@ from deepcomm.backends.cuda.failure import ErrorRecord, Failure, FailureMemory, 
 COMPLETE = 2
 
 
-class Memory:
-    """Host memory, as if kernels wrote there."""
-
-    def __init__(self, content: Any) -> None:
-        self.content = content
-        self.address = self.device_address = ctypes.addressof(content)
-        self.num_bytes = ctypes.sizeof(content)
-
-
 def make_failure() -> tuple[Failure, ErrorRecord]:
-    record = ErrorRecord()
-    memory = FailureMemory(Memory(record), Memory(Trouble()), Memory((ctypes.c_uint64 * 2)()))
-    return Failure(0, 8, memory), record
+    sizes = ctypes.sizeof(ErrorRecord), ctypes.sizeof(Trouble), 16
+    memory = FailureMemory(*map(HostBytes, sizes))
+    return Failure(0, 8, memory), ErrorRecord.from_address(memory.record.address)
 
 
 def assert_unusable_for_good(failure: Failure, cause: str) -> None:

@@ -63,6 +63,11 @@ class Endpoint:
     label: str
 
 
+def offset_of(number: int) -> int:
+    """Return where the word of a move lies that says that it has ended."""
+    return 8 * (number % NUM_SLOTS)
+
+
 class Moves:
     """Moves that were launched, and how far the device has come with them.
 
@@ -80,16 +85,16 @@ class Moves:
 
     def done_device_address(self, number: int) -> int:
         """Return where the agent of a move says that it has ended."""
-        return self._done.device_address + 8 * (number % NUM_SLOTS)
+        return self._done.device_address + offset_of(number)
 
     def wait(self, number: int, limit_s: float) -> bool:
         """Return whether a move ended in time, and none has failed before that."""
-        address = self._done.address + 8 * (number % NUM_SLOTS)
+        address = self._done.address + offset_of(number)
         return self._runtime.wait_word(address, number, self.record.address, limit_s)
 
     def is_idle(self) -> bool:
         """Return whether all have ended."""
-        last = self._done.address + 8 * (self.number % NUM_SLOTS)
+        last = self._done.address + offset_of(self.number)
         return ctypes.c_uint64.from_address(last).value == self.number
 
     def end(self) -> None:

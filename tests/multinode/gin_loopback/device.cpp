@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -29,6 +30,7 @@ using Address = unsigned long long;
     X(cuInit, (unsigned flags))                                                \
     X(cuDeviceGet, (int* device, int ordinal))                                 \
     X(cuCtxCreate_v2, (void** context, unsigned flags, int device))            \
+    X(cuCtxDestroy_v2, (void* context))                                        \
     X(cuCtxPushCurrent_v2, (void* context))                                    \
     X(cuCtxPopCurrent_v2, (void** context))                                    \
     X(cuPointerGetAttribute, (void* value, int attribute, Address address))    \
@@ -78,21 +80,25 @@ void check(int code, const char* call) {
     }
 }
 
-/// The process's own context on a GPU. Making one takes up to seconds where hosts have many GPUs, and
-/// NCCL makes several communicators of a network: it is made once, and ends with the process.
-void* context_on(const Driver& driver, int ordinal) {
+/// The context on a GPU that a process's communicators share. Making one takes up to seconds where hosts
+/// have many GPUs, and NCCL makes several communicators of a network; it ends with the last of them.
+std::shared_ptr<void> context_on(const Driver& driver, int ordinal) {
     static std::mutex mutex;
-    static std::map<int, void*> contexts;
+    static std::map<int, std::weak_ptr<void>> contexts;
     const std::lock_guard<std::mutex> lock(mutex);
-    void*& context = contexts[ordinal];
-    if (context == nullptr) {
+    std::weak_ptr<void>& known = contexts[ordinal];
+    std::shared_ptr<void> shared = known.lock();
+    if (shared == nullptr) {
         int device;
+        void* made;
         check(driver.cuDeviceGet(&device, ordinal), "cuDeviceGet");
-        check(driver.cuCtxCreate_v2(&context, kUsualContext, device), "cuCtxCreate");
+        check(driver.cuCtxCreate_v2(&made, kUsualContext, device), "cuCtxCreate");
         void* popped;
         driver.cuCtxPopCurrent_v2(&popped);
+        shared.reset(made, [&driver](void* context) { driver.cuCtxDestroy_v2(context); });
+        known = shared;
     }
-    return context;
+    return shared;
 }
 
 }  // namespace
@@ -105,7 +111,7 @@ Device::Device(const void* address) : driver_(Driver::get()) {
 }
 
 Device::Scope::Scope(const Device& device) : driver_(device.driver_) {
-    check(driver_.cuCtxPushCurrent_v2(device.context_), "cuCtxPushCurrent");
+    check(driver_.cuCtxPushCurrent_v2(device.context_.get()), "cuCtxPushCurrent");
 }
 
 Device::Scope::~Scope() {

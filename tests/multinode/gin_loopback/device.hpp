@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies between registered host memory and a GPU, by the driver alone, from any thread. All of a
-// process's have a context of their own: a program may keep the lock of its context while it waits, as long as a copy
-// or the loading of a kernel lasts, for kernels that wait for the network. A lane is a stream with
-// one event behind the copies that it was last given.
+// Copies between registered host memory and a GPU, by the driver alone, from any thread. A process's
+// have a context of their own: a program may keep the lock of its context while it waits, as long as
+// a copy or the loading of a kernel lasts, for kernels that wait for the network. A lane is a stream
+// with one event behind the copies that it was last given.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 
 namespace loopback {
@@ -39,7 +40,7 @@ class Device {
     friend class Pinned;
     const Driver& driver_;
     int ordinal_ = 0;
-    void* context_ = nullptr;
+    std::shared_ptr<void> context_;
 };
 
 class Lane {

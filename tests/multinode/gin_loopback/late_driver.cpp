@@ -72,6 +72,11 @@ int cuCtxCreate_v2(void** context, unsigned, int) {
     ++depth;
     return (*context = &streams, kSuccess);
 }
+int cuCtxDestroy_v2(void*) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    require(streams.empty() && pinned.empty(), "something is left");
+    return kSuccess;
+}
 int cuCtxPushCurrent_v2(void*) { return (++depth, kSuccess); }
 int cuCtxPopCurrent_v2(void**) { return (--depth, kSuccess); }
 
