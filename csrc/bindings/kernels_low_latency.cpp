@@ -88,6 +88,7 @@ void bind_maps(py::module_& module) {
     module.attr("MAX_LOW_LATENCY_TOKEN_WORDS") = layout::kMaxLowLatencyTokenWords;
     module.attr("MAX_LOW_LATENCY_HIDDEN") = layout::kMaxLowLatencyHidden;
     module.attr("LOW_LATENCY_STATE_BYTES") = sizeof(layout::LowLatencyState);
+    module.attr("LOW_LATENCY_SEND_UNIT") = layout::kSendUnit;
     module.attr("LOW_LATENCY_STATUS_BYTES") = sizeof(layout::LowLatencyStatus);
 }
 

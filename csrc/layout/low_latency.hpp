@@ -251,28 +251,42 @@ constexpr LowLatencyLayout kCarriedLayout = LowLatencyLayout::make(kCarriedShape
 static_assert(kCarriedLayout.header_step * kPacketBytes == 2635776, "example above");
 static_assert(kCarriedLayout.slot_stride == 9 * 2635776 + 5111808, "example above");
 
-/// An operation's turn: its number, the tag of its packets (never 0, which fresh memory holds) and
-/// its slot. Counted in device memory, so that a replayed graph counts on.
+/// An operation's turn: its number from 1 on, the tag of its packets (never 0, which fresh memory holds)
+/// and its slot.
 struct LowLatencyTurn {
     uint64_t number;
     uint32_t tag;
     int32_t slot;
 };
 
-/// The turn after one: number 1 with tag 1 in slot 0 after none.
-constexpr LowLatencyTurn next_turn(const LowLatencyTurn& last, int32_t num_slots) {
-    const bool is_first = last.number == 0;
-    return {last.number + 1, last.tag == 0xFFFFFFFFu ? 1u : last.tag + 1,
-            is_first || last.slot + 1 == num_slots ? 0 : last.slot + 1};
+/// Of a number. Written so that a device, which divides 32 bits fast, has no need of more.
+constexpr LowLatencyTurn turn_of(uint64_t number, int32_t num_slots) {
+    constexpr uint32_t kNumTags = 0xFFFFFFFFu;
+    const auto high = static_cast<uint32_t>((number - 1) >> 32);
+    const auto low = static_cast<uint32_t>(number - 1), num = static_cast<uint32_t>(num_slots);
+    const uint32_t to_tag = kNumTags - low;  // before the tags begin again
+    const uint32_t tag = high < to_tag ? low + high : high - to_tag;
+    uint32_t slot = low % num;
+    if (high != 0) slot = (slot + high % num * ((kNumTags % num + 1) % num)) % num;
+    return {number, tag + 1, static_cast<int32_t>(slot)};
 }
+static_assert(turn_of(1, 4).tag == 1 && turn_of(1, 4).slot == 0, "of the first");
+static_assert(turn_of(0xFFFFFFFFu, 3).tag == 0xFFFFFFFFu, "the last tag");
+static_assert(turn_of(0x100000000u, 3).tag == 1 && turn_of(0x100000000u, 3).slot == 0, "again");
+static_assert(turn_of(0x100000002u, 3).tag == 3 && turn_of(0x100000002u, 3).slot == 2, "again");
 
 constexpr int32_t kMaxLowLatencySlots = 64;
 
-/// What a rank's operations share, in zeroed memory of its device.
+/// What the blocks of a launch that sends add to `LowLatencyState.sends`, all together: a block that has not
+/// added its part sees by whole units how many launches there were before.
+constexpr uint64_t kSendUnit = 1 << 16;
+
+/// What a rank's operations share, in zeroed memory of its device. Counted there, so that a replayed graph
+/// counts on.
 struct LowLatencyState {
-    LowLatencyTurn last;                                 ///< of the last operation that was sent
-    uint32_t num_send_finished;                          ///< blocks of the running kernel
-    uint32_t num_receive_finished[kMaxLowLatencySlots];  ///< likewise, by slot
+    uint64_t sends;
+    uint32_t num_receive_finished[kMaxLowLatencySlots];  ///< blocks, by slot; see finish_receive
+    uint64_t received[kMaxLowLatencySlots];              ///< numbers of the operations there
 };
 
 /// What a dispatch leaves for the combines of its handle: 32-bit words in memory of the device,

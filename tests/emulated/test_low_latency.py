@@ -17,6 +17,7 @@ from emulated.host_api import Faults
 from emulated.low_latency import LowLatencySession, play, use_small_blocks
 
 from deepcomm import CommError, ConfigMismatch, InvalidArgument, RecvLayout
+from deepcomm._C import kernels
 
 pytestmark = pytest.mark.emulated_backend
 
@@ -103,16 +104,23 @@ def test_too_many_in_flight_is_refused_and_harmless() -> None:
     play(Case(**SMALL, layout=PADDED), body)
 
 
-@pytest.mark.parametrize("first_tag", [0xFFFFFFFD, 0x7FFFFFFE])
-def test_tags_may_wrap(first_tag: int) -> None:
+@pytest.mark.parametrize("num_before", [0xFFFFFFFC, 0x7FFFFFFD, 0x2FFFFFFF8])
+def test_tags_may_wrap(num_before: int) -> None:
+    """As after so many operations: slots go on in turn, while tags begin again."""
+
     def body(session: LowLatencySession) -> None:
         slots = session.backend.low_latency._open("test").slots
-        # LowLatencyState.last: {number, tag, slot}
-        tag = ctypes.c_uint32.from_address(slots._state.address + 8)
-        tag.value = first_tag
+        num_slots, places = session.backend.config.num_low_latency_slots, slots.map
+        sends = ctypes.c_uint64.from_address(slots._state.address)
+        sends.value = num_before * kernels.LOW_LATENCY_SEND_UNIT
+        for number in range(num_before - num_slots + 1, num_before + 1):
+            for rank in range(session.group.size):
+                at = slots.local + places.credit_offset((number - 1) % num_slots, rank)
+                ctypes.c_uint64.from_address(at).value = number
+        session.group.barrier()
         for round_idx in range(5):
             session.low_latency_combine(session.low_latency_dispatch(round_idx))
-        assert tag.value == (first_tag + 10) % 2**32 + (first_tag + 10 >= 2**32)
+        assert sends.value == (num_before + 10) * kernels.LOW_LATENCY_SEND_UNIT
 
     play(Case(**SMALL, layout=PADDED, wire="fp8"), body)
 

@@ -44,8 +44,8 @@ TWINS = [
         "gives credit for its own turn only at home",
         case="flights",
         path=FOLDER + "common.cuh",
-        find="reinterpret_cast<uint64_t*>(peers.bases[peer] + offset)",
-        part="peers.bases[peer]",
+        find="unsigned char* base = params.comm.bases[peer];\n        if (base == nullptr)",
+        part="params.comm.bases[peer]",
         replace="params.local + 0 * peer",
     ),
     Twin(
@@ -80,10 +80,9 @@ NODES_TWINS = [
         "gives no credit along the rail",
         case="nodes",
         path=FOLDER + "common.cuh",
-        find="kHasNodes && peers.bases[peer] == nullptr",
-        part="peers.bases[peer] == nullptr",
-        replace="peers.bases[peer] == nullptr || "
-        "peer / params.map.ranks_per_node != params.node_idx",
+        find="if (base == nullptr) continue;\n        device::st_relaxed_sys(reinterpret_cast",
+        part="base == nullptr",
+        replace="peer / params.map.ranks_per_node != params.node_idx",
     ),
     Twin(
         "passes packets on before they are here",
@@ -109,7 +108,7 @@ NO_STORE_OVERTAKES = (
     "only stores follow, and the model lets none overtake the look that decides on it"
 )
 SURVIVORS: dict[str, str] = {
-    f"{FOLDER}peers.cuh: pairs with the release in pass_on_credits: the peer's reads before our "
+    f"{FOLDER}peers.cuh: pairs with the release in store_credits: the peer's reads before our "
     "stores: ld_acquire_sys -> ld_relaxed_sys": NO_STORE_OVERTAKES,
 } | {
     f"{FOLDER}refusal.cuh: the fields; pairs with the host's acquire of kComplete: "

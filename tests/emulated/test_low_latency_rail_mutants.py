@@ -57,9 +57,9 @@ TWINS = [
         "leaves the turn of a combine without a dispatch to the next one",
         case="refusals",
         path=PATHS[0],
-        find="const auto turn = layout::next_turn(params.state->last, params.map.num_slots);",
-        part="layout::next_turn(params.state->last, params.map.num_slots)",
-        replace="params.state->last",
+        find="finish_send<kPhases>(params, block, turn);\n    }\n    if constexpr",
+        part="finish_send<kPhases>(params, block, turn)",
+        replace="*params.turn = turn",
     ),
     Twin(
         "refuses without passing on",

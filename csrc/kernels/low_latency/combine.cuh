@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     layout::LowLatencyTurn turn;
     if constexpr (kSends) {
         if (!low_latency::send_combine(params, block, &turn, shared)) return;
+        low_latency::finish_send<kPhases>(params.base, block, turn);
     } else {
         turn = *params.base.turn;  // meanwhile, as loads take long
         if (!low_latency::may_receive(params.base, block)) return;
@@ -29,8 +30,6 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     }
     if constexpr (kReceives) {
         low_latency::receive_combine<kPhases>(params, block, turn, shared);
-    } else {
-        low_latency::finish_send(params.base, block, turn);
     }
 }
 

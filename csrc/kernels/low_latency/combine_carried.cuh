@@ -12,13 +12,12 @@ template <typename Shared>
 DEEPCOMM_DEVICE void announce_combine(const LowLatencyCombineParams& params,
                                       const device::Block& block, Shared& shared) {
     const LowLatencyParams& base = params.base;
-    EarlyPeer early;
-    const LowLatencyTurn turn = take_turn(base, block, &early);
     read_record(params, block, shared);
     const bool has_peers =
-        open_peers<true>(base, Operation::kLowLatencyCombine, block, turn, early, &shared.peers);
+        open_turn<true>(base, Operation::kLowLatencyCombine, block, &shared.peers);
     // ORDER: what the record says, and the credits before all that is announced, to all
     if (!block.sync_and(has_peers)) return;
+    const LowLatencyTurn turn = shared.peers.turn;
     if (block.block_idx() == block.num_blocks() - 1) {
         send_combine_headers(base, block, turn, shared);
     }
@@ -55,19 +54,15 @@ DEEPCOMM_DEVICE void pass_on_sums(const LowLatencyCombineParams& params, const d
 
 /// The turn of a combine whose dispatch was refused: all ranks know, and the hosts, who do not, have the
 /// network carry the slot of it.
-template <int kPhases, typename Shared>
-DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Block& block,
-                               Shared& shared) {
+template <int kPhases>
+DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Block& block) {
     if constexpr ((kPhases & kSendPhase) != 0) {
-        const auto turn = layout::next_turn(params.state->last, params.map.num_slots);
-        block.sync();  // ORDER: all threads know whose turn it is before the leader passes it on
-        finish_send(params, block, turn);
+        const LowLatencyTurn turn = turn_of_launch(params);
+        block.sync();  // ORDER: all threads know whose turn it is before the leader ends it
+        finish_send<kPhases>(params, block, turn);
     }
-    if constexpr ((kPhases & kReceivePhase) != 0) {
-        find_peers(params, block, &shared.peers);
-        block.sync();  // ORDER: the peers are found
-        finish_receive<kPhases>(params, block, *params.turn, shared.peers);
-    }
+    if constexpr ((kPhases & kReceivePhase) != 0)
+        finish_receive<kPhases>(params, block, *params.turn);
 }
 
 /// One launch of a combine.
@@ -77,12 +72,12 @@ DEEPCOMM_DEVICE void combine_carried(const LowLatencyCombineParams& params,
     const LowLatencyParams& base = params.base;
     constexpr bool kComesFirst = (kPhases & (kAnnouncePhase | kSendPhase)) != 0;
     if (!kComesFirst && !may_receive(base, block)) return;
-    if (is_void(base)) return skip_turn<kPhases>(base, block, shared);
+    if (is_void(base)) return skip_turn<kPhases>(base, block);
     if constexpr ((kPhases & kAnnouncePhase) != 0) {
         announce_combine(params, block, shared);
     } else if constexpr ((kPhases & kSendPhase) != 0) {
         LowLatencyTurn turn;
-        if (send_combine(params, block, &turn, shared)) finish_send(base, block, turn);
+        if (send_combine(params, block, &turn, shared)) finish_send<kPhases>(base, block, turn);
     } else {
         const LowLatencyTurn turn = *base.turn;
         read_record(params, block, shared);

@@ -25,8 +25,7 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
 template <int kPhases, typename Spec, typename Terms>
 DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   Awaited<Spec, Terms>& awaited, bool is_last,
-                                   const Peers& peers) {
+                                   Awaited<Spec, Terms>& awaited, bool is_last) {
     using Sum = TokenSum<Spec>;
     const device::Warp warp;
     const int32_t token = awaited.token;
@@ -45,10 +44,9 @@ DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
         const Arrival all = sum_part(params.base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
-        const bool is_end = is_last && i + Sum::kCount >= Sum::kAll;
-        const uint32_t num_before = is_end ? arrive_receive(params.base, block, turn) : 0;
+        if (is_last && i + Sum::kCount >= Sum::kAll)
+            finish_receive<kPhases>(params.base, block, turn);
         sum.store(reinterpret_cast<const uint32_t*>(bias), reinterpret_cast<uint32_t*>(out), first);
-        if (is_end) end_receive<kPhases>(params.base, block, turn, peers, num_before);
     }
     return true;
 }
@@ -105,7 +103,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     }
     int32_t num_tokens;
     if (!open_receive(params, block, headers, early, shared, &num_tokens)) return;
-    if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn, shared.peers);
+    if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn);
     // Else some ranks may take no part any more.
     bool is_loaded = !Shared::kHasNodes && !base.mask_late;
     DEEPCOMM_NO_UNROLL
@@ -115,7 +113,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
             const int32_t own = load_expert(params, warp, awaited.token);
             await_token(params, block, turn, own, awaited, shared);
         }
-        if (!receive_token<kPhases>(params, block, turn, awaited, is_last, shared.peers)) return;
+        if (!receive_token<kPhases>(params, block, turn, awaited, is_last)) return;
         is_loaded = false;
     }
 }

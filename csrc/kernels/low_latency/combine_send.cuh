@@ -201,15 +201,14 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     const bool is_refused = is_void(base);
     const Summed guess = guess_summed(base, block);
     Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
-    EarlyPeer early;
-    *turn = take_turn(base, block, &early);
     read_record(params, block, shared);
     if (is_refused) return false;
-    const bool has_peers = open_peers<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
-                                                         *turn, early, &shared.peers);
+    const bool has_peers =
+        open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block, &shared.peers);
     clear_tail(block, shared);
     // ORDER: what the record says, and the credits before all that is sent, to all
     if (!block.sync_and(has_peers)) return false;
+    *turn = shared.peers.turn;
     find_cut_sources(base, block, shared);
     SummedWalk<Shared> walk(base, block, shared);
     Summed summed = {0, 0};

@@ -26,8 +26,9 @@ using device::Vec128;
 using layout::LowLatencyTurn;
 using layout::Operation;
 
-/// Of each peer, in shared memory.
+/// Of each peer, in shared memory; and of an operation that sends, whose turn it is.
 struct Peers {
+    LowLatencyTurn turn;
     unsigned char* bases[layout::kMaxLowLatencyRanks];
     uint32_t masked[layout::kMaxLowLatencyRanks];
 };
@@ -155,72 +156,122 @@ struct PacketBatch {
     }
 };
 
-// ---- ends
-
-/// Tells every peer, masked ones too, that this rank has read what came in this turn. The peers'
-/// addresses are in shared memory: loaded one after the other, they would be what a launch ends with.
-/// Over several nodes those that this rank shares neither node nor rail with have none.
-template <bool kHasNodes>
-DEEPCOMM_DEVICE void pass_on_credits(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                     const Peers& peers) {
-    device::fence_acq_rel_sys();  // ORDER: acquires all blocks' arrivals, releases the credits
-    const int64_t offset = params.map.credit_offset(turn.slot, params.comm.rank);
-    DEEPCOMM_NO_UNROLL
-    for (int32_t peer = 0; peer < params.map.num_ranks; ++peer) {
-        if (kHasNodes && peers.bases[peer] == nullptr) continue;
-        auto* credit = reinterpret_cast<uint64_t*>(peers.bases[peer] + offset);
-        device::st_relaxed_sys(credit, turn.number);
+/// Fills packets first, first + threads, ... of a row with words that are staged in shared memory.
+template <typename Spec, int kCount>
+DEEPCOMM_DEVICE void fill_packets(const uint32_t* staged, int32_t first, uint32_t tag,
+                                  PacketBatch<kCount>* batch) {
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kCount; ++i) {
+        const int32_t index = first + i * Spec::kNumThreads;
+        if (index >= Spec::kPackets) continue;
+        const uint32_t* words = staged + index * layout::kPacketWords;
+        batch->packets[i] = {{words[0], words[1], words[2], tag}};
     }
 }
 
-/// The block's last step of a launch that sends; one block passes the turn on.
-DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn) {
-    if (!block.is_leader()) return;
-    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
-    uint32_t* num_finished = &params.state->num_send_finished;
-    // ORDER: this block's reads of the state before the last block's write
-    const bool is_last = device::atom_add_acq_rel_gpu(num_finished, 1u) == last;
-    if (!is_last) return;
-    device::st_relaxed_gpu(num_finished, 0u);  // the next launch starts after this one
-    params.state->last = turn;
-    *params.turn = turn;
+/// Stores them.
+template <typename Spec, int kCount>
+DEEPCOMM_DEVICE void store_packets(const PacketBatch<kCount>& batch, int32_t first,
+                                   Vec128* packets) {
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kCount; ++i) {
+        const int32_t index = first + i * Spec::kNumThreads;
+        if (index < Spec::kPackets) device::st_relaxed_sys(packets + index, batch.packets[i]);
+    }
 }
 
-/// The thread that ends the receive phase of its block: in the warp that has the fewest packets.
-DEEPCOMM_DEVICE bool ends_receive(const device::Block& block) {
-    return block.thread_idx() == block.size() - 1;
-}
+// ---- ends
 
-/// Called once all threads of the block have met after their last read of the operation. Gives how
-/// many blocks have arrived before, which end_receive needs: the answer takes a trip to memory.
-DEEPCOMM_DEVICE uint32_t arrive_receive(const LowLatencyParams& params, const device::Block& block,
-                                        const LowLatencyTurn& turn) {
-    if (!ends_receive(block)) return 0;
-    uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
-    // ORDER: this block's reads; pairs with the fence of the last block, in pass_on_credits
-    return device::atom_add_release_gpu(num_finished, 1u);
-}
+/// Of `num_receive_finished`, once all blocks have added to it: the first adds what then makes this.
+constexpr uint32_t kAllFinished = 0x80000000u;
 
-/// The block's last step of a launch that receives; what it has written since its arrival is the
-/// kernel's end's to publish. The last block's passes on the credits.
-template <int kPhases>
-DEEPCOMM_DEVICE void end_receive(const LowLatencyParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn, const Peers& peers,
-                                 uint32_t num_before) {
-    const auto last = static_cast<uint32_t>(block.num_blocks() - 1);
-    if (!ends_receive(block) || num_before != last) return;
-    // The slot's next turn starts after this one.
-    device::st_relaxed_gpu(&params.state->num_receive_finished[turn.slot], 0u);
-    pass_on_credits<(kPhases & kOverNodes) != 0>(params, turn, peers);
-    if (kPhases & kSendPhase) params.state->last = turn;
-}
-
-/// Both, for a block that has nothing to write meanwhile.
+/// A block's end of a receive phase, once all of its threads have met after their last read of the
+/// operation. Nothing is awaited here, nor are the peers told: a kernel would end later for it. What a
+/// block writes afterwards is the kernel's end's to publish.
 template <int kPhases>
 DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
-                                    const LowLatencyTurn& turn, const Peers& peers) {
-    end_receive<kPhases>(params, block, turn, peers, arrive_receive(params, block, turn));
+                                    const LowLatencyTurn& turn) {
+    if (block.thread_idx() != block.size() - 1) return;  // of the warp that has the fewest packets
+    uint32_t num = 1;
+    if (block.block_idx() == 0) {
+        device::st_relaxed_gpu(&params.state->received[turn.slot], turn.number);
+        num = kAllFinished - static_cast<uint32_t>(block.num_blocks() - 1);
+    }
+    uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
+    if (kPhases & kSendPhase) {
+        // The next launch that sends, which looks at it, comes after this one.
+        device::red_add_relaxed_gpu(num_finished, num);
+    } else {
+        // ORDER: this block's reads, and whose turn it was; pairs with the acquire in claim_received
+        device::red_add_release_gpu(num_finished, num);
+    }
+}
+
+/// The number of the operation that this rank has read in a slot and told nobody of, 0 for none. Who gets
+/// it tells the peers; the slot's next operation cannot come before that.
+DEEPCOMM_DEVICE uint64_t claim_received(const LowLatencyParams& params, int32_t slot) {
+    uint32_t* num_finished = &params.state->num_receive_finished[slot];
+    // ORDER: pairs with the release in finish_receive: all blocks' reads before the credits
+    const uint32_t found = device::ld_acquire_gpu(num_finished);
+    if (found != kAllFinished) return 0;
+    // Blocks that wait for credits look for it, too.
+    if (device::atom_cas_relaxed_gpu(num_finished, found, 0u) != found) return 0;
+    return device::ld_relaxed_gpu(&params.state->received[slot]);
+}
+
+/// Tells every peer, masked ones too, what this rank has read in a slot. Over several nodes those that
+/// this rank shares neither node nor rail with have no address.
+template <typename Group>
+DEEPCOMM_DEVICE void store_credits(const LowLatencyParams& params, const Group& group, int32_t slot,
+                                   uint64_t number) {
+    const int64_t offset = params.map.credit_offset(slot, params.comm.rank);
+    device::fence_acq_rel_sys();  // ORDER: releases what the claim has acquired
+    DEEPCOMM_NO_UNROLL
+    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
+        unsigned char* base = params.comm.bases[peer];
+        if (base == nullptr) continue;
+        device::st_relaxed_sys(reinterpret_cast<uint64_t*>(base + offset), number);
+    }
+}
+
+/// A thread gives the credits of a slot, if they are due.
+DEEPCOMM_DEVICE void give_credits_of(const LowLatencyParams& params, int32_t slot) {
+    const uint64_t number = claim_received(params, slot);
+    if (number != 0) store_credits(params, device::Thread{}, slot, number);
+}
+
+/// A warp gives the credits of all slots that are due.
+DEEPCOMM_DEVICE void give_credits(const LowLatencyParams& params, const device::Warp& warp) {
+    DEEPCOMM_NO_UNROLL
+    for (int32_t begin = 0; begin < params.map.num_slots; begin += warp.size()) {
+        const int32_t slot = begin + warp.thread_idx();
+        const uint64_t number = slot < params.map.num_slots ? claim_received(params, slot) : 0;
+        uint32_t due = device::warp_ballot(number != 0);
+        warp.sync();  // ORDER: what a lane has acquired, to the lanes that tell of it
+        DEEPCOMM_NO_UNROLL
+        for (; due != 0; due &= due - 1) {
+            const int32_t lane = device::lowest_bit(due);
+            store_credits(params, warp, begin + lane, device::warp_shuffle(number, lane));
+        }
+    }
+}
+
+/// A block's end of a send phase, all of whose threads know the turn. Credits of earlier operations are
+/// given here, where nobody waits: by the last block but one, which is among the last to have tokens and
+/// sends no headers.
+template <int kPhases>
+DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::Block& block,
+                                 const LowLatencyTurn& turn) {
+    const int32_t num_blocks = block.num_blocks();
+    if (block.is_leader()) {
+        const bool is_first = block.block_idx() == 0;
+        const auto num_others = static_cast<uint64_t>(num_blocks - 1);
+        device::red_add_relaxed_gpu(&params.state->sends,
+                                    is_first ? layout::kSendUnit - num_others : uint64_t{1});
+        if (is_first && (kPhases & kReceivePhase) == 0) *params.turn = turn;
+    }
+    const bool gives = block.block_idx() == (num_blocks == 1 ? 0 : num_blocks - 2);
+    if (gives && is_in_last_warp(block)) give_credits(params, device::Warp{});
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -16,11 +16,13 @@ __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, k
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
-    layout::LowLatencyTurn turn;
+    layout::LowLatencyTurn found;
+    const layout::LowLatencyTurn& turn = kSends ? shared.peers.turn : found;
     if constexpr (kSends) {
-        if (!low_latency::send_dispatch(params, block, &turn, shared)) return;
+        if (!low_latency::send_dispatch(params, block, shared)) return;
+        low_latency::finish_send<kPhases>(params.base, block, turn);
     } else {
-        turn = *params.base.turn;  // meanwhile, as loads take long
+        found = *params.base.turn;  // meanwhile, as loads take long
         if (!low_latency::may_receive(params.base, block)) return;
         low_latency::find_peers(params.base, block, &shared.peers);
     }
@@ -29,8 +31,6 @@ __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, k
     }
     if constexpr (kReceives) {
         low_latency::receive_dispatch<kPhases>(params, block, turn, shared);
-    } else {
-        low_latency::finish_send(params.base, block, turn);
     }
 }
 

@@ -132,7 +132,6 @@ template <typename Shared, int kCount>
 DEEPCOMM_DEVICE void forward_packets(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                      const Pair& pair, const PacketBatch<kCount>& batch,
                                      int32_t first, const Shared& shared) {
-    using Spec = typename Shared::Spec;
     const int64_t offset = params.map.row_offset(turn.slot, pair.source, pair.token);
     DEEPCOMM_NO_UNROLL
     for (int32_t local = 0; local < params.map.ranks_per_node; ++local) {
@@ -140,13 +139,7 @@ DEEPCOMM_DEVICE void forward_packets(const LowLatencyParams& params, const LowLa
         if (local == params.rail_idx || shared.peers.masked[dst]) continue;
         if (!goes_to(params, shared, pair, local)) continue;
         Vec128* packets = packets_at(shared.peers.bases[dst], offset) + params.num_topk;
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * Spec::kNumThreads;
-            if (index < Spec::kPackets) {
-                device::st_relaxed_sys(packets + index, batch.packets[i]);
-            }
-        }
+        store_packets<typename Shared::Spec>(batch, first, packets);
     }
 }
 

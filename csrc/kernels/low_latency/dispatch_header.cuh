@@ -198,19 +198,16 @@ DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
 /// their way together. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
-                                  const device::Block& block, LowLatencyTurn* turn,
-                                  Shared& shared) {
+                                  const device::Block& block, Shared& shared) {
     const HeaderIds mine(params, block);
     HeaderIdBatch batch;
     batch.load(params, mine.range(params.base.num_topk, 0));
     clear_counts(params, block, shared);
-    EarlyPeer early;
-    *turn = take_turn(params.base, block, &early);
-    const bool goes_on = open_peers<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
-                                                       block, *turn, early, &shared.peers);
+    const bool goes_on = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
+                                                      block, &shared.peers);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the zeros and the credits, to all
     count_tokens(params, block, mine, batch, shared);
-    store_headers(params, block, *turn, shared);
+    store_headers(params, block, shared.peers.turn, shared);
     return true;
 }
 

@@ -8,19 +8,27 @@
 
 namespace deepcomm::kernels::low_latency {
 
-/// Casts 8 channels of a lane; the lanes of a tile agree on its scale. All lanes call it.
-template <typename Shared>
-DEEPCOMM_DEVICE void cast_vector(const Vec128& input, int32_t vector, Shared& shared) {
+/// Casts vectors first, first + threads, ... of a row, half a warp a tile; what is a tile's is done once for
+/// all of them, a lane a tile. All lanes call it.
+template <int kCount, typename Shared>
+DEEPCOMM_DEVICE void cast_vectors(const Vec128 (&vectors)[kCount], int32_t first, Shared& shared) {
     using Spec = typename Shared::Spec;
     constexpr bool kIsFp32 = Spec::kScaleFormat == ScaleFormat::kFp32;
-    const uint32_t amax = tile_amax(input);
-    if (vector >= Spec::kInputVectors) return;
+    const int32_t lane = device::Warp{}.thread_idx();
+    const uint32_t amax = round_amax(vectors);
     const device::TileScale scale =
         kIsFp32 ? device::fp32_tile_scale(amax) : device::ue8m0_tile_scale(amax);
-    reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(input, scale.inverse);
-    if (vector % kLanesPerTile != 0) return;
+    DEEPCOMM_UNROLL
+    for (int32_t i = 0; i < kCount; ++i) {
+        const int32_t vector = first + i * Spec::kNumThreads;
+        const float inverse = device::warp_shuffle(scale.inverse, lane_of_step(lane, i));
+        if (vector >= Spec::kInputVectors) continue;
+        reinterpret_cast<Fp8x8*>(shared.row)[vector] = cast_eight(vectors[i], inverse);
+    }
+    const int32_t step = step_of_lane(lane);
+    const int32_t tile = (first + step * Spec::kNumThreads) / kLanesPerTile;
+    if (step >= kCount || lane != lane_of_step(lane, step) || tile >= Spec::kTiles) return;
     uint32_t* scales = shared.row + Spec::kRowWords;
-    const int32_t tile = vector / kLanesPerTile;
     if constexpr (kIsFp32) {
         scales[tile] = scale.stored;
     } else {
@@ -49,14 +57,12 @@ struct RowInput {
     }
 
     DEEPCOMM_DEVICE void stage(int32_t first, Shared& shared) const {
+        if constexpr (Spec::kCasts) return cast_vectors(vectors, first, shared);
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t vector = first + i * Spec::kNumThreads;
-            if constexpr (Spec::kCasts) {
-                cast_vector(vectors[i], vector, shared);
-            } else if (vector < Spec::kInputVectors) {
-                reinterpret_cast<Vec128*>(shared.row)[vector] = vectors[i];
-            }
+            if (vector >= Spec::kInputVectors) continue;
+            reinterpret_cast<Vec128*>(shared.row)[vector] = vectors[i];
         }
     }
 };

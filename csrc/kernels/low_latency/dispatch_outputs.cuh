@@ -41,24 +41,44 @@ DEEPCOMM_DEVICE void stage_packets(const PacketBatch<kCount>& batch, int32_t fir
     }
 }
 
-/// Writes the staged row to all its slots. The last warp gives credits meanwhile: its fence would wait
-/// for copies that it had written.
+/// Writes the staged row to all its slots; the last warp has other things to do.
 template <typename Shared>
 DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
-    if (is_in_last_warp(block)) return;
-    const int32_t num_copies = shared.num_copies, stride = block.size() - device::kWarpSize;
+    const int32_t num_copies = shared.num_copies;
+    constexpr int32_t kStride = Spec::kNumThreads - device::kWarpSize;
+    // The next row's packets are held meanwhile: those of longer rows leave fewer registers.
+    constexpr int32_t kCount = Spec::kPacketsOfThread <= 4 ? 2 : 1;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < Spec::kRowVectors; i += stride) {
-        const Vec128 vector = reinterpret_cast<const Vec128*>(shared.row)[i];
+    for (int32_t first = block.thread_idx(); first < Spec::kRowVectors; first += kCount * kStride) {
+        Vec128 vectors[kCount];
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * kStride;
+            if (index >= Spec::kRowVectors) continue;
+            vectors[i] = reinterpret_cast<const Vec128*>(shared.row)[index];
+        }
         DEEPCOMM_NO_UNROLL
         for (int32_t copy = 0; copy < num_copies; ++copy) {
             unsigned char* row =
                 params.out_x + static_cast<int64_t>(shared.slots[copy]) * Spec::kRowBytes;
-            device::st_weak_streaming(reinterpret_cast<Vec128*>(row) + i, vector);
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kCount; ++i) {
+                const int32_t index = first + i * kStride;
+                if (index >= Spec::kRowVectors) continue;
+                device::st_weak_streaming(reinterpret_cast<Vec128*>(row) + index, vectors[i]);
+            }
         }
     }
+}
+
+/// Likewise its scales.
+template <typename Shared>
+DEEPCOMM_DEVICE void write_scales(const LowLatencyDispatchParams& params,
+                                  const device::Block& block, const Shared& shared) {
+    using Spec = typename Shared::Spec;
+    const int32_t num_copies = shared.num_copies, stride = block.size() - device::kWarpSize;
     const int32_t block_rows = params.base.map.num_ranks * params.base.map.max_tokens;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += stride) {

@@ -43,49 +43,69 @@ DEEPCOMM_DEVICE uint32_t count_before(const LowLatencyParams& params, const Shar
     return count;
 }
 
-/// The last warp: says by the head of a row where its copies go. EXPERT_PADDED.
+/// The last warp: says by the head of a row where its copies go, by ascending expert. EXPERT_PADDED.
 template <typename Shared>
-DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const device::Warp& warp,
+DEEPCOMM_DEVICE void place_copies(const LowLatencyParams& params, const device::Warp& warp,
                                   const Pair& pair, const Vec128& head, Shared& shared) {
-    const LowLatencyParams& base = params.base;
     const uint32_t expert = head.words[0];
     const bool is_here = expert != kNoExpert;
     int32_t order = 0;  // copies of smaller experts
     DEEPCOMM_NO_UNROLL
-    for (int32_t k = 0; k < base.num_topk; ++k) {
-        order += device::warp_shuffle(expert, k) < expert ? 1 : 0;
+    for (int32_t begin = 0; begin < params.num_topk; begin += kColumnsAtOnce) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kColumnsAtOnce; ++i) {
+            order += device::warp_shuffle(expert, begin + i) < expert ? 1 : 0;
+        }
     }
     const int32_t num_copies = device::popcount(device::warp_ballot(is_here));
     if (warp.is_leader()) shared.num_copies = num_copies;
-    int32_t* entries = base.record + base.record_map.entries + pair.index(base) * base.num_topk;
-    if (is_here) {
-        const auto local = static_cast<int32_t>(expert);
-        const uint32_t before = count_before(base, shared, pair.source, local) + head.words[1];
-        const int32_t slot =
-            local * base.map.num_ranks * base.map.max_tokens + static_cast<int32_t>(before);
-        shared.slots[order] = slot;
-        entries[order] = slot | warp.thread_idx() << layout::kEntrySlotBits;
-        base.record[base.record_map.weights + pair.index(base) * base.num_topk + order] =
-            static_cast<int32_t>(head.words[2]);
-        if (params.out_topk_weights != nullptr) {
-            params.out_topk_weights[slot] = device::float_from_bits(head.words[2]);
-        }
-    }
-    const int32_t lane = warp.thread_idx();
-    if (lane >= num_copies && lane < base.num_topk) entries[lane] = layout::kNoEntry;
+    if (!is_here) return;
+    const auto local = static_cast<int32_t>(expert);
+    const uint32_t before = count_before(params, shared, pair.source, local) + head.words[1];
+    shared.slots[order] =
+        local * params.map.num_ranks * params.map.max_tokens + static_cast<int32_t>(before);
+    shared.columns[order] = warp.thread_idx();
 }
 
-/// The same for TOKEN: one row, with the experts and weights of the token.
+/// The last warp: writes what is beside the copies, and records them for combines; a lane a copy.
 template <typename Shared>
-DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const device::Warp& warp,
-                                 const Pair& pair, const Vec128& head, Shared& shared) {
+DEEPCOMM_DEVICE void record_copies(const LowLatencyDispatchParams& params, const device::Warp& warp,
+                                   const Pair& pair, const Vec128& head, const Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const int32_t slot = token_slot(base, warp, shared, pair);
-    const int32_t k = warp.thread_idx();
-    if (warp.is_leader()) {
-        shared.num_copies = 1;
-        shared.slots[0] = slot;
+    const int32_t lane = warp.thread_idx();
+    const bool has_copy = lane < shared.num_copies;
+    const int32_t column = has_copy ? shared.columns[lane] : lane;
+    const uint32_t weight = device::warp_shuffle(head.words[2], column);
+    if (lane >= base.num_topk) return;
+    const int64_t index = pair.index(base) * base.num_topk + lane;
+    int32_t entry = layout::kNoEntry;
+    if (has_copy) {
+        const int32_t slot = shared.slots[lane];
+        entry = slot | column << layout::kEntrySlotBits;
+        base.record[base.record_map.weights + index] = static_cast<int32_t>(weight);
+        if (params.out_topk_weights != nullptr) {
+            params.out_topk_weights[slot] = device::float_from_bits(weight);
+        }
     }
+    base.record[base.record_map.entries + index] = entry;
+}
+
+/// The same for TOKEN: one row.
+template <typename Shared>
+DEEPCOMM_DEVICE void place_token(const LowLatencyParams& params, const device::Warp& warp,
+                                 const Pair& pair, Shared& shared) {
+    const int32_t slot = token_slot(params, warp, shared, pair);
+    if (!warp.is_leader()) return;
+    shared.num_copies = 1;
+    shared.slots[0] = slot;
+}
+
+/// With the experts and weights of the token.
+template <typename Shared>
+DEEPCOMM_DEVICE void record_token(const LowLatencyDispatchParams& params, const device::Warp& warp,
+                                  const Pair& pair, const Vec128& head, const Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const int32_t k = warp.thread_idx(), slot = shared.slots[0];
     if (k >= base.num_topk) return;
     base.record[base.record_map.entries + pair.index(base) * base.num_topk + k] =
         k == 0 ? slot : layout::kNoEntry;
@@ -146,11 +166,24 @@ DEEPCOMM_DEVICE Arrival place_row(const LowLatencyDispatchParams& params, const 
     const bool is_here = arrival == Arrival::kHere && warp.thread_idx() < params.base.num_topk;
     if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
     if (params.is_token_layout) {
-        place_token(params, warp, row.pair, row.head.packets[0], shared);
+        place_token(params.base, warp, row.pair, shared);
     } else {
-        place_copies(params, warp, row.pair, row.head.packets[0], shared);
+        place_copies(params.base, warp, row.pair, row.head.packets[0], shared);
     }
     return arrival;
+}
+
+/// The last warp: writes what a row's head says, beside the others' copies.
+template <typename Shared>
+DEEPCOMM_DEVICE void record_row(const LowLatencyDispatchParams& params,
+                                const RowPackets<typename Shared::Spec>& row,
+                                const Shared& shared) {
+    const device::Warp warp;
+    if (params.is_token_layout) {
+        record_token(params, warp, row.pair, row.head.packets[0], shared);
+    } else {
+        record_copies(params, warp, row.pair, row.head.packets[0], shared);
+    }
 }
 
 /// Polls what of a row and its head has not come; stages it and says where its copies go, which takes
@@ -291,7 +324,7 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
     PairWalk<Shared> walk = {base, shared, most_tokens(base, shared), block.block_idx()};
     Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
-    if (!has_pair) finish_receive<kPhases>(base, block, turn, shared.peers);
+    if (!has_pair) finish_receive<kPhases>(base, block, turn);
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
     if (has_pair && !is_guessed) row.load(base, block, turn, pair);
     DEEPCOMM_NO_UNROLL
@@ -299,13 +332,17 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
         const RowEnd end = await_row(params, block, turn, row, shared);
         if (end == RowEnd::kFailed) return false;
         if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
+        if (is_in_last_warp(block)) record_row(params, row, shared);
         has_pair = walk.advance(block, &pair);
         if (has_pair) {
             row.load(base, block, turn, pair);
         } else {
-            finish_receive<kPhases>(base, block, turn, shared.peers);
+            finish_receive<kPhases>(base, block, turn);
         }
-        if (end == RowEnd::kStaged) write_copies(params, block, shared);
+        if (end == RowEnd::kStaged && !is_in_last_warp(block)) {
+            write_copies(params, block, shared);
+            write_scales(params, block, shared);
+        }
     }
     return true;
 }
@@ -339,7 +376,7 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
     record_receive(params.base, block, is_void, shared);
     if (is_void) {
         end_without_rows(params, block, turn, culprit, shared);
-        finish_receive<kPhases>(params.base, block, turn, shared.peers);
+        finish_receive<kPhases>(params.base, block, turn);
         return;
     }
     if (!deliver_rows<kPhases>(params, block, turn, row, shared)) return;

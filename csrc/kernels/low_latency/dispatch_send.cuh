@@ -44,8 +44,6 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
 
-constexpr int32_t kColumnsAtOnce = 4;
-
 /// How many of the lanes' experts are a given one.
 template <int32_t kCount>
 DEEPCOMM_DEVICE uint32_t count_in_warp(const int32_t (&experts)[kCount], int32_t expert) {
@@ -124,9 +122,9 @@ DEEPCOMM_DEVICE void store_rail_heads(const LowLatencyDispatchParams& params,
 
 /// Stores the staged row and what its destinations need to place it.
 template <typename Shared>
-DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, const LowLatencyTurn& turn,
-                                   int32_t token, const uint32_t* positions, const Shared& shared) {
+DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const device::Block& block,
+                               const LowLatencyTurn& turn, int32_t token, const uint32_t* positions,
+                               const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_topk = params.base.num_topk;
     const int64_t offset = params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
@@ -142,14 +140,16 @@ DEEPCOMM_DEVICE void store_packets(const LowLatencyDispatchParams& params,
             packets_at(base, offset) + k,
             {{expert, positions[k], device::float_bits(entry.weight), turn.tag}});
     }
+    constexpr int32_t kCount = Spec::kPacketsOfThread < 3 ? Spec::kPacketsOfThread : 3;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
-        const uint32_t* words = shared.row + i * layout::kPacketWords;
-        const Vec128 packet = {{words[0], words[1], words[2], turn.tag}};
+    for (int32_t first = block.thread_idx(); first < Spec::kPackets;
+         first += kCount * Spec::kNumThreads) {
+        PacketBatch<kCount> batch;
+        fill_packets<Spec>(shared.row, first, turn.tag, &batch);
         DEEPCOMM_NO_UNROLL
         for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
             unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
-            device::st_relaxed_sys(packets_at(base, offset) + params.base.map.num_topk + i, packet);
+            store_packets<Spec>(batch, first, packets_at(base, offset) + num_topk);
         }
     }
 }
@@ -173,8 +173,7 @@ DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const dev
 /// as far as this thread knows. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
-                                const LowLatencyTurn& turn, TokenInput<Shared>& input,
-                                Shared& shared, bool has_peers) {
+                                TokenInput<Shared>& input, Shared& shared, bool has_peers) {
     const device::Warp warp;
     const int32_t token = input.token;
     uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
@@ -190,7 +189,8 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     const int32_t following = token + block.num_blocks();
     if (following < params.base.num_tokens) input.load(params, block, following);
     if (!block.sync_and(has_peers)) return false;  // ORDER: the credits and the staged row, to all
-    store_packets(params, block, turn, token, positions, shared);
+    const LowLatencyTurn& turn = shared.peers.turn;
+    store_row(params, block, turn, token, positions, shared);
     if constexpr (Shared::kHasNodes) {
         store_rail_heads(params, block, turn, token, positions, shared);
     }
@@ -212,26 +212,23 @@ DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::B
 /// Takes the turn and sends. The last block sends the headers, before its tokens. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, LowLatencyTurn* turn,
-                                   Shared& shared) {
+                                   const device::Block& block, Shared& shared) {
     const bool sends_headers = block.block_idx() == block.num_blocks() - 1;
     const int32_t num_tokens = params.base.num_tokens, first = block.block_idx();
     if (sends_headers) {
-        if (!send_headers(params, block, turn, shared)) return false;
-        record_send(params.base, block, *turn, shared);
+        if (!send_headers(params, block, shared)) return false;
+        record_send(params.base, block, shared.peers.turn, shared);
     }
     TokenInput<Shared> input;
     if (first < num_tokens) input.load(params, block, first);
     bool has_peers = true;
     if (!sends_headers) {
-        EarlyPeer early;
-        *turn = take_turn(params.base, block, &early);
-        has_peers = open_peers<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
-                                                  block, *turn, early, &shared.peers);
+        has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch, block,
+                                                 &shared.peers);
     }
     DEEPCOMM_NO_UNROLL
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
-        if (!send_token(params, block, *turn, input, shared, has_peers)) return false;
+        if (!send_token(params, block, input, shared, has_peers)) return false;
     }
     return first < num_tokens || block.sync_and(has_peers);  // as one
 }

@@ -63,14 +63,16 @@ struct LowLatencyDispatchShared {
     uint32_t positions[2][kMaxTopk];
     int32_t num_destinations;
     int32_t num_copies;
-    int32_t slots[kMaxTopk];  ///< of the row's copies
-    uint32_t refusal;         ///< flags of the header that is sent
+    int32_t slots[kMaxTopk];    ///< of the row's copies
+    int32_t columns[kMaxTopk];  ///< likewise, where the token has the expert
+    uint32_t refusal;           ///< flags of the header that is sent
     low_latency::Refusals refusals;
 };
 
 namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
+constexpr int32_t kColumnsAtOnce = 4;  ///< of a token, that instructions are unrolled for
 
 DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
     return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]

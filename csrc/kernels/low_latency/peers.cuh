@@ -25,7 +25,7 @@ DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, int32_
 }
 
 DEEPCOMM_DEVICE uint64_t read_credit(const uint64_t* credit) {
-    // ORDER: pairs with the release in pass_on_credits: the peer's reads before our stores
+    // ORDER: pairs with the release in store_credits: the peer's reads before our stores
     const uint64_t received = device::ld_acquire_sys(credit);
     return received;
 }
@@ -58,15 +58,14 @@ struct EarlyPeer {
     }
 };
 
-/// The turn of the operation that a launch begins; the last warp looks up the peers beside it.
-DEEPCOMM_DEVICE LowLatencyTurn take_turn(const LowLatencyParams& params, const device::Block& block,
-                                         EarlyPeer* early) {
-    const LowLatencyTurn last = params.state->last;
-    if (is_in_last_warp(block)) early->load(params, device::Warp{}.thread_idx(), kAnySlot);
-    return layout::next_turn(last, params.map.num_slots);
+/// The turn of the operation that this launch sends, or would. Many threads that ask wait for each other.
+DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
+    const uint64_t sends = device::ld_relaxed_gpu(&params.state->sends);
+    return layout::turn_of(sends / layout::kSendUnit + 1, params.map.num_slots);
 }
 
-/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked.
+/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. This rank
+/// is a peer of its own: if it has read it and no launch has told since, this one does.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
                                const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
@@ -78,6 +77,7 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
         const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
+            if (early.peer == params.comm.rank) give_credits_of(params, turn.slot);
             const uint64_t received = read_credit(credit);
             return {received, is_free(params, turn, received)};
         });
@@ -92,14 +92,17 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
     return goes_on;
 }
 
-/// The last warp: find_peers, and waits for those that are not masked. The block meets before others
-/// use them. False: leave.
+/// Begins an operation. The last warp: learns whose turn it is, finds the peers beside that, and waits for
+/// those that are not masked. The block meets before others use them. False: leave.
 template <bool kHasNodes>
-DEEPCOMM_DEVICE bool open_peers(const LowLatencyParams& params, Operation operation,
-                                const device::Block& block, const LowLatencyTurn& turn,
-                                EarlyPeer early, Peers* peers) {
+DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
+                               const device::Block& block, Peers* peers) {
     if (!is_in_last_warp(block)) return true;
     const int32_t lane = device::Warp{}.thread_idx();
+    EarlyPeer early;
+    early.load(params, lane, kAnySlot);
+    const LowLatencyTurn turn = turn_of_launch(params);
+    if (lane == 0) peers->turn = turn;
     bool goes_on = true;
     DEEPCOMM_NO_UNROLL
     for (int32_t item = lane; item < params.map.num_ranks * params.map.num_slots;

@@ -61,7 +61,7 @@ DEEPCOMM_DEVICE bool pass_on_beside_refusal(const LowLatencyParams& params,
 }  // namespace low_latency
 
 template <bool kHasNodes>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     low_latency_refuse(const __grid_constant__ LowLatencyRefuseParams params) {
     using namespace low_latency;
     const LowLatencyParams& base = params.base;
@@ -69,21 +69,19 @@ __global__ void __launch_bounds__(256)
     if (base.record != nullptr && base.record[base.record_map.is_void]) return;
     const device::Block block;
     auto& shared = device::shared_storage<LowLatencyRefuseShared<kHasNodes>>();
-    EarlyPeer early;
-    const LowLatencyTurn turn = take_turn(base, block, &early);
     const Operation operation =
         params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
-    const bool has_peers =
-        open_peers<kHasNodes>(base, operation, block, turn, early, &shared.peers);
+    const bool has_peers = open_turn<kHasNodes>(base, operation, block, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
+    const LowLatencyTurn turn = shared.peers.turn;
     store_refusal<kHasNodes>(params, block, turn, shared.peers);
     if constexpr (kHasNodes) {
         if (!pass_on_beside_refusal(base, block, {operation, turn, shared.refusals}, shared)) {
             return;
         }
     }
-    constexpr int kPhases = kBothPhases | (kHasNodes ? kOverNodes : 0);
-    finish_receive<kPhases>(base, block, turn, shared.peers);
+    finish_send<kBothPhases>(base, block, turn);
+    finish_receive<kBothPhases>(base, block, turn);
 }
 
 }  // namespace deepcomm::kernels

@@ -15,17 +15,14 @@ namespace low_latency {
 template <typename Shared>
 DEEPCOMM_DEVICE void tell_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
                                   Operation operation, Shared& shared) {
-    EarlyPeer early;
-    const LowLatencyTurn turn = take_turn(params.base, block, &early);
-    const bool has_peers =
-        open_peers<true>(params.base, operation, block, turn, early, &shared.peers);
+    const bool has_peers = open_turn<true>(params.base, operation, block, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the refusal
-    store_refusal<true>(params, block, turn, shared.peers);
+    store_refusal<true>(params, block, shared.peers.turn, shared.peers);
 }
 
 }  // namespace low_latency
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
     low_latency_refuse_carried(const __grid_constant__ LowLatencyRefuseParams params) {
     using namespace low_latency;
     const LowLatencyParams& base = params.base;
@@ -40,11 +37,12 @@ extern "C" __global__ void __launch_bounds__(256)
         return;
     }
     if (!may_receive(base, block)) return;
-    const LowLatencyTurn turn = layout::next_turn(base.state->last, base.map.num_slots);
+    const LowLatencyTurn turn = turn_of_launch(base);
     find_peers(base, block, &shared.peers);
     block.sync();  // ORDER: the peers are found
     if (params.step == RefuseStep::kEnd) {
-        finish_receive<kBothPhases | kOverNodes>(base, block, turn, shared.peers);
+        finish_send<kBothPhases>(base, block, turn);
+        finish_receive<kBothPhases>(base, block, turn);
     } else if (is_awaited) {
         pass_on_beside_refusal(base, block, {operation, turn, shared.refusals}, shared);
     }

@@ -55,6 +55,11 @@ DEEPCOMM_DEVICE uint32_t tile_amax(const device::Vec128& values) {
 /// Which step's tile a lane sees to: of each pair of lanes one, the tile of its half of the warp.
 DEEPCOMM_DEVICE int32_t step_of_lane(int32_t lane) { return lane % kLanesPerTile / 2; }
 
+/// Of a lane's half of the warp, the first of the lanes that see to a step's tile.
+DEEPCOMM_DEVICE int32_t lane_of_step(int32_t lane, int32_t step) {
+    return lane / kLanesPerTile * kLanesPerTile + 2 * step;
+}
+
 /// Of a round, the largest magnitude of the tile that the lane sees to. Lanes give away half of the
 /// steps that they still have for the other half, so that 8 exchanges do for 8 steps instead of 32.
 template <int32_t kSteps>
@@ -112,7 +117,7 @@ template <int32_t kHidden>
 DEEPCOMM_DEVICE void cast_row(unsigned char* row, unsigned char* scales, bool is_ue8m0) {
     using Steps = CastSteps<kHidden>;
     const device::Warp warp;
-    const int32_t lane = warp.thread_idx(), half = lane / kLanesPerTile;
+    const int32_t lane = warp.thread_idx();
     for (int32_t begin = 0; begin < Steps::kNumRounds * Steps::kInRound; begin += Steps::kInRound) {
         const int32_t first = (begin * device::kWarpSize + lane) * kChannelsPerLane;
         const auto channel = [&](int32_t i) {
@@ -131,14 +136,14 @@ DEEPCOMM_DEVICE void cast_row(unsigned char* row, unsigned char* scales, bool is
             is_ue8m0 ? device::ue8m0_tile_scale(amax) : device::fp32_tile_scale(amax);
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < Steps::kInRound; ++i) {
-            const float inverse = device::warp_shuffle(scale.inverse, half * kLanesPerTile + 2 * i);
+            const float inverse = device::warp_shuffle(scale.inverse, lane_of_step(lane, i));
             if (!Steps::kIsWhole && channel(i) >= kHidden) continue;
             *reinterpret_cast<Fp8x8*>(row + channel(i)) = cast_eight(values[i], inverse);
         }
         const int32_t step = step_of_lane(lane);
         if (step >= Steps::kInRound || lane % 2 != 0) continue;
-        store_scale<Steps::kNumTiles>(scales, (begin + step) * kTilesPerStep + half, scale.stored,
-                                      is_ue8m0);
+        const int32_t tile = (begin + step) * kTilesPerStep + lane / kLanesPerTile;
+        store_scale<Steps::kNumTiles>(scales, tile, scale.stored, is_ue8m0);
     }
     // Bytes of the last word that no round has come to.
     const int32_t rest = Steps::kTilesOfRounds + lane;
