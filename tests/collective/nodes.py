@@ -68,19 +68,6 @@ LOW_LATENCY_CASES = [
     ),
     replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED, routing="one_expert", num_tokens=33),
     replace(LOW_LATENCY_TWO_BY_TWO, layout=PADDED, routing="none"),
-    # Rows in two parts that differ in length; more experts on a rank than it sums at once.
-    replace(LOW_LATENCY_TWO_BY_TWO, num_tokens=3, layout=TOKEN, hidden=4104),
-    replace(
-        LOW_LATENCY_TWO_BY_TWO,
-        num_ranks=2,
-        ranks_per_node=1,
-        num_tokens=3,
-        layout=PADDED,
-        hidden=4104,
-        num_topk=10,
-        experts_per_rank=12,
-        routing="one_node",
-    ),
 ]
 LOW_LATENCY_SLOW_CASES = [
     *(

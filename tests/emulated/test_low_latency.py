@@ -34,17 +34,6 @@ CASES = [
     Case(num_ranks=2, num_tokens=2, hidden=640, layout=PADDED, routing="none"),
     Case(num_ranks=1, num_tokens=6, hidden=144, num_topk=2, layout=PADDED, wire="fp8_ue8m0"),
     Case(num_ranks=2, num_tokens=3, hidden=1168, num_topk=4, layout=TOKEN, wire="fp8"),
-    # Rows in two parts that differ in length; more experts on a rank than it sums at once.
-    Case(num_ranks=2, num_tokens=3, hidden=4104, num_topk=4, layout=TOKEN),
-    Case(
-        num_ranks=1,
-        num_tokens=3,
-        hidden=4104,
-        num_topk=10,
-        experts_per_rank=12,
-        layout=PADDED,
-        routing="uniform",
-    ),
     Case(**SMALL, layout=TOKEN, strided=True, id_dtype=torch.int32),
     Case(**SMALL, layout=PADDED, strided=True, wire="scaled"),
 ]
