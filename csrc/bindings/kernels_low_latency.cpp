@@ -83,6 +83,7 @@ void bind_maps(py::module_& module) {
         .def_readonly("topk_idx", &WordOffsets::topk_idx)
         .def_readonly("topk_weights", &WordOffsets::topk_weights)
         .def_readonly("out_topk_weights", &WordOffsets::out_topk_weights);
+    module.def("low_latency_row_parts", &layout::row_parts, py::arg("hidden"));
     module.attr("MAX_LOW_LATENCY_RANKS") = layout::kMaxLowLatencyRanks;
     module.attr("MAX_LOW_LATENCY_EXPERTS") = layout::kMaxLowLatencyExperts;
     module.attr("MAX_LOW_LATENCY_TOKEN_WORDS") = layout::kMaxLowLatencyTokenWords;

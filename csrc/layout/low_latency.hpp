@@ -23,15 +23,17 @@
 //   row:                head [K] packets || payload: row words, then scale words, 3 a packet
 //     head, dispatch:   packet k: local expert or kNoExpert | position at its source | weight
 //     head, combine:    the K weights carried back, 3 a packet
+//     payload, combine: row_parts(H) parts, each with part_packets(H) packets of its own
 //
 //   Where a network carries the rails (PROTOCOLS.md: low latency over carried rails), what one rank
 //   writes in a slot is a region of its own, and mirrors are those that it writes for its rail:
 //     region [R], mirror [N - 1]:  header | rail headers [G] | weights [T] | rail heads [T] | rows [T]
 //     rail rows [N][T]
 //
-//   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 1195 packets in
-//   19328 bytes; one slot 19,843,200 bytes, four of them and the credits 79,373,056. As two nodes of
-//   four ranks, each slot has 4,982,912 bytes more; carried, regions of 2,635,776 bytes, 9 a slot.
+//   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 1195 packets, of
+//   a combine 8 + 2 * 598, in 19328 bytes; one slot 19,843,200 bytes, four of them and the credits
+//   79,373,056. As two nodes of four ranks, each slot has 4,982,912 bytes more; carried, regions of
+//   2,635,776 bytes, 9 a slot.
 #pragma once
 
 #include "common/types.hpp"
@@ -54,6 +56,20 @@ constexpr int64_t kMaxLowLatencyHidden = 32768;
 
 constexpr int64_t packets_of(int64_t num_words) { return ceil_div(num_words, kPacketWords); }
 
+// A block of a combine sums, and receives, a part of a row: 16-byte vectors, as many in each part; the
+// last may have fewer, and zeros behind them in its packets.
+constexpr int64_t kMaxPartHidden = 4096;  ///< two vectors for each of 256 threads
+constexpr int64_t kVectorHidden = 8;
+constexpr int64_t kVectorWords = 4;
+
+constexpr int64_t row_parts(int64_t hidden) { return ceil_div(hidden, kMaxPartHidden); }
+constexpr int64_t part_vectors(int64_t hidden) {
+    return ceil_div(ceil_div(hidden, kVectorHidden), row_parts(hidden));
+}
+constexpr int64_t part_packets(int64_t hidden) {
+    return packets_of(part_vectors(hidden) * kVectorWords);
+}
+
 struct LowLatencyShape {
     int32_t num_ranks;
     int32_t num_experts;
@@ -67,15 +83,17 @@ struct LowLatencyShape {
     constexpr int64_t num_local_experts() const { return num_experts / num_ranks; }
     constexpr int64_t token_words() const { return ceil_div(max_tokens, kTokenBits); }
     constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
-    /// Bytes of a row whose payload has so many words.
-    constexpr int64_t row_bytes(int64_t num_words) const {
-        return round_up((num_topk + packets_of(num_words)) * kPacketBytes, kLowLatencyAlign);
+    /// Bytes of a row whose payload has so many packets.
+    constexpr int64_t row_bytes(int64_t num_packets) const {
+        return round_up((num_topk + num_packets) * kPacketBytes, kLowLatencyAlign);
     }
-    /// Of a BF16 row, the longest.
-    constexpr int64_t bf16_row_bytes() const { return row_bytes(hidden / 2); }
+    /// Of a BF16 row of a combine, the longest: a dispatch's is not cut into parts.
+    constexpr int64_t bf16_row_bytes() const {
+        return row_bytes(row_parts(hidden) * part_packets(hidden));
+    }
     /// Of an FP8 row with FP32 scales, the longest of those.
     constexpr int64_t fp8_row_bytes() const {
-        return row_bytes(ceil_div(hidden, 4) + ceil_div(hidden, kScaleTile));
+        return row_bytes(packets_of(ceil_div(hidden, 4) + ceil_div(hidden, kScaleTile)));
     }
 };
 
@@ -240,6 +258,8 @@ constexpr LowLatencyShape kExampleShape = {8, 256, 8, 7168, 128, 4, 8, 0};
 constexpr LowLatencyLayout kExampleLayout = LowLatencyLayout::make(kExampleShape);
 static_assert(kExampleLayout.header_packets == 17, "example above");
 static_assert(kExampleLayout.weight_packets == 3, "example above");
+static_assert(packets_of(7168 / 2) == 1195, "example above");
+static_assert(row_parts(7168) == 2 && part_packets(7168) == 598, "example above");
 static_assert(kExampleLayout.row_stride == 19328, "example above");
 static_assert(kExampleLayout.slot_stride == 19843200, "example above");
 static_assert(kExampleLayout.total_bytes == 79373056, "example above");

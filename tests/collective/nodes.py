@@ -90,7 +90,7 @@ LOW_LATENCY_SLOW_CASES = [
         )
         if ranks > 2
     ),
-    # Rows of several packets a thread, in parts.
+    # Rows of several packets a thread, in rounds.
     *(
         replace(LOW_LATENCY_TWO_BY_TWO, layout=layout, hidden=1168, wire=wire)
         for layout, wire in ((TOKEN, "bf16"), (PADDED, "fp8"))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Role, over several nodes, in the receive phase: a block sums what the ranks of this node have for a
-// token of another node and of this rank's rail, rounds once and stores packets to the token's rank.
-// And the terms that arrive there. PROTOCOLS.md: low latency over nodes.
+// part of a token of another node and of this rank's rail, rounds once and stores packets to the token's
+// rank. And the terms that arrive there. PROTOCOLS.md: low latency over nodes.
 #pragma once
 
 #include "kernels/low_latency/combine_send.cuh"
@@ -120,7 +120,7 @@ struct TermsAtHome<true> {
 template <typename Shared>
 using AwaitedToken = Awaited<typename Shared::Spec, typename TermsAtHome<Shared::kHasNodes>::Type>;
 
-/// Stores a part of a sum, rounded, as packets first, first + threads, ...
+/// Stores a thread's packets of a sum, rounded: first, first + threads, ...
 template <typename Spec>
 DEEPCOMM_DEVICE void store_sum(const TokenSum<Spec>& sum, Vec128* packets, int32_t first,
                                uint32_t tag) {
@@ -128,7 +128,7 @@ DEEPCOMM_DEVICE void store_sum(const TokenSum<Spec>& sum, Vec128* packets, int32
     DEEPCOMM_UNROLL
     for (int32_t i = 0; i < Sum::kCount; ++i) {
         const int32_t index = first + i * Spec::kNumThreads;
-        if (index >= Spec::kPackets) continue;
+        if (index >= Spec::kPartPackets) continue;
         Vec128 packet = {{0, 0, 0, tag}};
         DEEPCOMM_UNROLL
         for (int32_t part = 0; part < Sum::kWords; ++part) {
@@ -160,7 +160,7 @@ DEEPCOMM_DEVICE Arrival forward_carried(const LowLatencyParams& params, const de
     return arrival;
 }
 
-/// One token of another node. False: leave.
+/// One part of a token of another node. False: leave.
 template <typename Spec>
 DEEPCOMM_DEVICE bool forward_sum(const LowLatencyCombineParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn, Awaited<Spec, RelayTerms>& awaited,
@@ -169,18 +169,19 @@ DEEPCOMM_DEVICE bool forward_sum(const LowLatencyCombineParams& params, const de
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
     Arrival arrival = Arrival::kHere;
-    if (params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
+    if (awaited.at.part == 0 && params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
         arrival = forward_carried(base, warp, turn, awaited, head);
     }
+    Vec128* packets = head + base.num_topk + awaited.at.part * Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         Sum sum;
         awaited.load(base, turn, first);
-        const Arrival all = sum_part(base, turn, awaited, first, &sum);
+        const Arrival all = sum_terms(base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
-        store_sum(sum, head + base.num_topk, first, turn.tag);
+        store_sum(sum, packets, first, turn.tag);
     }
     return true;
 }
@@ -189,19 +190,21 @@ DEEPCOMM_DEVICE bool forward_sum(const LowLatencyCombineParams& params, const de
 template <typename Shared>
 DEEPCOMM_DEVICE bool forward_sums(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, Shared& shared) {
+    using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
-    const int32_t k = device::Warp{}.thread_idx(), num_tokens = base.map.max_tokens;
-    Awaited<typename Shared::Spec, RelayTerms> awaited{};
+    const int32_t k = device::Warp{}.thread_idx();
+    const int32_t num_parts = base.map.max_tokens * Spec::kNumParts;  // of a node
+    Awaited<Spec, RelayTerms> awaited{};
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.block_idx(); i < num_tokens * (num_nodes(base) - 1);
+    for (int32_t i = block.block_idx(); i < num_parts * (num_nodes(base) - 1);
          i += block.num_blocks()) {
-        const int32_t node = other_node(base, i / num_tokens), source = rail_rank(base, node);
-        const int32_t token = i % num_tokens;
+        const int32_t node = other_node(base, i / num_parts), source = rail_rank(base, node);
+        awaited.come_to(i % num_parts);
+        const int32_t token = awaited.at.token;
         if (token >= shared.num_tokens[source] || cut_sources(shared)[source]) continue;
         const int32_t local = k < base.num_topk ? routes_of(base, source, token)[k] : -1;
         const bool is_here = local >= 0 && !shared.peers.masked[node_rank(base, local)];
         if (device::warp_ballot(is_here) == 0) continue;
-        awaited.token = token;
         awaited.terms.node = node;
         awaited.mine = is_here ? local : -1;
         const int64_t offset = base.map.row_offset(turn.slot, base.comm.rank, token);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Role: a block receives tokens. It polls the partial sums of each token's ranks in ascending order,
-// adds them in FP32, adds the bias and rounds once. PROTOCOLS.md: low_latency_combine.
+// Role: a block receives parts of tokens. It polls the partial sums of each token's ranks in ascending
+// order, adds them in FP32, adds the bias and rounds once. PROTOCOLS.md: low_latency_combine.
 #pragma once
 
 #include "kernels/low_latency/combine_forward.cuh"
@@ -13,7 +13,7 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
                                         const device::Warp& warp, const LowLatencyTurn& turn,
                                         const Awaited<Spec, Terms>& awaited) {
     const LowLatencyParams& base = params.base;
-    const int32_t k = warp.thread_idx(), token = awaited.token;
+    const int32_t k = warp.thread_idx(), token = awaited.at.token;
     if (k >= base.num_topk) return Arrival::kHere;
     float value;
     const Arrival arrival = wait_carried(base, warp, turn, awaited, &value);
@@ -21,37 +21,49 @@ DEEPCOMM_DEVICE Arrival receive_carried(const LowLatencyCombineParams& params,
     return arrival;
 }
 
-/// One token; is_last: of the block, which then has read all that it reads. False: leave.
+/// Adds the bias, if there is one, and writes a thread's words of a part.
+template <typename Spec>
+DEEPCOMM_DEVICE void write_sum(const LowLatencyCombineParams& params, const TokenPart& at,
+                               int32_t first, TokenSum<Spec>* sum) {
+    const int32_t first_word = at.part * Spec::kPartWords;
+    const uint32_t* bias = nullptr;
+    if (params.bias != nullptr) {
+        const unsigned char* row = params.bias + at.token * params.bias_stride;
+        bias = reinterpret_cast<const uint32_t*>(row) + first_word;
+    }
+    const int64_t first_out = static_cast<int64_t>(at.token) * Spec::kRowWords + first_word;
+    uint32_t* out = reinterpret_cast<uint32_t*>(params.out) + first_out;
+    sum->store(bias, out, Spec::num_vectors(at.part) * Spec::kVectorWords, first);
+}
+
+/// One part of a token; is_last: of the block, which then has read all that it reads. False: leave.
 template <int kPhases, typename Spec, typename Terms>
-DEEPCOMM_DEVICE bool receive_token(const LowLatencyCombineParams& params,
-                                   const device::Block& block, const LowLatencyTurn& turn,
-                                   Awaited<Spec, Terms>& awaited, bool is_last) {
+DEEPCOMM_DEVICE bool receive_part(const LowLatencyCombineParams& params, const device::Block& block,
+                                  const LowLatencyTurn& turn, Awaited<Spec, Terms>& awaited,
+                                  bool is_last) {
     using Sum = TokenSum<Spec>;
     const device::Warp warp;
-    const int32_t token = awaited.token;
     Arrival arrival = Arrival::kHere;
-    if (params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
+    if (awaited.at.part == 0 && params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
         arrival = receive_carried(params, warp, turn, awaited);
     }
-    const unsigned char* bias =
-        params.bias == nullptr ? nullptr : params.bias + token * params.bias_stride;
-    unsigned char* out = params.out + static_cast<int64_t>(token) * Spec::kRowWords * 4;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         Sum sum;
         if (i > 0) awaited.load(params.base, turn, first);
-        const Arrival all = sum_part(params.base, turn, awaited, first, &sum);
+        const Arrival all = sum_terms(params.base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
-        if (is_last && i + Sum::kCount >= Sum::kAll)
+        if (is_last && i + Sum::kCount >= Sum::kAll) {
             finish_receive<kPhases>(params.base, block, turn);
-        sum.store(reinterpret_cast<const uint32_t*>(bias), reinterpret_cast<uint32_t*>(out), first);
+        }
+        write_sum(params, awaited.at, first, &sum);
     }
     return true;
 }
 
-/// Finds the terms of a token by the expert in a lane's column, and loads the first of them.
+/// Finds the terms of a token by the expert in a lane's column, and loads the first of them of its part.
 template <typename Shared>
 DEEPCOMM_DEVICE void await_token(const LowLatencyCombineParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn, int32_t expert,
@@ -81,12 +93,13 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
 }
 
 /// The receive phase and its end, unless it fails. The headers, and the packets of the block's first
-/// token, are looked for before they are needed: what has come by then costs no trip to memory of its
+/// part, are looked for before they are needed: what has come by then costs no trip to memory of its
 /// own. Not so over several nodes, where registers are needed for what is passed on first.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
                                      const device::Block& block, const LowLatencyTurn& turn,
                                      Shared& shared) {
+    constexpr int32_t kNumParts = Shared::Spec::kNumParts;
     const LowLatencyParams& base = params.base;
     const CombineHeaders headers(base, turn, start_of_waits(base, block));
     Vec128 early{};
@@ -94,7 +107,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     block.sync();  // ORDER: headers read before the weights were sent have been acted on
     const device::Warp warp;
     AwaitedToken<Shared> awaited{};
-    awaited.token = block.block_idx();
+    awaited.come_to(block.block_idx());
     if constexpr (!Shared::kHasNodes) {
         await_token(params, block, turn, shared.experts[warp.thread_idx()], awaited, shared);
     } else {
@@ -103,17 +116,19 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     }
     int32_t num_tokens;
     if (!open_receive(params, block, headers, early, shared, &num_tokens)) return;
-    if (block.block_idx() >= num_tokens) finish_receive<kPhases>(base, block, turn);
+    const int32_t num_parts = num_tokens * kNumParts;
+    if (block.block_idx() >= num_parts) finish_receive<kPhases>(base, block, turn);
     // Else some ranks may take no part any more.
     bool is_loaded = !Shared::kHasNodes && !base.mask_late;
     DEEPCOMM_NO_UNROLL
-    for (; awaited.token < num_tokens; awaited.token += block.num_blocks()) {
-        const bool is_last = awaited.token + block.num_blocks() >= num_tokens;
+    for (int32_t i = block.block_idx(); i < num_parts; i += block.num_blocks()) {
+        const bool is_last = i + block.num_blocks() >= num_parts;
         if (!is_loaded) {
-            const int32_t own = load_expert(params, warp, awaited.token);
+            awaited.come_to(i);
+            const int32_t own = load_expert(params, warp, awaited.at.token);
             await_token(params, block, turn, own, awaited, shared);
         }
-        if (!receive_token<kPhases>(params, block, turn, awaited, is_last)) return;
+        if (!receive_part<kPhases>(params, block, turn, awaited, is_last)) return;
         is_loaded = false;
     }
 }

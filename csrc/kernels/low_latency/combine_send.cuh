@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Role: for each token that came here, a block sums the rows of its experts, rounds once and stores
-// packets to the token's rank, or to the rank of this node that sums for it. PROTOCOLS.md:
-// low_latency_combine.
+// Role: for each part of a token that came here, a block sums those of the rows of its experts, rounds
+// once and stores packets to the token's rank, or to the rank of this node that sums for it.
+// PROTOCOLS.md: low_latency_combine.
 #pragma once
 
 #include "kernels/low_latency/combine_sum.cuh"
@@ -9,10 +9,11 @@
 
 namespace deepcomm::kernels::low_latency {
 
-/// One token of one source, to be summed here.
+/// One part of one token of one source, to be summed here.
 struct Summed {
     int32_t source;
     int32_t token;
+    int32_t part;
 };
 
 /// Entry i of a token and the weight recorded for it, in lane i.
@@ -39,17 +40,20 @@ DEEPCOMM_DEVICE Entry load_entry(const LowLatencyCombineParams& params, const de
     return entry;
 }
 
-DEEPCOMM_DEVICE ExpertRow row_of(const LowLatencyCombineParams& params, const Entry& entry) {
+template <typename Spec>
+DEEPCOMM_DEVICE ExpertRow row_of(const LowLatencyCombineParams& params, const Entry& entry,
+                                 int32_t part) {
     if (entry.bits < 0) return {nullptr, 1.0f, 0};
     const int32_t slot = entry.bits & ((1 << layout::kEntrySlotBits) - 1);
-    return {params.y + slot * params.y_stride, entry.weight, entry.bits >> layout::kEntrySlotBits};
+    const unsigned char* row = params.y + slot * params.y_stride;
+    return {row + part * Spec::kPartWords * 4, entry.weight, entry.bits >> layout::kEntrySlotBits};
 }
 
 /// Waits for the weight that the token's rank has sent for a lane's entry.
 DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
                                      const LowLatencyTurn& turn, const Summed& summed,
                                      ExpertRow* mine) {
-    if (params.source_weights == nullptr || mine->row == nullptr) return Arrival::kHere;
+    if (params.source_weights == nullptr || mine->part == nullptr) return Arrival::kHere;
     const LowLatencyParams& base = params.base;
     const device::WaitSite site = {Operation::kLowLatencyCombine, device::Role::kReduce,
                                    summed.source, summed.token};
@@ -90,7 +94,7 @@ DEEPCOMM_DEVICE void send_carried(const LowLatencyCombineParams& params, int32_t
                              device::float_bits(carried_value(params, entries, column + 2)), tag}});
 }
 
-/// Where the sum of a token here is stored.
+/// Where the row of a token that is summed here begins.
 struct PartialPlace {
     int32_t rank;
     int64_t offset;
@@ -110,7 +114,27 @@ DEEPCOMM_DEVICE PartialPlace place_of(const LowLatencyParams& params, const LowL
     return {rank, map.row_offset(turn.slot, rail_rank(params, node), token)};
 }
 
-/// Sums one token's rows, stages the sum and stores its packets. False: leave.
+/// Stores the packets of a staged part, and with a row's first one what the row brings back.
+template <typename Shared>
+DEEPCOMM_DEVICE void store_partial(const LowLatencyCombineParams& params,
+                                   const device::Block& block, const LowLatencyTurn& turn,
+                                   const Summed& summed, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    const LowLatencyParams& base = params.base;
+    const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
+    Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
+    Vec128* packets = head + base.map.num_topk + summed.part * Spec::kPartPackets;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t i = block.thread_idx(); i < Spec::kPartPackets; i += block.size()) {
+        const uint32_t* words = shared.row + i * layout::kPacketWords;
+        device::st_relaxed_sys(packets + i, {{words[0], words[1], words[2], turn.tag}});
+    }
+    if (params.carried == nullptr || summed.part != 0) return;
+    const int64_t index = static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
+    send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
+}
+
+/// Sums one part of a token's rows, stages the sum and stores its packets. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, const Summed& summed, ExpertRow mine,
@@ -118,46 +142,41 @@ DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const d
     using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
     const Arrival arrival = await_weight(params, turn, summed, &mine);
-    const int32_t count = device::popcount(device::warp_ballot(mine.row != nullptr));
+    const int32_t num_rows = device::popcount(device::warp_ballot(mine.part != nullptr));
     if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // ORDER: the row is free again
     const bool is_here = !base.mask_late || block.sync_and(arrival == Arrival::kHere);
     if (!is_here && block.is_leader()) mask_late_peer(base, summed.source);
-    if (!is_here || count == 0) return true;
-    sum_rows(mine, count, params.apply_weights != 0, block, shared);
+    if (!is_here || num_rows == 0) return true;
+    const ExpertRows rows = {mine, num_rows, params.apply_weights != 0,
+                             Spec::num_vectors(summed.part)};
+    PartialSum<Spec>::run(rows, block, shared);
     block.sync();  // ORDER: the staged row before its packets
-    const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
-    Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
-    DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < Spec::kPackets; i += block.size()) {
-        const uint32_t* words = shared.row + i * layout::kPacketWords;
-        device::st_relaxed_sys(head + base.map.num_topk + i,
-                               {{words[0], words[1], words[2], turn.tag}});
-    }
-    if (params.carried != nullptr) {
-        const int64_t index =
-            static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
-        send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
-    }
+    store_partial(params, block, turn, summed, shared);
     return true;
 }
 
-/// Zeros behind the row, which go with its last packet.
+/// Zeros behind a part, which go with its last packet.
 template <typename Shared>
 DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     using Spec = typename Shared::Spec;
-    const int32_t word = Spec::kRowWords + block.thread_idx();
+    const int32_t word = Spec::kPartWords + block.thread_idx();
     if (word < Spec::kStagedWords) shared.row[word] = 0;
 }
 
-/// The order of what is summed: tokens of the peers first, which have the longer way; most: tokens of
-/// any source.
+/// The order of what is summed: tokens of the peers first, which have the longer way, each part by part;
+/// most: tokens of any source.
+template <typename Spec>
 DEEPCOMM_DEVICE Summed summed_at(const LowLatencyParams& params, int32_t most, int32_t idx) {
-    return {(params.comm.rank + 1 + idx / most) % params.map.num_ranks, idx % most};
+    const int32_t pair = idx / Spec::kNumParts;
+    return {(params.comm.rank + 1 + pair / most) % params.map.num_ranks, pair % most,
+            idx % Spec::kNumParts};
 }
 
-/// The tokens that a block sums, one after the other.
+/// The parts of tokens that a block sums, one after the other.
 template <typename Shared>
 struct SummedWalk {
+    using Spec = typename Shared::Spec;
+
     const LowLatencyParams& params;
     const Shared& shared;
     int32_t most;  ///< tokens of any source
@@ -175,8 +194,8 @@ struct SummedWalk {
 
     /// False: none is left.
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Summed* summed) {
-        while (next < most * params.map.num_ranks) {
-            *summed = summed_at(params, most, next);
+        while (next < most * params.map.num_ranks * Spec::kNumParts) {
+            *summed = summed_at<Spec>(params, most, next);
             next += block.num_blocks();
             if (summed->token < shared.num_tokens[summed->source]) return true;
         }
@@ -185,10 +204,11 @@ struct SummedWalk {
 };
 
 /// What the block probably sums first: ranks have the same number of tokens, as a rule.
+template <typename Spec>
 DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device::Block& block) {
     const int32_t most = params.num_tokens;
-    if (block.block_idx() >= most * params.map.num_ranks) return {0, -1};
-    return summed_at(params, most, block.block_idx());
+    if (block.block_idx() >= most * params.map.num_ranks * Spec::kNumParts) return {0, -1, 0};
+    return summed_at<Spec>(params, most, block.block_idx());
 }
 
 /// Takes the turn and sends. The turn, the credits and what the record says, entries of the first token
@@ -196,10 +216,11 @@ DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   LowLatencyTurn* turn, Shared& shared) {
+    using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
     const bool is_refused = is_void(base);
-    const Summed guess = guess_summed(base, block);
+    const Summed guess = guess_summed<Spec>(base, block);
     Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
     read_record(params, block, shared);
     if (is_refused) return false;
@@ -211,7 +232,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     *turn = shared.peers.turn;
     find_cut_sources(base, block, shared);
     SummedWalk<Shared> walk(base, block, shared);
-    Summed summed = {0, 0};
+    Summed summed = {0, 0, 0};
     bool has_token = walk.advance(block, &summed);
     const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
     if (has_token && !is_guessed) entry = load_entry(params, warp, summed);
@@ -224,7 +245,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     DEEPCOMM_NO_UNROLL
     while (has_token && !has_ended) {
         const Summed current = summed;
-        const ExpertRow row = row_of(params, entry);
+        const ExpertRow row = row_of<Spec>(params, entry, current.part);
         has_token = walk.advance(block, &summed);
         if (has_token) entry = load_entry(params, warp, summed);
         if (cut_sources(shared)[current.source]) continue;

@@ -7,22 +7,31 @@
 
 namespace deepcomm::kernels {
 
-/// kAtOnce: packets of a row that a thread adds up at once, at most.
-template <int kHidden, int kThreads, int kAtOnce>
+template <int kHidden, int kThreads>
 struct LowLatencyCombineSpec {
     static constexpr int kNumThreads = kThreads;
-    static constexpr int kRowVectors = kHidden / 8;
+    static constexpr int kVectorWords = static_cast<int>(layout::kVectorWords);
     static constexpr int kRowWords = kHidden / 2;
-    static constexpr int kPackets = static_cast<int>(layout::packets_of(kRowWords));
+    static constexpr int kNumParts = static_cast<int>(layout::row_parts(kHidden));
+    static constexpr int kPartVectors = static_cast<int>(layout::part_vectors(kHidden));
+    static constexpr int kPartWords = kPartVectors * kVectorWords;
+    static constexpr int kPartPackets = static_cast<int>(layout::part_packets(kHidden));
     static constexpr int kStagedWords =
-        static_cast<int>(round_up(kPackets * layout::kPacketWords, 4));
-    static constexpr int kPacketsOfThread = (kPackets + kThreads - 1) / kThreads;
-    static constexpr int kSumPackets = kPacketsOfThread < kAtOnce ? kPacketsOfThread : kAtOnce;
+        static_cast<int>(round_up(kPartPackets * layout::kPacketWords, kVectorWords));
+    static constexpr int kPacketsOfThread = (kPartPackets + kThreads - 1) / kThreads;
+    /// That it adds up at once: in blocks of 256 all.
+    static constexpr int kSumPackets = kPacketsOfThread < 3 ? kPacketsOfThread : 3;
     static constexpr int kParkedFloats =
         kSumPackets * static_cast<int>(layout::kPacketWords) * 2 * kThreads;
 
+    /// Vectors of a part that are of the row: the last part may have fewer.
+    static DEEPCOMM_DEVICE int32_t num_vectors(int32_t part) {
+        constexpr int32_t kLastVectors = kRowWords / kVectorWords - (kNumParts - 1) * kPartVectors;
+        return part + 1 < kNumParts ? kPartVectors : kLastVectors;
+    }
+
     static_assert(kHidden % 8 == 0, "rows move in 16-byte vectors");
-    static_assert(kHidden <= layout::kMaxLowLatencyHidden, "a row is staged in shared memory");
+    static_assert(kHidden <= layout::kMaxLowLatencyHidden, "as the host checks");
     static_assert(kThreads % 32 == 0, "whole warps");
 };
 
@@ -36,12 +45,9 @@ struct LowLatencyNodesShared<true, kNumFloats> {
     float parked[kNumFloats];                           ///< the sum of this node, set aside
 };
 
-/// Over several nodes fewer packets are added at once: other registers hold where terms come from.
-constexpr int low_latency_packets_at_once(int phases) { return (phases & kOverNodes) != 0 ? 3 : 5; }
-
 template <int kHidden, int kPhases, int kThreads>
 struct LowLatencyCombineConfig {
-    using Spec = LowLatencyCombineSpec<kHidden, kThreads, low_latency_packets_at_once(kPhases)>;
+    using Spec = LowLatencyCombineSpec<kHidden, kThreads>;
     static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
     static constexpr bool kIsCarried = (kPhases & kCarried) != 0;
     static constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
@@ -55,12 +61,12 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     static constexpr bool kHasNodes = Config::kHasNodes;
     static constexpr bool kIsCarried = Config::kIsCarried;
 
-    alignas(16) uint32_t row[Spec::kStagedWords];  ///< of the partial sum that is sent
+    alignas(16) uint32_t row[Spec::kStagedWords];  ///< a part of a sum that is sent
     low_latency::Peers peers;
     low_latency::Refusals refusals;
     int32_t num_tokens[layout::kMaxLowLatencyRanks];  ///< of each source, of the record
     int32_t connected[layout::kMaxLowLatencyRanks];   ///< of the record
-    int32_t experts[device::kWarpSize];  ///< of the first token that the block receives
+    int32_t experts[device::kWarpSize];  ///< of the first token that the block receives a part of
 };
 
 namespace low_latency {
@@ -78,14 +84,15 @@ DEEPCOMM_DEVICE int32_t load_expert(const LowLatencyCombineParams& params, const
     return params.topk_idx[static_cast<int64_t>(token) * params.base.num_topk + k];
 }
 
-/// Reads what the dispatch has left of the ranks, and of the first token that the block receives.
-/// The block meets before it is used.
+/// Reads what the dispatch has left of the ranks, and of the first token that the block receives a part
+/// of. The block meets before it is used.
 template <typename Shared>
 DEEPCOMM_DEVICE void read_record(const LowLatencyCombineParams& params, const device::Block& block,
                                  Shared& shared) {
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
-    const int32_t expert = load_expert(params, warp, block.block_idx());
+    const int32_t first_token = block.block_idx() / Shared::Spec::kNumParts;
+    const int32_t expert = load_expert(params, warp, first_token);
     DEEPCOMM_NO_UNROLL
     for (int32_t rank = block.thread_idx(); rank < base.map.num_ranks; rank += block.size()) {
         const int32_t num_tokens = base.record[base.record_map.num_tokens + rank];

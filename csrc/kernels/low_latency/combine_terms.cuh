@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of what ranks have stored for a token, by a block, in a fixed order: polls packets and adds
-// them in FP32. Which terms there are and where they lie is the caller's. PROTOCOLS.md:
+// The sum of what ranks have stored for a token, by a block, part by part, in a fixed order: polls packets
+// and adds them in FP32. Which terms there are and where they lie is the caller's. PROTOCOLS.md:
 // low_latency_combine.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace deepcomm::kernels::low_latency {
 
-/// The words of a row that belong to the packets of one thread, as FP32.
+/// The words of a row's part that belong to the packets of one thread, as FP32.
 template <typename Spec>
 struct TokenSum {
     static constexpr int kNumThreads = Spec::kNumThreads;
@@ -42,14 +42,16 @@ struct TokenSum {
         }
     }
 
-    /// Adds the bias, if there is one, and writes the words of packets first, first + threads, ...
-    DEEPCOMM_DEVICE void store(const uint32_t* bias, uint32_t* out, int32_t first) {
+    /// Adds the bias, if there is one, and writes the words of packets first, first + threads, ...; of
+    /// num_words words of the part.
+    DEEPCOMM_DEVICE void store(const uint32_t* bias, uint32_t* out, int32_t num_words,
+                               int32_t first) {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             DEEPCOMM_UNROLL
             for (int32_t part = 0; part < kWords; ++part) {
                 const int32_t word = (first + i * Spec::kNumThreads) * kWords + part;
-                if (word >= Spec::kRowWords) continue;
+                if (word >= num_words) continue;
                 if (bias != nullptr) add_word(i, part, bias[word]);
                 out[word] = device::bf16x2_from_floats(low[i][part], high[i][part]);
             }
@@ -77,7 +79,14 @@ struct RankTerms {
     DEEPCOMM_DEVICE void come_to(const LowLatencyParams&, int32_t, Sum*) {}
 };
 
-/// One part of a token's row, of two of its terms: loaded together, added in their order.
+/// A row's part that a block sums over its terms.
+struct TokenPart {
+    int32_t token;
+    int32_t part;
+};
+
+/// Packets first, first + threads, ... of a part, of two of its terms: loaded together, added in their
+/// order.
 template <typename Spec>
 struct TermPair {
     using Batch = PacketBatch<TokenSum<Spec>::kCount>;
@@ -88,10 +97,10 @@ struct TermPair {
     template <typename Terms>
     static DEEPCOMM_DEVICE PacketRange packets_of(const LowLatencyParams& params,
                                                   const LowLatencyTurn& turn, const Terms& of,
-                                                  int32_t term, int32_t token) {
-        const int64_t offset = of.offset(params, turn, term, token);
-        return {packets_at(params.local, offset) + params.num_topk, Spec::kNumThreads,
-                Spec::kPackets};
+                                                  int32_t term, const TokenPart& at) {
+        const int64_t offset = of.offset(params, turn, term, at.token);
+        const Vec128* payload = packets_at(params.local, offset) + params.num_topk;
+        return {payload + at.part * Spec::kPartPackets, Spec::kNumThreads, Spec::kPartPackets};
     }
 
     /// The first term of the token after one; mine: that of a lane's column. All lanes call it.
@@ -105,15 +114,16 @@ struct TermPair {
     /// Waits for both and adds them.
     template <typename Terms>
     DEEPCOMM_DEVICE Arrival add_to(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                   Terms& of, int32_t token, int32_t first, TokenSum<Spec>* sum) {
+                                   Terms& of, const TokenPart& at, int32_t first,
+                                   TokenSum<Spec>* sum) {
         Arrival arrival = Arrival::kHere;
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < 2; ++i) {
             if (terms[i] >= of.num(params)) continue;
-            const PacketRange range = packets_of(params, turn, of, terms[i], token);
+            const PacketRange range = packets_of(params, turn, of, terms[i], at);
             const int32_t rank = of.rank_of(params, terms[i]);
             const device::WaitSite site = {Operation::kLowLatencyCombine, Terms::kRole, rank,
-                                           token};
+                                           at.token};
             const Arrival one = batches[i].wait(params, site, range, first, turn.tag);
             if (one == Arrival::kHere) {
                 of.come_to(params, terms[i], sum);
@@ -127,13 +137,18 @@ struct TermPair {
     }
 };
 
-/// A token that a block sums, and what of it is on its way.
+/// What a block sums, and what of it is on its way.
 template <typename Spec, typename Terms>
 struct Awaited {
-    int32_t token;
+    TokenPart at;
     Terms terms;
     int32_t mine;         ///< the term of a lane's column, or -1
-    TermPair<Spec> pair;  ///< the first two terms, of the first part
+    TermPair<Spec> pair;  ///< the first two terms, of a thread's first packets
+
+    /// The idx-th part, of the rows of all tokens.
+    DEEPCOMM_DEVICE void come_to(int32_t idx) {
+        at = {idx / Spec::kNumParts, idx % Spec::kNumParts};
+    }
 
     DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const LowLatencyTurn& turn,
                               int32_t first) {
@@ -147,23 +162,23 @@ struct Awaited {
         for (int32_t i = 0; i < 2; ++i) {
             pair.terms[i] = term = pair.term_after(terms.num(params), mine, term);
             if (term >= terms.num(params)) continue;
-            pair.batches[i].load(pair.packets_of(params, turn, terms, term, token), first);
+            pair.batches[i].load(pair.packets_of(params, turn, terms, term, at), first);
         }
     }
 };
 
-/// Sums one part of a token's row over its terms; the first two are on their way.
+/// Sums packets first, first + threads, ... of a part over its terms; the first two are on their way.
 template <typename Spec, typename Terms>
-DEEPCOMM_DEVICE Arrival sum_part(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                 Awaited<Spec, Terms>& awaited, int32_t first,
-                                 TokenSum<Spec>* sum) {
+DEEPCOMM_DEVICE Arrival sum_terms(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                  Awaited<Spec, Terms>& awaited, int32_t first,
+                                  TokenSum<Spec>* sum) {
     TermPair<Spec>& pair = awaited.pair;
     const int32_t num = awaited.terms.num(params);
     Arrival arrival = Arrival::kHere;
     sum->clear();
     DEEPCOMM_NO_UNROLL
     while (pair.terms[0] < num) {
-        const Arrival both = pair.add_to(params, turn, awaited.terms, awaited.token, first, sum);
+        const Arrival both = pair.add_to(params, turn, awaited.terms, awaited.at, first, sum);
         arrival = arrival == Arrival::kFailed ? arrival : both;
         if (pair.terms[1] >= num) break;
         awaited.load_after(params, turn, pair.terms[1], first);
@@ -178,7 +193,7 @@ DEEPCOMM_DEVICE Arrival wait_carried(const LowLatencyParams& params, const devic
                                      const LowLatencyTurn& turn,
                                      const Awaited<Spec, Terms>& awaited, float* value) {
     *value = 0;
-    const int32_t k = warp.thread_idx(), mine = awaited.mine, token = awaited.token;
+    const int32_t k = warp.thread_idx(), mine = awaited.mine, token = awaited.at.token;
     if (mine < 0) return Arrival::kHere;
     const auto words = static_cast<int32_t>(layout::kPacketWords);
     const int64_t offset = awaited.terms.offset(params, turn, mine, token);

@@ -99,6 +99,7 @@ class LowLatency:
             config.hidden,
             place.runtime.device,
             place.topology.num_nodes if has_nodes(config, place.topology) else 1,
+            kernels.low_latency_row_parts(config.hidden),
         )
         self._is_carried = is_carried(config, place.topology)
         self._context: Context | None = None

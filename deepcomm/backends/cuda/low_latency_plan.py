@@ -346,11 +346,12 @@ def _plan_combine(
     handle, sizes = request.handle, context.sizes
     words: Words = handle.records.map
     num_tokens = handle.num_tokens
-    num_passed_on = (sizes.num_nodes - 1) * sizes.max_tokens
+    num_parts = sizes.row_parts  # a block each
+    num_passed_on = (sizes.num_nodes - 1) * sizes.max_tokens * num_parts
     num_wanted = {
-        SEND: sizes.block_rows,
-        RECEIVE: max(num_tokens, num_passed_on),
-        BOTH: sizes.block_rows,
+        SEND: sizes.block_rows * num_parts,
+        RECEIVE: max(num_tokens * num_parts, num_passed_on),
+        BOTH: sizes.block_rows * num_parts,
         ANNOUNCE: num_tokens,
         PASS_ON: num_passed_on,
     }

@@ -43,6 +43,7 @@ class Sizes:
 
     Attributes:
         num_nodes: Among which ranks pass on; 1 where every way is direct.
+        row_parts: Of a combine: blocks share rows among them.
     """
 
     num_ranks: int
@@ -51,6 +52,7 @@ class Sizes:
     hidden: int
     device: torch.device
     num_nodes: int
+    row_parts: int
 
     @property
     def block_rows(self) -> int:
