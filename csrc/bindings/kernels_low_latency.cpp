@@ -110,6 +110,7 @@ void bind_base(py::module_& module) {
                 std::copy(timeouts_ns.begin(), timeouts_ns.end(), self.timeouts_ns);
             },
             py::arg("timeouts_ns"), "One a role of layout::Role.");
+    def_address(base, "credit_bases", &LowLatencyParams::credit_bases);
     def_address(base, "local", &LowLatencyParams::local);
     def_address(base, "state", &LowLatencyParams::state);
     def_address(base, "turn", &LowLatencyParams::turn);

@@ -44,8 +44,8 @@ TWINS = [
         "gives credit for its own turn only at home",
         case="flights",
         path=FOLDER + "common.cuh",
-        find="unsigned char* base = params.comm.bases[peer];\n        if (base == nullptr)",
-        part="params.comm.bases[peer]",
+        find="unsigned char* base = params.credit_bases[peer];\n        if (base == nullptr)",
+        part="params.credit_bases[peer]",
         replace="params.local + 0 * peer",
     ),
     Twin(

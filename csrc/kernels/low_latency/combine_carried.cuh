@@ -12,9 +12,10 @@ template <typename Shared>
 DEEPCOMM_DEVICE void announce_combine(const LowLatencyCombineParams& params,
                                       const device::Block& block, Shared& shared) {
     const LowLatencyParams& base = params.base;
+    const EarlyTurn early(base, block);
     read_record(params, block, shared);
     const bool has_peers =
-        open_turn<true>(base, Operation::kLowLatencyCombine, block, &shared.peers);
+        open_turn<true>(base, Operation::kLowLatencyCombine, block, early, &shared.peers);
     // ORDER: what the record says, and the credits before all that is announced, to all
     if (!block.sync_and(has_peers)) return;
     const LowLatencyTurn turn = shared.peers.turn;

@@ -222,10 +222,11 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     const bool is_refused = is_void(base);
     const Summed guess = guess_summed<Spec>(base, block);
     Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
+    const EarlyTurn early(base, block);
     read_record(params, block, shared);
     if (is_refused) return false;
-    const bool has_peers =
-        open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block, &shared.peers);
+    const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
+                                                        early, &shared.peers);
     clear_tail(block, shared);
     // ORDER: what the record says, and the credits before all that is sent, to all
     if (!block.sync_and(has_peers)) return false;

@@ -228,7 +228,7 @@ DEEPCOMM_DEVICE void store_credits(const LowLatencyParams& params, const Group& 
     device::fence_acq_rel_sys();  // ORDER: releases what the claim has acquired
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
-        unsigned char* base = params.comm.bases[peer];
+        unsigned char* base = params.credit_bases[peer];
         if (base == nullptr) continue;
         device::st_relaxed_sys(reinterpret_cast<uint64_t*>(base + offset), number);
     }

@@ -203,8 +203,9 @@ DEEPCOMM_DEVICE bool send_headers(const LowLatencyDispatchParams& params,
     HeaderIdBatch batch;
     batch.load(params, mine.range(params.base.num_topk, 0));
     clear_counts(params, block, shared);
-    const bool goes_on = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch,
-                                                      block, &shared.peers);
+    const bool goes_on =
+        open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch, block,
+                                     EarlyTurn(params.base, block), &shared.peers);
     if (!block.sync_and(goes_on)) return false;  // ORDER: the zeros and the credits, to all
     count_tokens(params, block, mine, batch, shared);
     store_headers(params, block, shared.peers.turn, shared);

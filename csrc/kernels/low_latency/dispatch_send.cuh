@@ -224,7 +224,7 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
     bool has_peers = true;
     if (!sends_headers) {
         has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch, block,
-                                                 &shared.peers);
+                                                 EarlyTurn(params.base, block), &shared.peers);
     }
     DEEPCOMM_NO_UNROLL
     for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {

@@ -38,6 +38,8 @@ struct LowLatencyParams {
     CommParams comm;
     layout::LowLatencyLayout map;
     layout::LowLatencyRecordLayout record_map;
+    unsigned char* const*
+        credit_bases;                ///< [R] whence credits are stored, as comm.bases what is sent
     unsigned char* local;            ///< this rank's symmetric memory
     layout::LowLatencyState* state;  ///< of this buffer on this rank
     layout::LowLatencyTurn* turn;    ///< of this operation: the send phase tells the receive phase

@@ -58,10 +58,14 @@ struct EarlyPeer {
     }
 };
 
-/// The turn of the operation that this launch sends, or would. Many threads that ask wait for each other.
-DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
-    const uint64_t sends = device::ld_relaxed_gpu(&params.state->sends);
+/// The turn of the operation that a launch sends, by what it has found.
+DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params, uint64_t sends) {
     return layout::turn_of(sends / layout::kSendUnit + 1, params.map.num_slots);
+}
+
+/// The same for launches that take no turn themselves.
+DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
+    return turn_of_launch(params, device::ld_relaxed_gpu(&params.state->sends));
 }
 
 /// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. This rank
@@ -92,16 +96,27 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
     return goes_on;
 }
 
-/// Begins an operation. The last warp: learns whose turn it is, finds the peers beside that, and waits for
-/// those that are not masked. The block meets before others use them. False: leave.
+/// What the last warp looks up at a launch's begin: the peers beside the turn.
+struct EarlyTurn {
+    EarlyPeer peer;
+    uint64_t sends = 0;
+
+    DEEPCOMM_DEVICE EarlyTurn(const LowLatencyParams& params, const device::Block& block) {
+        if (!is_in_last_warp(block)) return;
+        peer.load(params, device::Warp{}.thread_idx(), kAnySlot);
+        sends = device::ld_relaxed_gpu(&params.state->sends);
+    }
+};
+
+/// Begins an operation. The last warp: says whose turn it is and which peers there are, and waits for those
+/// that are not masked. The block meets before others use it. False: leave.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
-                               const device::Block& block, Peers* peers) {
+                               const device::Block& block, const EarlyTurn& found, Peers* peers) {
     if (!is_in_last_warp(block)) return true;
     const int32_t lane = device::Warp{}.thread_idx();
-    EarlyPeer early;
-    early.load(params, lane, kAnySlot);
-    const LowLatencyTurn turn = turn_of_launch(params);
+    EarlyPeer early = found.peer;
+    const LowLatencyTurn turn = turn_of_launch(params, found.sends);
     if (lane == 0) peers->turn = turn;
     bool goes_on = true;
     DEEPCOMM_NO_UNROLL

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(256, 1)
     auto& shared = device::shared_storage<LowLatencyRefuseShared<kHasNodes>>();
     const Operation operation =
         params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
-    const bool has_peers = open_turn<kHasNodes>(base, operation, block, &shared.peers);
+    const bool has_peers =
+        open_turn<kHasNodes>(base, operation, block, EarlyTurn(base, block), &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
     const LowLatencyTurn turn = shared.peers.turn;
     store_refusal<kHasNodes>(params, block, turn, shared.peers);

@@ -15,7 +15,8 @@ namespace low_latency {
 template <typename Shared>
 DEEPCOMM_DEVICE void tell_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
                                   Operation operation, Shared& shared) {
-    const bool has_peers = open_turn<true>(params.base, operation, block, &shared.peers);
+    const bool has_peers = open_turn<true>(params.base, operation, block,
+                                           EarlyTurn(params.base, block), &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the refusal
     store_refusal<true>(params, block, shared.peers.turn, shared.peers);
 }

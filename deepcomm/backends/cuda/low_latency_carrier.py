@@ -65,6 +65,9 @@ class SlotCarrier:
         self.bytes_carried = 0
         self._stores_to = self._table(slots, self._mirror_base)
         self._credits_to = self._table(slots, self._own_credit_base)
+        for params in (slots.dispatch_params, slots.combine_params, slots.refuse_params):
+            params.base.comm.bases = self._stores_to.address
+            params.base.credit_bases = self._credits_to.address
         self._num_moves = 0
         self._progress = place.runtime.host_memory(PROGRESS_BYTES)
         self._watch(timeout_s)
@@ -159,7 +162,6 @@ class SlotCarrier:
         """Launch the send phase and the network; return when what peers have sent is here."""
         launch, params = self._place.runtime.launch, operation.params
         launches = operation.plan.launches
-        params.base.comm.bases = self._stores_to.address
         combine = params if isinstance(params, kernels.LowLatencyCombineParams) else None
         if combine is not None and combine.source_weights:
             launch(*launches[ANNOUNCE], params)
@@ -171,23 +173,19 @@ class SlotCarrier:
 
     def receive(self, operation: Operation, arrived: Event) -> None:
         """Launch the receive phase behind the network."""
-        params = operation.params
-        params.base.comm.bases = self._credits_to.address
         self._place.runtime.wait_event(arrived)
-        self._place.runtime.launch(*operation.plan.launches[RECEIVE], params)
+        self._place.runtime.launch(*operation.plan.launches[RECEIVE], operation.params)
 
     def refuse(self, params: kernels.LowLatencyRefuseParams, request: Any, slot: int) -> None:
         """Take an operation's turn without delivering; the network carries what peers await."""
         is_half = not params.is_combine and request.sends_fp8
         has_weights = bool(params.is_combine) and has_source_weights(request)
         num_bytes = int((self._fp8_map if is_half else self._map).region_bytes())
-        params.base.comm.bases = self._stores_to.address
         self._refuse(params, TELL)
         if has_weights:
             self._place.runtime.wait_event(self._carry(slot, self._map.head_bytes()))
         else:
             self._place.runtime.wait_event(self._carry(slot, num_bytes))
-        params.base.comm.bases = self._credits_to.address
         self._refuse(params, PASS_ON_REFUSAL)
         if has_weights:
             self._place.runtime.wait_event(self._carry(slot, num_bytes))

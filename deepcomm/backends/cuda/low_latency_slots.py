@@ -269,7 +269,7 @@ class Slots:
         base.node_idx, base.rail_idx = topology.node, topology.local
         base.comm.record = self._place.failure.record_device_address
         base.comm.failed = self._place.failure.failed_address
-        base.comm.bases = self._bases.address
+        base.comm.bases = base.credit_bases = self._bases.address
         base.map = self.map
         base.local = self.local
         base.state = self._state.address
