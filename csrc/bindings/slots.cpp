@@ -46,8 +46,8 @@ PyObject* make_filled(PyObject* capsule, PyObject* const* values, Py_ssize_t num
         return nullptr;
     }
     auto* const type = reinterpret_cast<PyTypeObject*>(recipe.type.ptr());
-    auto made = py::reinterpret_steal<py::object>(
-        type->tp_new(type, recipe.no_arguments.ptr(), nullptr));
+    auto made =
+        py::reinterpret_steal<py::object>(type->tp_new(type, recipe.no_arguments.ptr(), nullptr));
     if (!made) {
         return nullptr;
     }
@@ -64,17 +64,16 @@ PyMethodDef maker_definition{
     "make", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_filled)),
     METH_FASTCALL, "Return an object with these values of its slots."};
 
-py::object make_maker(py::type type, const std::vector<std::string>& names) {
+py::function make_maker(py::type type, const std::vector<std::string>& names) {
     std::vector<py::object> slots = find_slots(type, names);
-    auto recipe =
-        std::make_unique<Recipe>(Recipe{std::move(type), std::move(slots), py::tuple()});
+    auto recipe = std::make_unique<Recipe>(Recipe{std::move(type), std::move(slots), py::tuple()});
     const py::capsule capsule(recipe.get(), [](void* kept) { delete static_cast<Recipe*>(kept); });
     recipe.release();
     PyObject* const maker = PyCFunction_New(&maker_definition, capsule.ptr());
     if (maker == nullptr) {
         throw py::error_already_set();
     }
-    return py::reinterpret_steal<py::object>(maker);
+    return py::reinterpret_steal<py::function>(maker);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ class DispatchOperation:
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self.plan, self._inputs = plan, inputs = DispatchPlan.of(context, request)
+        self.plan, self._inputs = plan, _ = DispatchPlan.of(context, request)
         self._context = context
         outputs = plan.outputs
         self._x = outputs.x() if request.out is None else outputs.rows(request.out)
@@ -50,7 +50,6 @@ class DispatchOperation:
         self._record = Record(context.buffer_id, words, outputs.map)
         # Only an operation in flight needs arguments of its own: a launch copies them.
         self.params = params = plan.params.copy() if request.return_hook else plan.params
-        params.set_inputs(*inputs)
         params.set_outputs(self._x, self._scales, self._topk_idx, words, outputs.map.offsets)
         if request.wait_us_stats is not None:
             params.base.wait_us = address_of(request.wait_us_stats)
@@ -88,13 +87,13 @@ class CombineOperation:
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self.plan, self._inputs = plan, inputs = CombinePlan.of(context, request)
+        self.plan, self._inputs = plan, _ = CombinePlan.of(context, request)
         self._record = record = Record.of(request.handle, context.buffer_id)
         self._x = plan.x() if request.out is None else request.out
         self._topk_weights = None if plan.topk_weights is None else plan.topk_weights()
         self.params = params = plan.params.copy() if request.return_hook else plan.params
         self.turn: torch.Tensor | None = None
-        params.set_tensors(inputs[0], self._x, record.words, record.map.offsets)
+        params.set_outputs(self._x, record.words, record.map.offsets)
         if request.return_hook or context.sizes.num_nodes > 1:
             self.turn = plan.turn()
             params.base.turn = self.turn.data_ptr()
