@@ -3,6 +3,7 @@
 // Python fills by a call for each.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <structmember.h>
 
 #include <memory>
 #include <string>
@@ -19,7 +20,8 @@ namespace {
 /// What a maker makes: kept by the capsule that Python passes to its function.
 struct Recipe {
     py::type type;
-    std::vector<py::object> slots;
+    std::vector<Py_ssize_t> offsets;  ///< of the slots whose values are given
+    std::vector<std::pair<Py_ssize_t, py::object>> others;
     py::tuple no_arguments;
 
     static const Recipe& of(PyObject* capsule) {
@@ -27,36 +29,43 @@ struct Recipe {
     }
 };
 
-std::vector<py::object> find_slots(const py::type& type, const std::vector<std::string>& names) {
-    std::vector<py::object> slots;
-    for (const std::string& name : names) {
-        py::object slot = type.attr(name.c_str());
-        if (Py_TYPE(slot.ptr())->tp_descr_set == nullptr) {
-            throw py::type_error(name + ": expected the name of a slot");
+/// Returns where objects of a class hold the value of a slot, null while there is none.
+Py_ssize_t find_slot(const py::type& type, const std::string& name) {
+    const py::object slot = type.attr(name.c_str());
+    if (Py_TYPE(slot.ptr()) == &PyMemberDescr_Type) {
+        const PyMemberDef& member = *reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member;
+        const bool is_of_type = PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.ptr()),
+                                                 PyDescr_TYPE(slot.ptr())) != 0;
+        if (is_of_type && member.type == T_OBJECT_EX) {
+            return member.offset;
         }
-        slots.push_back(std::move(slot));
     }
-    return slots;
+    throw py::type_error(name + ": expected the name of a slot");
+}
+
+void fill(py::handle made, Py_ssize_t offset, PyObject* value) {
+    auto* const slot = reinterpret_cast<PyObject**>(reinterpret_cast<char*>(made.ptr()) + offset);
+    Py_XSETREF(*slot, Py_NewRef(value));
 }
 
 PyObject* make_filled(PyObject* capsule, PyObject* const* values, Py_ssize_t num_values) {
     const Recipe& recipe = Recipe::of(capsule);
-    if (static_cast<size_t>(num_values) != recipe.slots.size()) {
+    if (static_cast<size_t>(num_values) != recipe.offsets.size()) {
         PyErr_SetString(PyExc_TypeError, "expected a value for each slot");
         return nullptr;
     }
     auto* const type = reinterpret_cast<PyTypeObject*>(recipe.type.ptr());
-    auto made =
-        py::reinterpret_steal<py::object>(type->tp_new(type, recipe.no_arguments.ptr(), nullptr));
-    if (!made) {
+    PyObject* const made = type->tp_new(type, recipe.no_arguments.ptr(), nullptr);
+    if (made == nullptr) {
         return nullptr;
     }
-    for (const py::object& slot : recipe.slots) {
-        if (Py_TYPE(slot.ptr())->tp_descr_set(slot.ptr(), made.ptr(), *values++) != 0) {
-            return nullptr;
-        }
+    for (const Py_ssize_t offset : recipe.offsets) {
+        fill(made, offset, *values++);
     }
-    return made.release().ptr();
+    for (const auto& [offset, value] : recipe.others) {
+        fill(made, offset, value.ptr());
+    }
+    return made;
 }
 
 /// Called by Python itself: pybind11 would take as long to pass the values on as setting them takes.
@@ -64,9 +73,16 @@ PyMethodDef maker_definition{
     "make", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_filled)),
     METH_FASTCALL, "Return an object with these values of its slots."};
 
-py::function make_maker(py::type type, const std::vector<std::string>& names) {
-    std::vector<py::object> slots = find_slots(type, names);
-    auto recipe = std::make_unique<Recipe>(Recipe{std::move(type), std::move(slots), py::tuple()});
+py::function make_maker(const py::type& type, const std::vector<std::string>& names,
+                        const py::dict& others) {
+    auto recipe = std::make_unique<Recipe>(Recipe{type, {}, {}, py::tuple()});
+    for (const std::string& name : names) {
+        recipe->offsets.push_back(find_slot(type, name));
+    }
+    for (const auto& [name, value] : others) {
+        recipe->others.emplace_back(find_slot(type, name.cast<std::string>()),
+                                    py::reinterpret_borrow<py::object>(value));
+    }
     const py::capsule capsule(recipe.get(), [](void* kept) { delete static_cast<Recipe*>(kept); });
     recipe.release();
     PyObject* const maker = PyCFunction_New(&maker_definition, capsule.ptr());
@@ -81,8 +97,9 @@ py::function make_maker(py::type type, const std::vector<std::string>& names) {
 void bind_slots(py::module_& parent) {
     py::module_ module = parent.def_submodule("slots", "Objects whose fields are slots.");
     module.def(
-        "maker", &make_maker, py::arg("type"), py::arg("names"),
-        "Return a function that makes an object of the slots' values, without its constructor.");
+        "maker", &make_maker, py::arg("type"), py::arg("names"), py::arg("others") = py::dict(),
+        "Return a function that makes an object of the slots' values, in this order, without its "
+        "constructor; the others have the same value in each.");
 }
 
 }  // namespace deepcomm

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from deepcomm import Buffer
 from deepcomm._C import kernels, slots
 from deepcomm.backends.cuda.low_latency_tensors import address_of, empty
-from deepcomm.types import RecvLayout
+from deepcomm.types import Handle, RecvLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -343,7 +343,22 @@ def test_maker_leaves_other_slots_empty_and_keeps_nothing() -> None:
     assert sys.getrefcount(Pair) == before
 
 
+def test_maker_fills_others_alike() -> None:
+    value = object()
+    make = slots.maker(Pair, ["second"], {"first": value})
+    assert [(pair.first, pair.second) for pair in (make(1), make(2))] == [(value, 1), (value, 2)]
+    before = sys.getrefcount(value)
+    made = [make(1) for _ in range(100)]
+    assert sys.getrefcount(value) == before + 100
+    del made
+    assert sys.getrefcount(value) == before
+
+
 def test_maker_refuses_what_is_no_slot() -> None:
+    for other in (Handle.__dict__["records"], property(str)):
+        stranger = type("Stranger", (), {"__slots__": (), "records": other})
+        with pytest.raises(TypeError, match="records: expected the name of a slot"):
+            slots.maker(stranger, ["records"])
     with pytest.raises(TypeError, match="__module__: expected the name of a slot"):
         slots.maker(Pair, ["__module__"])
     with pytest.raises(AttributeError, match="third"):

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 from deepcomm.backends.cuda.low_latency_plan import CombinePlan, Context, DispatchPlan
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import address_of
-from deepcomm.backends.cuda.low_latency_words import Record, pack_handle, pack_output, pack_sums
+from deepcomm.backends.cuda.low_latency_words import (
+    Record,
+    pack_handle,
+    pack_output,
+    pack_record,
+    pack_sums,
+)
 from deepcomm.types import Handle
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ class DispatchOperation:
         self._scales = None if outputs.scales is None else outputs.scales()
         self._topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
         words = outputs.words()
-        self._record = Record(context.buffer_id, words, outputs.map)
+        self._record = pack_record(context.buffer_id, words, outputs.map)
         # Only an operation in flight needs arguments of its own: a launch copies them.
         self.params = params = plan.params.copy() if request.return_hook else plan.params
         params.set_outputs(self._x, self._scales, self._topk_idx, words, outputs.map.offsets)
