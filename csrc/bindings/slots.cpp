@@ -5,28 +5,24 @@
 #include <pybind11/stl.h>
 #include <structmember.h>
 
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/bind.hpp"
+#include "bindings/native_function.hpp"
 
 namespace py = pybind11;
 
 namespace deepcomm {
 namespace {
 
-/// What a maker makes: kept by the capsule that Python passes to its function.
+/// What a maker makes.
 struct Recipe {
     py::type type;
     std::vector<Py_ssize_t> offsets;  ///< of the slots whose values are given
     std::vector<std::pair<Py_ssize_t, py::object>> others;
     py::tuple no_arguments;
-
-    static const Recipe& of(PyObject* capsule) {
-        return *static_cast<const Recipe*>(PyCapsule_GetPointer(capsule, nullptr));
-    }
 };
 
 /// Returns where objects of a class hold the value of a slot, null while there is none.
@@ -48,8 +44,8 @@ void fill(py::handle made, Py_ssize_t offset, PyObject* value) {
     Py_XSETREF(*slot, Py_NewRef(value));
 }
 
-PyObject* make_filled(PyObject* capsule, PyObject* const* values, Py_ssize_t num_values) {
-    const Recipe& recipe = Recipe::of(capsule);
+PyObject* make_filled(PyObject* self, PyObject* const* values, Py_ssize_t num_values) {
+    const Recipe& recipe = state_of<Recipe>(self);
     if (static_cast<size_t>(num_values) != recipe.offsets.size()) {
         PyErr_SetString(PyExc_TypeError, "expected a value for each slot");
         return nullptr;
@@ -68,28 +64,21 @@ PyObject* make_filled(PyObject* capsule, PyObject* const* values, Py_ssize_t num
     return made;
 }
 
-/// Called by Python itself: pybind11 would take as long to pass the values on as setting them takes.
 PyMethodDef maker_definition{
     "make", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_filled)),
     METH_FASTCALL, "Return an object with these values of its slots."};
 
 py::function make_maker(const py::type& type, const std::vector<std::string>& names,
                         const py::dict& others) {
-    auto recipe = std::make_unique<Recipe>(Recipe{type, {}, {}, py::tuple()});
+    Recipe recipe{type, {}, {}, py::tuple()};
     for (const std::string& name : names) {
-        recipe->offsets.push_back(find_slot(type, name));
+        recipe.offsets.push_back(find_slot(type, name));
     }
     for (const auto& [name, value] : others) {
-        recipe->others.emplace_back(find_slot(type, name.cast<std::string>()),
-                                    py::reinterpret_borrow<py::object>(value));
+        recipe.others.emplace_back(find_slot(type, name.cast<std::string>()),
+                                   py::reinterpret_borrow<py::object>(value));
     }
-    const py::capsule capsule(recipe.get(), [](void* kept) { delete static_cast<Recipe*>(kept); });
-    recipe.release();
-    PyObject* const maker = PyCFunction_New(&maker_definition, capsule.ptr());
-    if (maker == nullptr) {
-        throw py::error_already_set();
-    }
-    return py::reinterpret_steal<py::function>(maker);
+    return make_function(maker_definition, std::move(recipe));
 }
 
 }  // namespace
