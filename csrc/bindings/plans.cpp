@@ -41,12 +41,17 @@ uintptr_t append_by_asking(std::string& key, py::handle tensor) {
     return tensor.attr("data_ptr")().cast<uintptr_t>();
 }
 
+struct Kind {
+    DlDevice device;
+    int32_t ndim;
+    DlDataType dtype;
+};
+static_assert(sizeof(Kind) == sizeof(DlDevice) + sizeof(int32_t) + sizeof(DlDataType));
+
 /// Types of less than a byte look like bytes here; no operation takes either.
 uintptr_t append_description(std::string& key, py::handle object) {
     const DlTensor tensor = describe_tensor(object);
-    append(key, tensor.device);
-    append(key, tensor.dtype);
-    append(key, tensor.ndim);
+    append(key, Kind{tensor.device, tensor.ndim, tensor.dtype});
     append(key, tensor.shape, static_cast<size_t>(tensor.ndim));
     append(key, tensor.strides, static_cast<size_t>(tensor.ndim));
     return reinterpret_cast<uintptr_t>(tensor.data);
