@@ -229,10 +229,10 @@ void bind_combine(py::module_& module) {
         "The words are those of the dispatch.");
 }
 
+/// The params live as long as the plan is kept.
 template <typename Params>
 void keep_plan(Plans& plans, py::object plan, Params& params) {
-    const py::object owner =
-        py::cast(params, py::return_value_policy::reference);  // what was given
+    const py::object owner = py::cast(params, py::return_value_policy::reference);
     plans.keep(std::move(plan),
                [owner, &params](const Plans::Addresses& inputs) { set_inputs(params, inputs); });
 }
