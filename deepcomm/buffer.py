@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from deepcomm.backends.base import CombineRequest, DispatchRequest, open_backend
+from deepcomm.backends.base import (
+    CombineRequest,
+    DispatchRequest,
+    low_latency_combine_request,
+    low_latency_dispatch_request,
+    open_backend,
+)
 from deepcomm.config import DEFAULT_LATE_WARNING_S, DEFAULT_TIMEOUT_S, BufferConfig
 from deepcomm.types import RecvLayout
 
@@ -299,7 +305,7 @@ class Buffer:
             CommTimeout: A peer did not come within ``timeout_s``; from the hook.
         """
         return self._backend.low_latency_dispatch(
-            DispatchRequest(
+            low_latency_dispatch_request(
                 x,
                 topk_idx,
                 topk_weights,
@@ -314,7 +320,6 @@ class Buffer:
                 on_timeout,
                 expert_token_stats,
                 wait_us_stats,
-                True,
             )
         )
 
@@ -358,7 +363,7 @@ class Buffer:
             CommTimeout: A peer did not come within ``timeout_s``; from the hook.
         """
         return self._backend.low_latency_combine(
-            CombineRequest(
+            low_latency_combine_request(
                 y,
                 handle,
                 topk_weights,
@@ -370,7 +375,6 @@ class Buffer:
                 previous_event,
                 on_timeout,
                 wait_us_stats,
-                True,
             )
         )
 

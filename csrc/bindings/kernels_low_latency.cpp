@@ -6,11 +6,12 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <string>
 #include <string_view>
+#include <utility>
 
 #include "bindings/address.hpp"
 #include "bindings/bind.hpp"
+#include "bindings/plans.hpp"
 #include "bindings/torch_tensor.hpp"
 #include "kernels/low_latency/params.hpp"
 
@@ -37,7 +38,6 @@ struct WordOffsets {
     int64_t out_topk_weights;
 };
 
-constexpr size_t kUsualKeyBytes = 512;
 using TimeoutsNs = std::array<uint64_t, kernels::kNumLowLatencyRoles>;
 
 void bind_maps(py::module_& module) {
@@ -130,6 +130,18 @@ py::class_<Struct> operation_params(py::module_& module, const char* name) {
     return params;
 }
 
+void set_inputs(LowLatencyDispatchParams& params, const Plans::Addresses& inputs) {
+    const auto [x, scales, topk_idx, topk_weights] = inputs;
+    params.x = pointer<unsigned char>(x);
+    params.scales = pointer<uint32_t>(scales);
+    params.topk_idx = pointer<void>(topk_idx);
+    params.topk_weights = pointer<float>(topk_weights);
+}
+
+void set_inputs(LowLatencyCombineParams& params, const Plans::Addresses& inputs) {
+    params.y = pointer<unsigned char>(inputs[0]);
+}
+
 /// What changes in every call is set by few calls, which take the tensors themselves: each call, and
 /// each question for an address, costs as much as ten arguments.
 void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
@@ -137,10 +149,7 @@ void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
         "set_inputs",
         [](LowLatencyDispatchParams& self, TensorAddress x, TensorAddress scales,
            TensorAddress topk_idx, TensorAddress topk_weights) {
-            self.x = pointer<unsigned char>(x.value);
-            self.scales = pointer<uint32_t>(scales.value);
-            self.topk_idx = pointer<void>(topk_idx.value);
-            self.topk_weights = pointer<float>(topk_weights.value);
+            set_inputs(self, {x.value, scales.value, topk_idx.value, topk_weights.value});
         },
         py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("topk_weights"));
     params.def(
@@ -208,55 +217,42 @@ void bind_combine(py::module_& module) {
     def_address(params, "bias", &LowLatencyCombineParams::bias);
     def_address(params, "out", &LowLatencyCombineParams::out);
     params.def(
-        "set_tensors",
-        [](LowLatencyCombineParams& self, TensorAddress y, TensorAddress out, TensorAddress words,
+        "set_inputs",
+        [](LowLatencyCombineParams& self, TensorAddress y) { set_inputs(self, {y.value}); },
+        py::arg("y"));
+    params.def(
+        "set_outputs",
+        [](LowLatencyCombineParams& self, TensorAddress out, TensorAddress words,
            const WordOffsets& offsets) {
-            self.y = pointer<unsigned char>(y.value);
             self.out = pointer<unsigned char>(out.value);
             self.base.record = pointer<int32_t>(words.value);
             self.topk_idx = self.base.record + offsets.topk_idx;
         },
-        py::arg("y"), py::arg("out"), py::arg("words"), py::arg("offsets"),
+        py::arg("out"), py::arg("words"), py::arg("offsets"),
         "The words are those of the dispatch.");
 }
 
-/// Appends what a tensor is to a key: one tensor's part tells where the next one's begins.
-void append_description(std::string& key, py::handle object, uintptr_t align) {
-    if (object.is_none()) {
-        key.push_back('\0');  // no device has this type
-        return;
-    }
-    // Types of less than a byte look like bytes here; no operation takes either.
-    const DlTensor tensor = describe_tensor(object);
-    const auto append = [&key](const auto* values, int32_t count) {
-        key.append(reinterpret_cast<const char*>(values),
-                   static_cast<size_t>(count) * sizeof *values);
-    };
-    append(&tensor.device, 1);
-    append(&tensor.dtype, 1);
-    append(&tensor.ndim, 1);
-    append(tensor.shape, tensor.ndim);
-    append(tensor.strides, tensor.ndim);
-    const auto phase = static_cast<unsigned char>(reinterpret_cast<uintptr_t>(tensor.data) % align);
-    append(&phase, 1);
+/// The params live as long as the plan is kept.
+template <typename Params>
+void keep_plan(Plans& plans, py::object plan, Params& params) {
+    const py::object owner = py::cast(params, py::return_value_policy::reference);
+    plans.keep(std::move(plan),
+               [owner, &params](const Plans::Addresses& inputs) { set_inputs(params, inputs); });
 }
 
-void bind_description(py::module_& module) {
+void bind_plans(py::module_& module) {
     module.def("can_describe_tensors", &can_describe_tensors,
-               "Whether this torch has what describe_tensors calls.");
-    module.def(
-        "describe_tensors",
-        [](const py::tuple& tensors, uint8_t align) {
-            std::string key;
-            key.reserve(kUsualKeyBytes);
-            for (const py::handle tensor : tensors) {
-                append_description(key, tensor, align);
-            }
-            return py::bytes(key);
-        },
-        py::arg("tensors"), py::arg("align"),
-        "All that checks and kernels can ask of tensors, None among them: device, dtype, shape, "
-        "strides, and how far from a multiple of align each begins.");
+               "Whether this torch has what describes a tensor by one call.");
+    py::class_<Plans>(module, "LowLatencyPlans")
+        .def(py::init<size_t>(), py::arg("most"))
+        .def("__len__", &Plans::size)
+        .def("find", &Plans::find, py::arg("inputs"), py::arg("others"), py::arg("options"),
+             "Return the plan that was kept for such a call, with the addresses of the inputs in "
+             "its params; or None. Inputs and others are tensors or None.")
+        .def("keep", &keep_plan<LowLatencyDispatchParams>, py::arg("plan"), py::arg("params"),
+             "Remember a plan for the call that was looked up last, unless that had what is no "
+             "tensor.")
+        .def("keep", &keep_plan<LowLatencyCombineParams>, py::arg("plan"), py::arg("params"));
 }
 
 void bind_others(py::module_& module) {
@@ -294,7 +290,7 @@ void bind_kernels_low_latency(py::module_& parent) {
     bind_dispatch(module);
     bind_combine(module);
     bind_others(module);
-    bind_description(module);
+    bind_plans(module);
 }
 
 }  // namespace deepcomm

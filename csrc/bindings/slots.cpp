@@ -1,51 +1,84 @@
 // SPDX-License-Identifier: Apache-2.0
-// deepcomm._C.slots: objects of Python classes whose fields are slots, as those of frozen dataclasses,
-// which Python fills by a call for each.
+// deepcomm._C.slots: objects of Python classes whose fields are slots, as those of dataclasses, which
+// Python fills by a call for each.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <structmember.h>
 
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/bind.hpp"
+#include "bindings/native_function.hpp"
 
 namespace py = pybind11;
 
 namespace deepcomm {
 namespace {
 
-using Slots = std::vector<py::object>;
+/// What a maker makes.
+struct Recipe {
+    py::type type;
+    std::vector<Py_ssize_t> offsets;  ///< of the slots whose values are given
+    std::vector<std::pair<Py_ssize_t, py::object>> others;
+    py::tuple no_arguments;
+};
 
-Slots find_slots(const py::type& type, const std::vector<std::string>& names) {
-    Slots slots;
-    for (const std::string& name : names) {
-        py::object slot = type.attr(name.c_str());
-        if (Py_TYPE(slot.ptr())->tp_descr_set == nullptr) {
-            throw py::type_error(name + ": expected the name of a slot");
+/// Returns where objects of a class hold the value of a slot, null while there is none.
+Py_ssize_t find_slot(const py::type& type, const std::string& name) {
+    const py::object slot = type.attr(name.c_str());
+    if (Py_TYPE(slot.ptr()) == &PyMemberDescr_Type) {
+        const PyMemberDef& member = *reinterpret_cast<PyMemberDescrObject*>(slot.ptr())->d_member;
+        const bool is_of_type = PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.ptr()),
+                                                 PyDescr_TYPE(slot.ptr())) != 0;
+        if (is_of_type && member.type == T_OBJECT_EX) {
+            return member.offset;
         }
-        slots.push_back(std::move(slot));
     }
-    return slots;
+    throw py::type_error(name + ": expected the name of a slot");
 }
 
-py::object make_filled(const py::type& type, const Slots& slots, const py::args& values) {
-    if (values.size() != slots.size()) {
-        throw py::type_error("expected a value for each slot");
+void fill(py::handle made, Py_ssize_t offset, PyObject* value) {
+    auto* const slot = reinterpret_cast<PyObject**>(reinterpret_cast<char*>(made.ptr()) + offset);
+    Py_XSETREF(*slot, Py_NewRef(value));
+}
+
+PyObject* make_filled(PyObject* self, PyObject* const* values, Py_ssize_t num_values) {
+    const Recipe& recipe = state_of<Recipe>(self);
+    if (static_cast<size_t>(num_values) != recipe.offsets.size()) {
+        PyErr_SetString(PyExc_TypeError, "expected a value for each slot");
+        return nullptr;
     }
-    auto* const python_type = reinterpret_cast<PyTypeObject*>(type.ptr());
-    const auto object = py::reinterpret_steal<py::object>(
-        python_type->tp_new(python_type, py::tuple().ptr(), nullptr));
-    if (!object) {
-        throw py::error_already_set();
+    auto* const type = reinterpret_cast<PyTypeObject*>(recipe.type.ptr());
+    PyObject* const made = type->tp_new(type, recipe.no_arguments.ptr(), nullptr);
+    if (made == nullptr) {
+        return nullptr;
     }
-    auto value = values.begin();
-    for (const py::object& slot : slots) {
-        if (Py_TYPE(slot.ptr())->tp_descr_set(slot.ptr(), object.ptr(), (*value++).ptr()) != 0) {
-            throw py::error_already_set();
-        }
+    for (const Py_ssize_t offset : recipe.offsets) {
+        fill(made, offset, *values++);
     }
-    return object;
+    for (const auto& [offset, value] : recipe.others) {
+        fill(made, offset, value.ptr());
+    }
+    return made;
+}
+
+PyMethodDef maker_definition{
+    "make", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_filled)),
+    METH_FASTCALL, "Return an object with these values of its slots."};
+
+py::function make_maker(const py::type& type, const std::vector<std::string>& names,
+                        const py::dict& others) {
+    Recipe recipe{type, {}, {}, py::tuple()};
+    for (const std::string& name : names) {
+        recipe.offsets.push_back(find_slot(type, name));
+    }
+    for (const auto& [name, value] : others) {
+        recipe.others.emplace_back(find_slot(type, name.cast<std::string>()),
+                                   py::reinterpret_borrow<py::object>(value));
+    }
+    return make_function(maker_definition, std::move(recipe));
 }
 
 }  // namespace
@@ -53,16 +86,9 @@ py::object make_filled(const py::type& type, const Slots& slots, const py::args&
 void bind_slots(py::module_& parent) {
     py::module_ module = parent.def_submodule("slots", "Objects whose fields are slots.");
     module.def(
-        "maker",
-        [](py::type type, const std::vector<std::string>& names) {
-            Slots slots = find_slots(type, names);
-            return py::cpp_function(
-                [type = std::move(type), slots = std::move(slots)](const py::args& values) {
-                    return make_filled(type, slots, values);
-                });
-        },
-        py::arg("type"), py::arg("names"),
-        "Return a function that makes an object of the slots' values, without its constructor.");
+        "maker", &make_maker, py::arg("type"), py::arg("names"), py::arg("others") = py::dict(),
+        "Return a function that makes an object of the slots' values, in this order, without its "
+        "constructor; the others have the same value in each.");
 }
 
 }  // namespace deepcomm

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,8 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepcomm import Buffer
 from deepcomm._C import kernels, slots
-from deepcomm.backends.cuda.low_latency_plan import UNDESCRIBABLE, describe_by_asking
 from deepcomm.backends.cuda.low_latency_tensors import address_of, empty
+from deepcomm.types import Handle, RecvLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ALIGN = 16
 BYTES = torch.zeros(256, dtype=torch.uint8)
@@ -50,29 +53,103 @@ TENSORS: dict[str, torch.Tensor | None] = {
     "8 bytes off": FLOATS[2:18].view(4, 4),
 }
 
-needs_c_functions = pytest.mark.skipif(
-    not kernels.can_describe_tensors(), reason="this torch has no C functions for DLPack"
-)
+
+WAYS = ["by one C function", "by asking"]
+"""How native code finds out what a tensor is, by whether torch has such a function."""
 
 
-@needs_c_functions
-def test_descriptions_tell_apart_what_asking_tells_apart() -> None:
+def in_way(way: str, test: Callable[..., None], *arguments: Any) -> None:
+    """Run a test where torch has what a way needs; by asking, in a process of its own."""
+    if way == "by one C function":
+        if not kernels.can_describe_tensors():
+            pytest.skip("this torch has no C functions for DLPack")
+        test(*arguments)
+        return
+    program = (
+        "import runpy, torch\n"
+        "if hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "from deepcomm._C import kernels\n"
+        "assert not kernels.can_describe_tensors()\n"
+        f"runpy.run_path({__file__!r})[{test.__name__!r}](*{arguments!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def what_asking_tells(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    place = tensor.data_ptr() % ALIGN
+    return (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), place)
+
+
+def is_found(kept: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
+    """Return whether a plan kept for a call's inputs, others and options is one for another's."""
+    plans, plan = kernels.LowLatencyPlans(most=1), object()
+    assert plans.find(*kept) is None
+    plans.keep(plan, kernels.LowLatencyDispatchParams())
+    found = plans.find(*wanted)
+    assert found in (plan, None)
+    return found is plan
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_plans_tell_apart_what_asking_tells_apart(way: str) -> None:
+    in_way(way, tell_tensors_apart)
+
+
+def tell_tensors_apart() -> None:
     for (name, one), (other_name, other) in itertools.product(TENSORS.items(), repeat=2):
-        for given in ((one,), (other,)), ((one, None, other), (other, None, one)):
-            native, asked = (
-                [describe(tensors, ALIGN) for tensors in given]
-                for describe in (kernels.describe_tensors, describe_by_asking)
-            )
-            assert (native[0] == native[1]) == (asked[0] == asked[1]), (name, other_name)
+        alike = what_asking_tells(one) == what_asking_tells(other)
+        assert is_found(((one,), (), ()), ((other,), (), ())) == alike, (name, other_name)
+        assert is_found(((), (one,), ()), ((), (other,), ())) == alike, (name, other_name)
+        swapped = ((one, None, other), (), ()), ((other, None, one), (), ())
+        assert is_found(*swapped) == alike, (name, other_name)
 
 
-@needs_c_functions
-def test_description_sees_nothing_of_the_elements_and_the_place() -> None:
-    names = "float32", "other memory", "parameter"
-    keys = {kernels.describe_tensors((TENSORS[name],), ALIGN) for name in names}
-    assert len(keys) == 1
-    everything = {kernels.describe_tensors((tensor,), ALIGN) for tensor in TENSORS.values()}
-    assert len(everything) == len(TENSORS) - len(names) + 1
+@pytest.mark.parametrize("way", WAYS)
+def test_plans_see_nothing_of_the_elements_and_the_place(way: str) -> None:
+    in_way(way, find_elsewhere)
+
+
+def find_elsewhere() -> None:
+    kept = ((TENSORS["float32"],), (), ())
+    found = [name for name in TENSORS if is_found(kept, ((TENSORS[name],), (), ()))]
+    assert found == ["float32", "other memory", "parameter"]
+
+
+@pytest.mark.parametrize(
+    ("option", "other", "alike"),
+    [
+        ("fp8_e4m3", "".join(["fp8", "_e4m3"]), True),
+        ("fp8_e4m3", "fp8_e4m", False),
+        ("fp8_e4m3", None, False),
+        (RecvLayout.TOKEN, RecvLayout.TOKEN, True),
+        (RecvLayout.TOKEN, RecvLayout.EXPERT_PADDED, False),
+        (True, False, False),
+        ([1], [1], False),
+        ("\ud800", "x", False),
+    ],
+)
+def test_plans_tell_options_apart(option: Any, other: Any, alike: bool) -> None:
+    assert is_found(((), (), ("x", option)), ((), (), ("x", other))) == alike
+    assert is_found(((), (), (option, "x")), ((), (), ("x", option))) == (option == "x")
+
+
+def test_plans_keep_their_options() -> None:
+    class Option:
+        pass
+
+    plans, option = kernels.LowLatencyPlans(most=1), Option()
+    kept = weakref.ref(option)
+    plans.find((), (), (option,))
+    plans.keep("plan", kernels.LowLatencyDispatchParams())
+    del option
+    plans.find((), (), ())
+    assert kept() is not None
+    plans.keep("other plan", kernels.LowLatencyDispatchParams())  # forgets the first
+    assert kept() is None
+    assert plans.find((), (), ()) == "other plan"
 
 
 def undescribable() -> dict[str, Any]:
@@ -88,16 +165,40 @@ def undescribable() -> dict[str, Any]:
     }
 
 
-@needs_c_functions
-@pytest.mark.parametrize("name", undescribable())
-def test_what_the_checks_must_refuse_is_not_described(name: str) -> None:
-    given = undescribable()[name]
-    ways = [kernels.describe_tensors]
-    if name in ("number", "text", "list", "sparse"):  # torch names an address of the others
-        ways.append(describe_by_asking)
-    for describe in ways:
-        with pytest.raises(UNDESCRIBABLE):
-            describe((given,), ALIGN)
+@pytest.mark.parametrize("way", WAYS)
+def test_there_is_no_plan_for_what_the_checks_must_refuse(way: str) -> None:
+    in_way(way, refuse_to_plan)
+
+
+def refuse_to_plan() -> None:
+    plans = kernels.LowLatencyPlans(most=8)
+    for name, given in undescribable().items():
+        if name in ("no memory", "fake") and not kernels.can_describe_tensors():
+            continue  # torch names an address of those
+        for call in ((given,), (), ()), ((), (given,), ()):
+            assert plans.find(*call) is None, name
+            plans.keep("plan", kernels.LowLatencyDispatchParams())
+            assert plans.find(*call) is None, name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_found_plan_has_the_addresses_of_the_inputs(way: str) -> None:
+    in_way(way, find_addresses)
+
+
+def find_addresses() -> None:
+    x, topk_idx, weights, other_x, other_ids = torch.zeros(5, 64).unbind()
+    plans, params = kernels.LowLatencyPlans(most=8), kernels.LowLatencyDispatchParams()
+    plans.find((x, None, topk_idx, weights), (x,), ())
+    plans.keep("plan", params)
+    assert plans.find((other_x, None, other_ids, weights), (x,), ()) == "plan"
+    assert (params.x, params.scales) == (other_x.data_ptr(), 0)
+    assert (params.topk_idx, params.topk_weights) == (other_ids.data_ptr(), weights.data_ptr())
+    plans, combine = kernels.LowLatencyPlans(most=8), kernels.LowLatencyCombineParams()
+    plans.find((x[:0], weights), (), ())
+    plans.keep("plan", combine)
+    assert plans.find((other_x[:0], weights), (), ()) == "plan"
+    assert combine.y == address_of(other_x[:0])
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORS if name != "none"])
@@ -105,7 +206,8 @@ def test_params_hold_addresses_of_tensors(name: str) -> None:
     tensor = TENSORS[name]
     params = kernels.LowLatencyCombineParams()
     offsets = kernels.WordOffsets(counts=1, topk_idx=5, topk_weights=9, out_topk_weights=13)
-    params.set_tensors(tensor, None, tensor, offsets)
+    params.set_inputs(tensor)
+    params.set_outputs(None, tensor, offsets)
     assert params.y == params.base.record == address_of(tensor)
     assert params.out == 0
     assert params.topk_idx == params.base.record + 4 * 5
@@ -136,12 +238,11 @@ def test_params_are_filled_without_the_c_functions() -> None:
         "if hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
         "    del torch.Tensor.__dlpack_c_exchange_api__\n"
         "from deepcomm._C import kernels\n"
-        "from deepcomm.backends.cuda import low_latency_plan as plan\n"
         "assert not kernels.can_describe_tensors()\n"
-        "assert plan.describe is plan.describe_by_asking\n"
         "params, y = kernels.LowLatencyCombineParams(), torch.zeros(4)\n"
         "offsets = kernels.WordOffsets(counts=0, topk_idx=0, topk_weights=0, out_topk_weights=0)\n"
-        "params.set_tensors(y, None, torch.empty(0), offsets)\n"
+        "params.set_inputs(y)\n"
+        "params.set_outputs(None, torch.empty(0), offsets)\n"
         "assert (params.y, params.out, params.base.record) == (y.data_ptr(), 0, 1)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -242,7 +343,22 @@ def test_maker_leaves_other_slots_empty_and_keeps_nothing() -> None:
     assert sys.getrefcount(Pair) == before
 
 
+def test_maker_fills_others_alike() -> None:
+    value = object()
+    make = slots.maker(Pair, ["second"], {"first": value})
+    assert [(pair.first, pair.second) for pair in (make(1), make(2))] == [(value, 1), (value, 2)]
+    before = sys.getrefcount(value)
+    made = [make(1) for _ in range(100)]
+    assert sys.getrefcount(value) == before + 100
+    del made
+    assert sys.getrefcount(value) == before
+
+
 def test_maker_refuses_what_is_no_slot() -> None:
+    for other in (Handle.__dict__["records"], property(str)):
+        stranger = type("Stranger", (), {"__slots__": (), "records": other})
+        with pytest.raises(TypeError, match="records: expected the name of a slot"):
+            slots.maker(stranger, ["records"])
     with pytest.raises(TypeError, match="__module__: expected the name of a slot"):
         slots.maker(Pair, ["__module__"])
     with pytest.raises(AttributeError, match="third"):

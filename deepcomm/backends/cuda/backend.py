@@ -290,7 +290,7 @@ class CudaBackend:
         request = self._begin_low_latency("low_latency_dispatch", request)
         with self.runtime.annotate("low_latency_dispatch"):
             output = self._low_latency.dispatch(request, self._order_on_current_stream)
-        if output.event is not None:
+        if request.async_op and output.event is not None:
             self._keep_last_event(output.event)
         return output
 
@@ -299,7 +299,7 @@ class CudaBackend:
         request = self._begin_low_latency("low_latency_combine", request)
         with self.runtime.annotate("low_latency_combine"):
             output = self._low_latency.combine(request, self._order_on_current_stream)
-        if output.event is not None:
+        if request.async_op and output.event is not None:
             self._keep_last_event(output.event)
         return output
 

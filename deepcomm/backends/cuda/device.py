@@ -7,7 +7,7 @@ import contextlib
 import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -202,7 +202,8 @@ class CudaRuntime:
 
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
-        params.launch(cast("CudaFunction", function).native, grid, self.raw_stream())
+        assert isinstance(function, CudaFunction)
+        params.launch(function.native, grid, self.raw_stream())
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires."""

@@ -300,20 +300,20 @@ class LowLatency:
 
     def _launch(self, context: Context, operation: Operation, has_hook: bool) -> Event | None:
         """Launch both phases, or the first; return when a network has brought what is received."""
-        launches, launch = operation.plan.launches, self._place.runtime.launch
+        launches, runtime = operation.plan.launches, self._place.runtime
         if (carrier := context.carrier) is not None:
             arrived = carrier.send(operation, context.slots.next_slot)
             if not has_hook:
                 carrier.receive(operation, arrived)
             return arrived
         if has_hook:
-            launch(*launches[SEND], operation.params)
+            runtime.launch(*launches[SEND], operation.params)
         elif self._sizes.num_nodes == 1:
             function, grid = launches[BOTH]
-            launch(function, grid, operation.params)
+            runtime.launch(function, grid, operation.params)
         else:
-            launch(*launches[SEND], operation.params)
-            launch(*launches[RECEIVE], operation.params)
+            runtime.launch(*launches[SEND], operation.params)
+            runtime.launch(*launches[RECEIVE], operation.params)
         return None
 
     def _make_hook(self, context: Context, number: int, flight: Flight) -> Callable[[], None]:
@@ -362,7 +362,7 @@ class LowLatency:
         context = self._open(DISPATCH)
         try:
             context.slots.check_free(DISPATCH)
-            operation = DispatchOperation(context, request)
+            operation = DispatchOperation.of(context, request)
         except Exception as error:
             order_refusal()
             self._refuse_if_open(context, DISPATCH, request, error)
@@ -379,7 +379,7 @@ class LowLatency:
         context = self._open(COMBINE)
         try:
             context.slots.check_free(COMBINE)
-            operation = CombineOperation(context, request)
+            operation = CombineOperation.of(context, request)
         except Exception as error:
             order_refusal()
             self._refuse_if_open(context, COMBINE, request, error)

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from deepcomm._C import slots
 from deepcomm.backends.cuda.low_latency_plan import CombinePlan, Context, DispatchPlan
 from deepcomm.backends.cuda.low_latency_status import COMBINE, DISPATCH
 from deepcomm.backends.cuda.low_latency_tensors import address_of
-from deepcomm.backends.cuda.low_latency_words import Record, pack_handle, pack_output, pack_sums
+from deepcomm.backends.cuda.low_latency_words import (
+    Record,
+    pack_handle,
+    pack_output,
+    pack_record,
+    pack_sums,
+)
 from deepcomm.types import Handle
 
 if TYPE_CHECKING:
@@ -16,12 +24,15 @@ if TYPE_CHECKING:
 
     import torch
 
+    from deepcomm._C import kernels
     from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.cuda.low_latency_plan import Inputs
     from deepcomm.types import CombineOutput, DispatchOutput, Event
 
 __all__ = ["CombineOperation", "Context", "DispatchOperation", "known_record"]
 
 
+@dataclass(slots=True, eq=False)
 class DispatchOperation:
     """A dispatch whose arguments are right.
 
@@ -30,48 +41,59 @@ class DispatchOperation:
         params: Of the kernels; they hold addresses of ``tensors``.
     """
 
-    name = DISPATCH
-    turn = None  # in the record
-    __slots__ = ("_context", "_inputs", "_record", "_scales", "_topk_idx", "_x", "params", "plan")
+    name: ClassVar = DISPATCH
+    turn: ClassVar[None] = None  # in the record
 
-    def __init__(self, context: Context, request: DispatchRequest) -> None:
+    plan: DispatchPlan
+    params: kernels.LowLatencyDispatchParams
+    inputs: Inputs
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    record: Record
+    no_overflow: torch.Tensor
+
+    @staticmethod
+    def of(context: Context, request: DispatchRequest) -> DispatchOperation:
         """Check and allocate.
 
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self.plan, self._inputs = plan, inputs = DispatchPlan.of(context, request)
-        self._context = context
+        plan, inputs = DispatchPlan.of(context, request)
         outputs = plan.outputs
-        self._x = outputs.x() if request.out is None else outputs.rows(request.out)
-        self._scales = None if outputs.scales is None else outputs.scales()
-        self._topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
+        x = outputs.x() if request.out is None else outputs.rows(request.out)
+        scales = None if outputs.scales is None else outputs.scales()
+        topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
         words = outputs.words()
-        self._record = Record(context.buffer_id, words, outputs.map)
+        record = pack_record(context.buffer_id, words, outputs.map)
         # Only an operation in flight needs arguments of its own: a launch copies them.
-        self.params = params = plan.params.copy() if request.return_hook else plan.params
-        params.set_inputs(*inputs)
-        params.set_outputs(self._x, self._scales, self._topk_idx, words, outputs.map.offsets)
+        params = plan.params.copy() if request.return_hook else plan.params
+        params.set_outputs(x, scales, topk_idx, words, outputs.map.offsets)
         if request.wait_us_stats is not None:
             params.base.wait_us = address_of(request.wait_us_stats)
         if request.expert_token_stats is not None:
             params.expert_token_stats = address_of(request.expert_token_stats)
+        return pack_dispatch(plan, params, inputs, x, scales, topk_idx, record, context.no_overflow)
 
     @property
     def tensors(self) -> Sequence[torch.Tensor | None]:
         """What the kernels read and write, statistics apart."""
-        return (*self._inputs, self._x, self._scales, self._topk_idx, self._record.words)
+        return (*self.inputs, self.x, self.scales, self.topk_idx, self.record.words)
 
     def on_received(self) -> None:
         """Note that combines may follow."""
-        self._record.is_complete = True
+        self.record.is_complete = True
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> DispatchOutput:
         """Return what the caller gets."""
-        handle, no_overflow = pack_handle(self._record), self._context.no_overflow
-        return pack_output(handle, self._x, self._scales, self._topk_idx, no_overflow, event, hook)
+        handle = pack_handle(self.record)
+        return pack_output(
+            handle, self.x, self.scales, self.topk_idx, self.no_overflow, event, hook
+        )
 
 
+@dataclass(slots=True, eq=False)
 class CombineOperation:
     """A combine whose arguments are right; attributes as those of ``DispatchOperation``.
 
@@ -79,50 +101,68 @@ class CombineOperation:
         turn: Which the send phase tells the receive phase, where there are two.
     """
 
-    name = COMBINE
-    __slots__ = ("_inputs", "_record", "_topk_weights", "_x", "params", "plan", "turn")
+    name: ClassVar = COMBINE
 
-    def __init__(self, context: Context, request: CombineRequest) -> None:
+    plan: CombinePlan
+    params: kernels.LowLatencyCombineParams
+    inputs: Inputs
+    record: Record
+    x: torch.Tensor
+    topk_weights: torch.Tensor | None
+    turn: torch.Tensor | None
+
+    @staticmethod
+    def of(context: Context, request: CombineRequest) -> CombineOperation:
         """Check and allocate.
 
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
-        self.plan, self._inputs = plan, inputs = CombinePlan.of(context, request)
-        self._record = record = Record.of(request.handle, context.buffer_id)
-        self._x = plan.x() if request.out is None else request.out
-        self._topk_weights = None if plan.topk_weights is None else plan.topk_weights()
-        self.params = params = plan.params.copy() if request.return_hook else plan.params
-        self.turn: torch.Tensor | None = None
-        params.set_tensors(inputs[0], self._x, record.words, record.map.offsets)
+        plan, inputs = CombinePlan.of(context, request)
+        record = Record.of(request.handle, context.buffer_id)
+        x = plan.x() if request.out is None else request.out
+        topk_weights = None if plan.topk_weights is None else plan.topk_weights()
+        params = plan.params.copy() if request.return_hook else plan.params
+        params.set_outputs(x, record.words, record.map.offsets)
+        turn: torch.Tensor | None = None
         if request.return_hook or context.sizes.num_nodes > 1:
-            self.turn = plan.turn()
-            params.base.turn = self.turn.data_ptr()
+            turn = plan.turn()
+            params.base.turn = turn.data_ptr()
+        operation = pack_combine(plan, params, inputs, record, x, topk_weights, turn)
         if plan.has_extras:
-            self._fill_extras(request)
+            operation._fill_extras(request)
+        return operation
 
     def _fill_extras(self, request: CombineRequest) -> None:
-        _, weights, bias = self._inputs
+        _, weights, bias = self.inputs
         params = self.params
-        if self._topk_weights is None:
+        if self.topk_weights is None:
             params.source_weights = address_of(weights)
         else:
             params.carried = address_of(weights)
-            params.out_topk_weights = address_of(self._topk_weights)
+            params.out_topk_weights = address_of(self.topk_weights)
         params.bias = address_of(bias)
         params.base.wait_us = address_of(request.wait_us_stats)
 
     @property
     def tensors(self) -> Sequence[torch.Tensor | None]:
         """What the kernels read and write, statistics apart."""
-        return (*self._inputs, self._record.words, self._x, self._topk_weights, self.turn)
+        return (*self.inputs, self.record.words, self.x, self.topk_weights, self.turn)
 
     def on_received(self) -> None:
         """Nothing to note."""
 
     def output(self, event: Event | None, hook: Callable[[], None] | None) -> CombineOutput:
         """Return what the caller gets."""
-        return pack_sums(self._x, self._topk_weights, event, hook)
+        return pack_sums(self.x, self.topk_weights, event, hook)
+
+
+pack_dispatch: Final[Callable[..., DispatchOperation]] = slots.maker(
+    DispatchOperation, [field.name for field in fields(DispatchOperation)]
+)
+pack_combine: Final[Callable[..., CombineOperation]] = slots.maker(
+    CombineOperation, [field.name for field in fields(CombineOperation)]
+)
 
 
 def known_record(request: Any, buffer_id: bytes) -> Record | None:

@@ -2,14 +2,14 @@
 """What low-latency operations with arguments alike share: found out once, then looked up.
 
 Checks, sizes and kernels depend on what arguments are, not on what is in them: dtypes, shapes,
-strides. A key describes all arguments of a call; where one is seen for the first time, they are
-checked, and a plan is kept. Arguments that had to be copied for the kernels are planned each time.
+strides. Arguments that are seen for the first time are checked, and a plan is kept for those alike.
+Arguments that had to be copied for the kernels are planned each time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -25,7 +25,6 @@ from deepcomm.backends.cuda.low_latency_slots import (
 )
 from deepcomm.backends.cuda.low_latency_status import pack_signature
 from deepcomm.backends.cuda.low_latency_tensors import (
-    ALIGN,
     Outputs,
     address_of,
     aligned,
@@ -54,33 +53,13 @@ MAX_PLANS = 1024
 
 TURN_WORDS = 4  # layout::LowLatencyTurn
 
-UNDESCRIBABLE = (AttributeError, TypeError, RuntimeError)
-"""Raised where an argument is of a wrong type, which the checks say in words."""
-
 Inputs: TypeAlias = tuple[Any, ...]
 """Tensors, None for those not given."""
 
-Plan = TypeVar("Plan", "DispatchPlan", "CombinePlan")
 
-
-def look_up(
-    plans: dict[Any, Plan], key_of: Callable[[Any, Inputs], Any], request: Any, given: Inputs
-) -> tuple[Any, Plan | None]:
-    """Return a request's key and plan; neither where arguments are none that it could have."""
-    try:
-        key = key_of(request, given)
-        return key, plans.get(key)
-    except UNDESCRIBABLE:
-        return None, None
-
-
-def keep(plans: dict[Any, Plan], key: Any, plan: Plan) -> None:
-    """Remember a plan, if there is a key."""
-    if key is None:
-        return
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
+def no_plans() -> kernels.LowLatencyPlans:
+    """Return a table for those of one operation."""
+    return kernels.LowLatencyPlans(MAX_PLANS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +70,7 @@ class Context:
         carrier: Where a network is between the nodes.
         num_sms: SMs that kernels may count on.
         no_overflow: False, for outputs that never overflow.
-        dispatches: Plans by key.
+        dispatches: Plans of those seen so far.
         combines: Likewise.
     """
 
@@ -103,8 +82,8 @@ class Context:
     buffer_id: bytes
     num_sms: int
     no_overflow: torch.Tensor
-    dispatches: dict[Any, DispatchPlan] = field(default_factory=dict)
-    combines: dict[Any, CombinePlan] = field(default_factory=dict)
+    dispatches: kernels.LowLatencyPlans = field(default_factory=no_plans)
+    combines: kernels.LowLatencyPlans = field(default_factory=no_plans)
 
 
 def check_on_timeout(context: Context, on_timeout: str) -> None:
@@ -114,27 +93,6 @@ def check_on_timeout(context: Context, on_timeout: str) -> None:
             "on_timeout: expected 'raise' where a network carries the rails, got 'mask': it waits "
             "for all of its ranks"
         )
-
-
-def describe_by_asking(tensors: Inputs, align: int) -> tuple[Any, ...]:
-    """Return what ``describe_tensors`` puts into bytes; raises where something is no tensor."""
-    return tuple(
-        tensor is not None
-        and (
-            tensor.get_device(),
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.data_ptr() % align,
-        )
-        for tensor in tensors
-    )
-
-
-describe: Final[Callable[[Inputs, int], Any]] = (
-    kernels.describe_tensors if kernels.can_describe_tensors() else describe_by_asking
-)
-"""Returns all that checks and kernels can ask of tensors, None among them."""
 
 
 def are_same(given: Inputs, used: Inputs) -> bool:
@@ -163,19 +121,33 @@ class DispatchPlan:
     def of(context: Context, request: DispatchRequest) -> tuple[DispatchPlan, Inputs]:
         """Return the plan of a request, and rows, scales, ids and weights as kernels take them.
 
+        The plan's params hold the addresses of these.
+
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
         given = given_inputs(request)
-        key, plan = look_up(context.dispatches, dispatch_key, request, given)
+        plan: DispatchPlan | None = context.dispatches.find(
+            given,
+            (request.out, request.expert_token_stats, request.wait_us_stats),
+            (
+                isinstance(request.x, ScaledTensor),
+                request.recv_layout,
+                request.quantize,
+                request.scale_format,
+                request.zero_padding,
+                request.on_timeout,
+            ),
+        )
         if plan is not None:
             return plan, given
         checked = _check_dispatch(context, request)
         rows = aligned(checked.rows)
-        plan = _plan_dispatch(context, request, checked, rows)
         inputs = (rows, checked.scales, checked.topk_idx, checked.topk_weights)
+        plan = _plan_dispatch(context, request, checked, rows)
+        plan.params.set_inputs(*inputs)
         if are_same(given, inputs):
-            keep(context.dispatches, key, plan)
+            context.dispatches.keep(plan, plan.params)
         return plan, inputs
 
 
@@ -185,20 +157,6 @@ def given_inputs(request: DispatchRequest) -> Inputs:
     if isinstance(x, ScaledTensor):
         return x.data, x.scales, request.topk_idx, request.topk_weights
     return x, None, request.topk_idx, request.topk_weights
-
-
-def dispatch_key(request: DispatchRequest, given: Inputs) -> tuple[Any, ...]:
-    """Describe all that can be given to a low-latency dispatch."""
-    counts, waits = request.expert_token_stats, request.wait_us_stats
-    return (
-        describe((*given, request.out, counts, waits), ALIGN),
-        isinstance(request.x, ScaledTensor),
-        request.recv_layout,
-        request.quantize,
-        request.scale_format,
-        request.zero_padding,
-        request.on_timeout,
-    )
 
 
 def _check_dispatch(context: Context, request: DispatchRequest) -> CheckedDispatch:
@@ -299,11 +257,17 @@ class CombinePlan:
     def of(context: Context, request: CombineRequest) -> tuple[CombinePlan, Inputs]:
         """Return the plan of a request, and rows, weights and bias as kernels take them.
 
+        The plan's params hold the address of the rows.
+
         Raises:
             InvalidArgument: The first argument that is wrong.
         """
         given = (request.y, request.topk_weights, request.bias)
-        key, plan = look_up(context.combines, combine_key, request, given)
+        plan: CombinePlan | None = context.combines.find(
+            given,
+            (request.out, request.wait_us_stats),
+            (words_of(request.handle), request.apply_weights, request.on_timeout),
+        )
         if plan is not None:
             return plan, given
         checked = _check_combine(context, request)
@@ -311,19 +275,19 @@ class CombinePlan:
         weights = checked.carried if checked.source_weights is None else checked.source_weights
         inputs = (aligned(checked.rows), weights, bias)
         plan = _plan_combine(context, request, checked, inputs)
+        plan.params.set_inputs(inputs[0])
         if are_same(given, inputs):
-            keep(context.combines, key, plan)
+            context.combines.keep(plan, plan.params)
         return plan, inputs
 
 
-def combine_key(request: CombineRequest, given: Inputs) -> tuple[Any, ...]:
-    """Describe all that can be given to a low-latency combine."""
-    return (
-        describe((*given, request.out, request.wait_us_stats), ALIGN),
-        request.handle.records.map,
-        request.apply_weights,
-        request.on_timeout,
-    )
+def words_of(handle: Any) -> Words | None:
+    """Return what handles alike share; None for what is no handle of this mode."""
+    try:
+        words: Words = handle.records.map
+    except AttributeError:
+        return None
+    return words
 
 
 def _check_combine(context: Context, request: CombineRequest) -> CheckedCombine:

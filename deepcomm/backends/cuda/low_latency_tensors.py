@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_words import contiguous_strides
 from deepcomm.checks import check_out_shape
 from deepcomm.errors import InvalidArgument
@@ -77,11 +78,11 @@ def empty(
     function = getattr(guards, f"_empty_strided_{device.type}", None)
     if function is None:
         return anywhere
-    here = functools.partial(function, shape, strides, dtype)
-    if device.type == "cpu":
-        return here
-    index, current_device = device.index, torch._C._cuda_getDevice
-    return lambda: here() if current_device() == index else anywhere()
+    current_device = None if device.type == "cpu" else torch._C._cuda_getDevice
+    allocate: Allocate = kernels.allocator(
+        function, (shape, strides, dtype), current_device, device.index or 0, anywhere
+    )
+    return allocate
 
 
 def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:

@@ -30,6 +30,7 @@ __all__ = [
     "contiguous_strides",
     "pack_handle",
     "pack_output",
+    "pack_record",
     "pack_sums",
 ]
 
@@ -248,7 +249,10 @@ class PackedOutput(Lazy, DispatchOutput):
     }
 
 
-# A frozen dataclass's constructor, or a loop, takes three times as long.
+# A dataclass's constructor takes several times as long.
+pack_record: Final[Callable[[bytes, torch.Tensor, Words], Record]] = slots.maker(
+    Record, ["buffer_id", "words", "map"], {"is_complete": False}
+)
 pack_handle: Final[Callable[[Record], PackedHandle]] = slots.maker(PackedHandle, ["records"])
 pack_output: Final[Callable[..., PackedOutput]] = slots.maker(
     PackedOutput, ["handle", "x", "scales", "topk_idx", "overflow", "event", "hook"]

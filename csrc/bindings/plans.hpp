@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plans of operations, by all that can be given to these: looked up by one call, which also finds where
+// the tensors begin. What a plan is, only Python knows.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <unordered_map>
+
+namespace deepcomm {
+
+/// An object that stubs name typing.Any.
+class AnyObject : public pybind11::object {
+  public:
+    AnyObject() = default;
+    explicit AnyObject(pybind11::object&& object) : pybind11::object(std::move(object)) {}
+};
+
+/// Two calls have one plan if their tensors are alike in device, dtype, shape, strides and in how far
+/// from a multiple of kAlign each begins, and their options equal texts or the same objects.
+class Plans {
+  public:
+    static constexpr size_t kMostInputs = 4;
+    static constexpr uintptr_t kAlign = 16;
+
+    using Addresses = std::array<uintptr_t, kMostInputs>;
+
+    /// Lets a plan know where the inputs of a call begin.
+    using Fill = std::function<void(const Addresses&)>;
+
+    /// Forgets all of them before there are more than most.
+    explicit Plans(size_t most) : most_(most) {}
+
+    /// Returns what was kept for such a call, filled; None if nothing. The inputs and the others are
+    /// tensors or None; addresses are those that bindings/torch_tensor.hpp tells of.
+    AnyObject find(const pybind11::tuple& inputs, const pybind11::tuple& others,
+                   const pybind11::tuple& options);
+
+    /// Remembers a plan for the call that was looked up last, unless that had what is no tensor.
+    void keep(pybind11::object plan, Fill fill);
+
+    size_t size() const { return plans_.size(); }
+
+  private:
+    struct Kept {
+        pybind11::object plan;
+        Fill fill;
+        pybind11::tuple options;  ///< their addresses are part of the key
+    };
+
+    void describe(const pybind11::tuple& inputs, const pybind11::tuple& others);
+
+    size_t most_;
+    std::unordered_map<std::string, Kept> plans_;
+    // Of the call that was looked up last:
+    bool is_described_ = false;  ///< unless it had what is no tensor
+    std::string key_;
+    Addresses addresses_{};
+    pybind11::tuple options_;
+};
+
+}  // namespace deepcomm
+
+template <>
+struct pybind11::detail::handle_type_name<deepcomm::AnyObject> {
+    static constexpr auto name = const_name("typing.Any");
+};
