@@ -271,6 +271,7 @@ class LowLatencyMaskParams:
     def num_bytes(self) -> int: ...
 
 class LowLatencyParams:
+    credit_bases: int
     decisions: int
     late_ranks: int
     local: int

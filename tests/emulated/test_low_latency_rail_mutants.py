@@ -151,7 +151,6 @@ def test_every_order_line_matters() -> None:
 def without_waiting(carrier: SlotCarrier, operation: Any, arrived: Any) -> None:
     """Receive beside the network, not behind it."""
     del arrived
-    operation.params.base.comm.bases = carrier._credits_to.address
     carrier._place.runtime.launch(*operation.plan.launches[2], operation.params)
 
 

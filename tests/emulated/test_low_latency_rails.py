@@ -126,6 +126,7 @@ def test_worked_example_of_carried_slots() -> None:
         everything = session.group.all_gather((mirror, region))
         assert everything[peer] == (region, mirror)
         assert any(mirror)
+        session.low_latency_dispatch(1)  # which gives the first one's credits
         for slot, expected in ((0, 1), (1, 0)):
             for rank in (own, peer):
                 at = slots.local + places.credit_offset(slot, rank)

@@ -40,13 +40,19 @@ DEEPCOMM_DEVICE Entry load_entry(const LowLatencyCombineParams& params, const de
     return entry;
 }
 
+/// All lanes call it.
 template <typename Spec>
-DEEPCOMM_DEVICE ExpertRow row_of(const LowLatencyCombineParams& params, const Entry& entry,
-                                 int32_t part) {
-    if (entry.bits < 0) return {nullptr, 1.0f, 0};
-    const int32_t slot = entry.bits & ((1 << layout::kEntrySlotBits) - 1);
-    const unsigned char* row = params.y + slot * params.y_stride;
-    return {row + part * Spec::kPartWords * 4, entry.weight, entry.bits >> layout::kEntrySlotBits};
+DEEPCOMM_DEVICE ExpertRows rows_of(const LowLatencyCombineParams& params, const Entry& entry,
+                                   int32_t part) {
+    const bool is_row = entry.bits >= 0;
+    ExpertRow mine = {nullptr, 1.0f, 0};
+    if (is_row) {
+        const int32_t slot = entry.bits & ((1 << layout::kEntrySlotBits) - 1);
+        const unsigned char* row = params.y + slot * params.y_stride;
+        mine = {row + part * Spec::kPartWords * 4, entry.weight,
+                entry.bits >> layout::kEntrySlotBits};
+    }
+    return {mine, device::popcount(device::warp_ballot(is_row)), Spec::num_vectors(part)};
 }
 
 /// Waits for the weight that the token's rank has sent for a lane's entry.
@@ -134,27 +140,6 @@ DEEPCOMM_DEVICE void store_partial(const LowLatencyCombineParams& params,
     send_carried(params, block.thread_idx(), index * base.num_topk, turn.tag, head);
 }
 
-/// Sums one part of a token's rows, stages the sum and stores its packets. False: leave.
-template <typename Shared>
-DEEPCOMM_DEVICE bool send_partial(const LowLatencyCombineParams& params, const device::Block& block,
-                                  const LowLatencyTurn& turn, const Summed& summed, ExpertRow mine,
-                                  Shared& shared) {
-    using Spec = typename Shared::Spec;
-    const LowLatencyParams& base = params.base;
-    const Arrival arrival = await_weight(params, turn, summed, &mine);
-    const int32_t num_rows = device::popcount(device::warp_ballot(mine.part != nullptr));
-    if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // ORDER: the row is free again
-    const bool is_here = !base.mask_late || block.sync_and(arrival == Arrival::kHere);
-    if (!is_here && block.is_leader()) mask_late_peer(base, summed.source);
-    if (!is_here || num_rows == 0) return true;
-    const ExpertRows rows = {mine, num_rows, params.apply_weights != 0,
-                             Spec::num_vectors(summed.part)};
-    PartialSum<Spec>::run(rows, block, shared);
-    block.sync();  // ORDER: the staged row before its packets
-    store_partial(params, block, turn, summed, shared);
-    return true;
-}
-
 /// Zeros behind a part, which go with its last packet.
 template <typename Shared>
 DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
@@ -177,31 +162,90 @@ template <typename Shared>
 struct SummedWalk {
     using Spec = typename Shared::Spec;
 
-    const LowLatencyParams& params;
-    const Shared& shared;
-    int32_t most;  ///< tokens of any source
+    const LowLatencyCombineParams& params;
+    Shared& shared;
+    int32_t most = 0;  ///< tokens of any source
     int32_t next;
+    bool has_part = false;
+    Summed summed = {0, 0, 0};  ///< the part to come
+    Entry entry = {};           ///< of its token
 
-    DEEPCOMM_DEVICE SummedWalk(const LowLatencyParams& of, const device::Block& block,
-                               const Shared& in)
-        : params(of), shared(in), most(0), next(block.block_idx()) {
+    DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, const device::Block& block,
+                               Shared& in)
+        : params(of), shared(in), next(block.block_idx()) {
         DEEPCOMM_NO_UNROLL
-        for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+        for (int32_t source = 0; source < params.base.map.num_ranks; ++source) {
             const int32_t num = shared.num_tokens[source];
             most = num > most ? num : most;
         }
     }
 
-    /// False: none is left.
-    DEEPCOMM_DEVICE bool advance(const device::Block& block, Summed* summed) {
-        while (next < most * params.map.num_ranks * Spec::kNumParts) {
-            *summed = summed_at<Spec>(params, most, next);
+    /// Comes to the next part, whose entry is not loaded yet.
+    DEEPCOMM_DEVICE void advance(const device::Block& block) {
+        has_part = false;
+        while (!has_part && next < most * params.base.map.num_ranks * Spec::kNumParts) {
+            summed = summed_at<Spec>(params.base, most, next);
             next += block.num_blocks();
-            if (summed->token < shared.num_tokens[summed->source]) return true;
+            has_part = summed.token < shared.num_tokens[summed.source] &&
+                       !cut_sources(shared)[summed.source];
         }
-        return false;
+    }
+
+    DEEPCOMM_DEVICE void load() { entry = load_entry(params, device::Warp{}, summed); }
+
+    /// Begins with the part whose entry has been loaded early, if that was a good guess.
+    DEEPCOMM_DEVICE void begin(const device::Block& block, const Summed& guess,
+                               const Entry& early) {
+        advance(block);
+        entry = early;
+        const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
+        if (has_part && !is_guessed) load();
     }
 };
+
+/// Whether the weights of a token are here, if they are awaited. False: leave.
+DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const device::Block& block,
+                                  const LowLatencyTurn& turn, const Summed& summed,
+                                  ExpertRows* rows, bool* is_here) {
+    const Arrival arrival = await_weight(params, turn, summed, &rows->mine);
+    // ORDER: the staged part is free again
+    if (!block.sync_and(arrival != Arrival::kFailed)) return false;
+    *is_here = !params.base.mask_late || block.sync_and(arrival == Arrival::kHere);
+    if (!*is_here && block.is_leader()) mask_late_peer(params.base, summed.source);
+    return true;
+}
+
+/// Sums the block's parts, stages each and stores its packets, while the next one's terms are on their way.
+/// False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const device::Block& block,
+                                const LowLatencyTurn& turn, SummedWalk<Shared>& walk,
+                                Shared& shared) {
+    using Spec = typename Shared::Spec;
+    PartTerms<Spec> terms = {};
+    Summed current = {0, 0, 0};
+    bool is_staged = false;
+    DEEPCOMM_NO_UNROLL
+    while (true) {
+        const bool has_part = walk.has_part;
+        ExpertRows rows = {};
+        if (has_part) {
+            rows = rows_of<Spec>(params, walk.entry, walk.summed.part);
+            terms.load(rows, 0, block.thread_idx());
+        }
+        if (is_staged) store_partial(params, block, turn, current, shared);
+        if (!has_part) return true;
+        current = walk.summed;
+        walk.advance(block);
+        if (walk.has_part) walk.load();
+        bool is_here;
+        if (!take_weights(params, block, turn, current, &rows, &is_here)) return false;
+        is_staged = is_here && rows.num > 0;
+        if (!is_staged) continue;
+        sum_part(rows, params.apply_weights != 0, block, terms, shared);
+        block.sync();  // ORDER: the staged part before its packets
+    }
+}
 
 /// What the block probably sums first: ranks have the same number of tokens, as a rule.
 template <typename Spec>
@@ -221,7 +265,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     const device::Warp warp;
     const bool is_refused = is_void(base);
     const Summed guess = guess_summed<Spec>(base, block);
-    Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
+    const Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
     const EarlyTurn early(base, block);
     read_record(params, block, shared);
     if (is_refused) return false;
@@ -232,27 +276,15 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     if (!block.sync_and(has_peers)) return false;
     *turn = shared.peers.turn;
     find_cut_sources(base, block, shared);
-    SummedWalk<Shared> walk(base, block, shared);
-    Summed summed = {0, 0, 0};
-    bool has_token = walk.advance(block, &summed);
-    const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
-    if (has_token && !is_guessed) entry = load_entry(params, warp, summed);
+    SummedWalk<Shared> walk(params, block, shared);
+    walk.begin(block, guess, entry);
     const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
     if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
         send_combine_headers(base, block, *turn, shared);
     }
     bool has_ended;
     if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
-    DEEPCOMM_NO_UNROLL
-    while (has_token && !has_ended) {
-        const Summed current = summed;
-        const ExpertRow row = row_of<Spec>(params, entry, current.part);
-        has_token = walk.advance(block, &summed);
-        if (has_token) entry = load_entry(params, warp, summed);
-        if (cut_sources(shared)[current.source]) continue;
-        if (!send_partial(params, block, *turn, current, row, shared)) return false;
-    }
-    return true;
+    return has_ended || send_parts(params, block, *turn, walk, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -19,82 +19,78 @@ struct ExpertRow {
 struct ExpertRows {
     ExpertRow mine;
     int32_t num;
-    bool has_weights;
     int32_t num_vectors;  ///< of the part
 };
 
-/// Sums vectors first, first + threads, ... of a part in FP32, by ascending expert: kTerms rows at a
-/// time, all of whose loads fly before the first is added.
+/// Vectors first, first + threads, ... of a part of several rows. All loads fly before the first is added,
+/// and those of the part that comes next while this one's packets are stored, which takes as long as the
+/// link does.
 template <typename Spec>
-struct PartialSum {
+struct PartTerms {
     static constexpr int kTerms = 8;
     static constexpr int kAll = (Spec::kPartVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
     static constexpr int kCount = kAll < 2 ? kAll : 2;
 
-    Floats8 sums[kCount];
-
-    static DEEPCOMM_DEVICE void load(const unsigned char* part, int32_t num_vectors, int32_t first,
-                                     Vec128 (&vectors)[kCount]) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * Spec::kNumThreads;
-            if (index < num_vectors) {
-                vectors[i] =
-                    device::ld_weak_streaming(reinterpret_cast<const Vec128*>(part) + index);
-            }
-        }
-    }
+    Vec128 vectors[kTerms][kCount];
 
     /// Rows begin, begin + 1, ...
-    DEEPCOMM_DEVICE void add_rows(const ExpertRows& rows, int32_t begin, int32_t first) {
-        Vec128 terms[kTerms][kCount] = {};
+    DEEPCOMM_DEVICE void load(const ExpertRows& rows, int32_t begin, int32_t first) {
         const auto bits = reinterpret_cast<uint64_t>(rows.mine.part);
         DEEPCOMM_UNROLL
         for (int32_t j = 0; j < kTerms; ++j) {
             if (begin + j >= rows.num) break;
             const uint64_t part = device::warp_shuffle(bits, begin + j);
-            load(reinterpret_cast<const unsigned char*>(part), rows.num_vectors, first, terms[j]);
+            DEEPCOMM_UNROLL
+            for (int32_t i = 0; i < kCount; ++i) {
+                const int32_t index = first + i * Spec::kNumThreads;
+                if (index >= rows.num_vectors) continue;
+                vectors[j][i] =
+                    device::ld_weak_streaming(reinterpret_cast<const Vec128*>(part) + index);
+            }
         }
+    }
+
+    /// Adds them, by ascending expert.
+    DEEPCOMM_DEVICE void add_to(Floats8 (&sums)[kCount], const ExpertRows& rows, int32_t begin,
+                                bool has_weights) const {
         DEEPCOMM_UNROLL
         for (int32_t j = 0; j < kTerms; ++j) {
             if (begin + j >= rows.num) break;
             const float weight = device::warp_shuffle(rows.mine.weight, begin + j);
             DEEPCOMM_UNROLL
             for (int32_t i = 0; i < kCount; ++i) {
-                Floats8 floats = floats_of(terms[j][i]);
-                if (rows.has_weights) scale_by(&floats, weight);
-                add_to(&sums[i], floats);
+                Floats8 floats = floats_of(vectors[j][i]);
+                if (has_weights) scale_by(&floats, weight);
+                kernels::add_to(&sums[i], floats);
             }
-        }
-    }
-
-    /// Stages zeros behind the vectors of a part that has fewer than others.
-    template <typename Shared>
-    DEEPCOMM_DEVICE void stage(int32_t num_vectors, int32_t first, Shared& shared) const {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * Spec::kNumThreads;
-            if (index >= Spec::kPartVectors) continue;
-            reinterpret_cast<Vec128*>(shared.row)[index] =
-                index < num_vectors ? bf16_of(sums[i]) : Vec128{};
-        }
-    }
-
-    /// Sums and stages the part.
-    template <typename Shared>
-    static DEEPCOMM_DEVICE void run(const ExpertRows& rows, const device::Block& block,
-                                    Shared& shared) {
-        DEEPCOMM_NO_UNROLL
-        for (int32_t i = 0; i < kAll; i += kCount) {
-            const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
-            PartialSum sum = {};
-            DEEPCOMM_NO_UNROLL
-            for (int32_t begin = 0; begin < rows.num; begin += kTerms) {
-                sum.add_rows(rows, begin, first);
-            }
-            sum.stage(rows.num_vectors, first, shared);
         }
     }
 };
+
+/// Sums a part in FP32 and stages it, zeros behind it where it is shorter than others; terms: the first of
+/// them are on their way.
+template <typename Shared>
+DEEPCOMM_DEVICE void sum_part(const ExpertRows& rows, bool has_weights, const device::Block& block,
+                              PartTerms<typename Shared::Spec>& terms, Shared& shared) {
+    using Spec = typename Shared::Spec;
+    using Terms = PartTerms<Spec>;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t i = 0; i < Terms::kAll; i += Terms::kCount) {
+        const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
+        Floats8 sums[Terms::kCount] = {};
+        DEEPCOMM_NO_UNROLL
+        for (int32_t begin = 0; begin < rows.num; begin += Terms::kTerms) {
+            if (i + begin > 0) terms.load(rows, begin, first);
+            terms.add_to(sums, rows, begin, has_weights);
+        }
+        DEEPCOMM_UNROLL
+        for (int32_t j = 0; j < Terms::kCount; ++j) {
+            const int32_t index = first + j * Spec::kNumThreads;
+            if (index >= Spec::kPartVectors) continue;
+            reinterpret_cast<Vec128*>(shared.row)[index] =
+                index < rows.num_vectors ? bf16_of(sums[j]) : Vec128{};
+        }
+    }
+}
 
 }  // namespace deepcomm::kernels::low_latency
