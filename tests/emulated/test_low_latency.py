@@ -145,9 +145,10 @@ def test_worked_example() -> None:
 
     def body(session: LowLatencySession) -> None:
         rank = session.rank
-        got = session.buffer.low_latency_dispatch(
-            xs[rank].bfloat16(), ids[rank], torch.ones(ids[rank].shape)
+        got = session.buffer.low_latency_dispatch(  # with a hook, rows to this rank travel like others
+            xs[rank].bfloat16(), ids[rank], torch.ones(ids[rank].shape), return_hook=True
         )
+        got.hook()
         slots = session.backend.low_latency._open("test").slots
         base, places = slots.memory.bases[rank], slots.map
         headers = [words_at(base + places.header_offset(0, peer), 2)[1:] for peer in range(2)]

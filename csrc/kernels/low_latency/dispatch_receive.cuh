@@ -156,6 +156,17 @@ struct RowPackets {
     }
 };
 
+/// The last warp: where copies go, by the head that is sent to others or has come.
+template <typename Shared>
+DEEPCOMM_DEVICE void place_by_head(const LowLatencyDispatchParams& params, const device::Warp& warp,
+                                   const RowPackets<typename Shared::Spec>& row, Shared& shared) {
+    if (params.is_token_layout) {
+        place_token(params.base, warp, row.pair, shared);
+    } else {
+        place_copies(params.base, warp, row.pair, row.head.packets[0], shared);
+    }
+}
+
 /// The last warp: polls what of a row's head has not come, and says where its copies go.
 template <typename Shared>
 DEEPCOMM_DEVICE Arrival place_row(const LowLatencyDispatchParams& params, const PacketRange& heads,
@@ -165,12 +176,27 @@ DEEPCOMM_DEVICE Arrival place_row(const LowLatencyDispatchParams& params, const 
     const Arrival arrival = row.head.wait(params.base, site, heads, warp.thread_idx(), tag);
     const bool is_here = arrival == Arrival::kHere && warp.thread_idx() < params.base.num_topk;
     if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
-    if (params.is_token_layout) {
-        place_token(params.base, warp, row.pair, shared);
-    } else {
-        place_copies(params.base, warp, row.pair, row.head.packets[0], shared);
-    }
+    place_by_head(params, warp, row, shared);
     return arrival;
+}
+
+/// The row that the block has sent last, and kept as it is staged.
+template <typename Shared>
+DEEPCOMM_DEVICE void take_kept_row(const LowLatencyDispatchParams& params,
+                                   const device::Block& block,
+                                   RowPackets<typename Shared::Spec>& row, Shared& shared) {
+    const device::Warp warp;
+    if (is_in_last_warp(block)) {
+        const int32_t k = warp.thread_idx();
+        row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
+        if (k < params.base.num_topk && shared.entries[k].dst_idx == kKeptRow) {
+            const LowLatencyEntry& entry = shared.entries[k];
+            row.head.packets[0] = {{static_cast<uint32_t>(entry.local_expert),
+                                    shared.positions[0][k], device::float_bits(entry.weight), 0}};
+        }
+        place_by_head(params, warp, row, shared);
+    }
+    block.sync();  // ORDER: where the copies go, to all
 }
 
 /// The last warp: writes what a row's head says, beside the others' copies.
@@ -303,13 +329,14 @@ struct PairWalk {
     }
 };
 
-/// Loads what is probably the block's first row, before the headers say so.
-template <typename Spec>
+/// Loads what is probably the block's first row, before the headers say so; one that is kept is here.
+template <typename Shared>
 DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Block& block,
-                               const LowLatencyTurn& turn, RowPackets<Spec>* row) {
+                               const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>* row) {
     const int32_t most = params.num_tokens;  // ranks have the same number, as a rule
     row->pair = {0, -1};
-    if (block.block_idx() >= most * params.map.num_ranks) return;
+    const bool is_kept = Shared::kKeepsRow && block.block_idx() < most;
+    if (is_kept || block.block_idx() >= most * params.map.num_ranks) return;
     row->load(params, block, turn, pair_at(params, most, block.block_idx()));
 }
 
@@ -325,11 +352,19 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
     Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
     if (!has_pair) finish_receive<kPhases>(base, block, turn);
+    bool is_kept = pair.source == base.comm.rank && keeps_row<Shared>(block, pair.token);
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
-    if (has_pair && !is_guessed) row.load(base, block, turn, pair);
+    if (has_pair && !is_guessed && !is_kept) row.load(base, block, turn, pair);
     DEEPCOMM_NO_UNROLL
     while (has_pair) {
-        const RowEnd end = await_row(params, block, turn, row, shared);
+        RowEnd end = RowEnd::kStaged;
+        if (is_kept) {
+            row.pair = pair;
+            take_kept_row(params, block, row, shared);
+        } else {
+            end = await_row(params, block, turn, row, shared);
+        }
+        is_kept = false;
         if (end == RowEnd::kFailed) return false;
         if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
         if (is_in_last_warp(block)) record_row(params, row, shared);
@@ -368,7 +403,7 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
     RowPackets<typename Shared::Spec> row;
-    guess_row(params.base, block, turn, &row);
+    guess_row<Shared>(params.base, block, turn, &row);
     if (!receive_headers(params, block, turn, shared)) return;
     if (row.pair.token >= 0) row.reload(params.base, block, turn);
     const int32_t culprit = find_culprit(params.base, shared.refusals);

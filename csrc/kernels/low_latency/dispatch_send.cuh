@@ -20,11 +20,12 @@ DEEPCOMM_DEVICE void write_handle(const LowLatencyDispatchParams& params, const 
 }
 
 /// The last warp: destinations of the token, in the order of their first columns. The rank of another
-/// node's rail is one for all experts there, which it counts from its own first one.
+/// node's rail is one for all experts there, which it counts from its own first one; this rank is none of
+/// a row that is kept.
 template <typename Shared>
 DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
                                        const device::Warp& warp, const TokenInput<Shared>& input,
-                                       Shared& shared) {
+                                       bool is_kept, Shared& shared) {
     const int32_t k = warp.thread_idx();
     const int32_t expert = expert_of(params, input.own.ids[0]);
     const int32_t num_local = params.base.map.num_local_experts;
@@ -32,11 +33,13 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     const bool is_sent =
         owner >= 0 && !is_cut_to<Shared::kHasNodes>(params.base, shared.peers, owner);
     const int32_t dst = is_sent ? next_rank_to<Shared::kHasNodes>(params.base, owner) : -1;
+    const bool stays = is_kept && is_sent && dst == params.base.comm.rank;
     const uint32_t alike = device::warp_match(is_sent ? static_cast<uint32_t>(dst) : kNoExpert);
     const int32_t first = device::lowest_bit(alike);
-    const uint32_t firsts = device::warp_ballot(is_sent && first == k);
-    const int32_t dst_idx = device::popcount(firsts & ((1u << first) - 1u));
-    if (is_sent && first == k) shared.destinations[dst_idx] = dst;
+    const bool is_first = is_sent && !stays && first == k;
+    const uint32_t firsts = device::warp_ballot(is_first);
+    const int32_t dst_idx = stays ? kKeptRow : device::popcount(firsts & ((1u << first) - 1u));
+    if (is_first) shared.destinations[dst_idx] = dst;
     if (k < params.base.num_topk) {
         shared.entries[k] = {is_sent ? dst_idx : -1, is_sent ? expert - dst * num_local : 0,
                              input.weight};
@@ -181,13 +184,13 @@ DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const de
     // ORDER: the token before has left shared memory; the zeros before the counts, peers before use
     block.sync();
     if (is_in_last_warp(block)) {
-        find_destinations(params, warp, input, shared);
+        find_destinations(params, warp, input, keeps_row<Shared>(block, token), shared);
         write_handle(params, warp, input);
     }
     count_positions(params, block, input, positions);
     stage_row(params, block, input, shared);
-    const int32_t following = token + block.num_blocks();
-    if (following < params.base.num_tokens) input.load(params, block, following);
+    const int32_t following = token - block.num_blocks();
+    if (following >= 0) input.load(params, block, following);
     if (!block.sync_and(has_peers)) return false;  // ORDER: the credits and the staged row, to all
     const LowLatencyTurn& turn = shared.peers.turn;
     store_row(params, block, turn, token, positions, shared);
@@ -209,28 +212,31 @@ DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::B
     if (block.is_leader()) params.record[params.record_map.tag] = static_cast<int32_t>(turn.tag);
 }
 
-/// Takes the turn and sends. The last block sends the headers, before its tokens. False: leave.
+/// Takes the turn and sends, a block's last token first: its first one is what the block delivers first. The
+/// last block sends the headers, before its tokens. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
                                    const device::Block& block, Shared& shared) {
     const bool sends_headers = block.block_idx() == block.num_blocks() - 1;
-    const int32_t num_tokens = params.base.num_tokens, first = block.block_idx();
+    const int32_t num_behind = params.base.num_tokens - 1 - block.block_idx();
+    const int32_t stride = block.num_blocks();
+    const int32_t last = num_behind < 0 ? -1 : block.block_idx() + num_behind / stride * stride;
     if (sends_headers) {
         if (!send_headers(params, block, shared)) return false;
         record_send(params.base, block, shared.peers.turn, shared);
     }
     TokenInput<Shared> input;
-    if (first < num_tokens) input.load(params, block, first);
+    if (last >= 0) input.load(params, block, last);
     bool has_peers = true;
     if (!sends_headers) {
         has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch, block,
                                                  EarlyTurn(params.base, block), &shared.peers);
     }
     DEEPCOMM_NO_UNROLL
-    for (int32_t token = first; token < num_tokens; token += block.num_blocks()) {
+    for (int32_t token = last; token >= 0; token -= stride) {
         if (!send_token(params, block, input, shared, has_peers)) return false;
     }
-    return first < num_tokens || block.sync_and(has_peers);  // as one
+    return last >= 0 || block.sync_and(has_peers);  // as one
 }
 
 }  // namespace deepcomm::kernels::low_latency

@@ -37,9 +37,12 @@ struct LowLatencyDispatchSpec {
     static_assert(kThreads % 32 == 0 && kThreads >= 64, "the last warp has a role of its own");
 };
 
+/// Instead of a destination's index: this rank itself, by the block that has the row staged.
+constexpr int32_t kKeptRow = -2;
+
 /// One expert of the token that the block sends or delivers.
 struct LowLatencyEntry {
-    int32_t dst_idx;  ///< index into destinations, or -1
+    int32_t dst_idx;  ///< index into destinations, or -1, or kKeptRow
     int32_t local_expert;
     float weight;
 };
@@ -47,6 +50,8 @@ struct LowLatencyEntry {
 template <int kHidden, int kRows, int kPhases, int kThreads>
 struct LowLatencyDispatchShared {
     static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
+    /// Whether the row that a block sends last is delivered here as it is staged, by that block.
+    static constexpr bool kKeepsRow = (kPhases & kBothPhases) == kBothPhases;
     using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales
@@ -72,6 +77,12 @@ struct LowLatencyDispatchShared {
 namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
+/// Whether this rank's own part of a token travels no way: of the one that its block sends last.
+template <typename Shared>
+DEEPCOMM_DEVICE bool keeps_row(const device::Block& block, int32_t token) {
+    return Shared::kKeepsRow && token == block.block_idx();
+}
+
 constexpr int32_t kColumnsAtOnce = 4;  ///< of a token, that instructions are unrolled for
 
 DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
