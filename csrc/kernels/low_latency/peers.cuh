@@ -68,8 +68,8 @@ DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
     return turn_of_launch(params, device::ld_relaxed_gpu(&params.state->sends));
 }
 
-/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. This rank
-/// is a peer of its own: if it has read it and no launch has told since, this one does.
+/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. Who waits
+/// gives the credits of that turn meanwhile, if they are due: peers wait for these, as this rank does.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
                                const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
@@ -81,7 +81,7 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
         const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
-            if (early.peer == params.comm.rank) give_credits_of(params, turn.slot);
+            give_credits_of(params, turn.slot);
             const uint64_t received = read_credit(credit);
             return {received, is_free(params, turn, received)};
         });
