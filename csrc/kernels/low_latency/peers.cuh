@@ -80,11 +80,13 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const uint64_t* credit = credit_of(params, turn.slot, early.peer);
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
-        const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
+        const auto poll = [&]() -> device::Observed {
             give_credits_of(params, turn.slot);
             const uint64_t received = read_credit(credit);
             return {received, is_free(params, turn, received)};
-        });
+        };
+        const uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
+        const Arrival arrival = wait_for(params, site, expected, credit, poll, num_finished);
         goes_on = arrival != Arrival::kFailed;
         if (arrival == Arrival::kAbsent) {
             mask_late_peer(params, early.peer);
