@@ -102,11 +102,13 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
 struct EarlyTurn {
     EarlyPeer peer;
     uint64_t sends = 0;
+    uint32_t failed = 0;  ///< a launch before has: nobody knows whose turn it is
 
     DEEPCOMM_DEVICE EarlyTurn(const LowLatencyParams& params, const device::Block& block) {
         if (!is_in_last_warp(block)) return;
         peer.load(params, device::Warp{}.thread_idx(), kAnySlot);
         sends = device::ld_relaxed_gpu(&params.state->sends);
+        failed = device::ld_relaxed_gpu(params.comm.failed);
     }
 };
 
@@ -116,6 +118,7 @@ template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
                                const device::Block& block, const EarlyTurn& found, Peers* peers) {
     if (!is_in_last_warp(block)) return true;
+    if (found.failed != 0) return false;
     const int32_t lane = device::Warp{}.thread_idx();
     EarlyPeer early = found.peer;
     const LowLatencyTurn turn = turn_of_launch(params, found.sends);
