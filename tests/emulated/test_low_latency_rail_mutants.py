@@ -59,7 +59,7 @@ TWINS = [
         path=PATHS[0],
         find="finish_send<kPhases>(params, block, shared.peers.turn);\n    }\n    if constexpr",
         part="finish_send<kPhases>(params, block, shared.peers.turn)",
-        replace="*params.turn = shared.peers.turn",
+        replace="static_cast<void>(*params.turn = shared.peers.turn)",
     ),
     Twin(
         "refuses without passing on",
