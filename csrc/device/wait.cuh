@@ -65,11 +65,11 @@ DEEPCOMM_DEVICE void record_failure(const WaitContext& context, const WaitSite& 
     st_release_sys(&record->state, static_cast<uint32_t>(RecordState::kComplete));
 }
 
-/// Polls until poll() is ready; address is what it polls, for the emulator. False when the deadline
-/// has passed (and is recorded) or when the rank has failed elsewhere.
+/// Polls until poll() is ready; address, and perhaps another one, is what it polls, for the emulator.
+/// False when the deadline has passed (and is recorded) or when the rank has failed elsewhere.
 template <typename Poll>
 DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site, uint64_t expected,
-                                const void* address, Poll&& poll) {
+                                const void* address, Poll&& poll, const void* other = nullptr) {
     uint64_t deadline_ns = 0;
     for (uint32_t num_polls = 1;; ++num_polls) {
         const Observed observed = poll();
@@ -88,7 +88,7 @@ DEEPCOMM_DEVICE bool wait_until(const WaitContext& context, const WaitSite& site
                 if (state != static_cast<uint32_t>(RecordState::kClear)) return false;
             }
         }
-        pause_on(address, deadline_ns);
+        pause_on(address, deadline_ns, other);
     }
 }
 

@@ -133,13 +133,14 @@ void weak_write(const void* address, size_t num_bytes) {
 
 uint64_t globaltimer_ns() { return machine->scheduler.now_ns(); }
 
-void pause_on(const void* address, uint64_t deadline_ns) {
+void pause_on(const void* address, uint64_t deadline_ns, const void* other) {
     Thread& me = self();
     const size_t offset = require_inside("wait", address);
     if (Memory::is_foreign(offset)) fail("wait: address in memory of the host");
+    const size_t beside = other == nullptr ? Memory::kOutside : require_inside("wait", other);
     const bool is_parked = machine->async.is_mbarrier(offset)
                                ? machine->async.park_on_mbarrier(me, offset, deadline_ns)
-                               : machine->strong.park_on(me, offset, deadline_ns);
+                               : machine->strong.park_on(me, offset, beside, deadline_ns);
     if (is_parked) machine->scheduler.switch_away();
 }
 

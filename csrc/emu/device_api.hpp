@@ -41,8 +41,9 @@ void weak_write(const void* address, size_t num_bytes);
 // ---- time and control
 
 uint64_t globaltimer_ns();
-/// Parks a polling thread until the word (or mbarrier) at address changes or the time has come.
-void pause_on(const void* address, uint64_t deadline_ns);
+/// Parks a polling thread until the word (or mbarrier) at address changes, or another word that it polls
+/// beside it, or the time has come.
+void pause_on(const void* address, uint64_t deadline_ns, const void* other = nullptr);
 void sleep_ns(uint64_t duration_ns);
 [[noreturn]] void exit_thread();
 

@@ -31,6 +31,7 @@ struct Wait {
     const char* what = "runnable";
     size_t offset = Memory::kOutside;
     uint64_t deadline_ns = kNever;
+    size_t other = Memory::kOutside;  ///< a word that ends it as well
 };
 
 /// Copies that one thread committed together, oldest group first.

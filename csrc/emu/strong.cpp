@@ -230,7 +230,9 @@ void StrongMemory::push(Location& location, Message message) {
                        location.messages.size());
     location.messages.push_back(std::move(message));
     for (Thread* waiter : location.waiters) {
-        if (waiter->wait.offset == location.offset) machine->scheduler.make_runnable(waiter);
+        const Wait& wait = waiter->wait;
+        const bool is_awaited = wait.offset == location.offset || wait.other == location.offset;
+        if (is_awaited) machine->scheduler.make_runnable(waiter);
     }
     location.waiters.clear();
     machine->scheduler.note_progress();
@@ -344,22 +346,33 @@ void StrongMemory::take_host_writes() {
 
 // ---- waiting
 
-/// A thread parks only if its last load of the location saw all that it can see for now.
-bool StrongMemory::park_on(Thread& me, size_t offset, uint64_t deadline_ns) {
+/// A location whose last load by a thread saw all that it can see for now; until_ns: as long as that is
+/// so, if nobody writes. nullptr: there is more to see.
+Location* StrongMemory::seen(const Thread& me, size_t offset, uint64_t* until_ns) {
     const size_t word = offset / kWord;
-    if (word >= location_of_.size() || !location_of_[word]) return false;
+    if (word >= location_of_.size() || !location_of_[word]) return nullptr;
     Location& location = locations_[static_cast<size_t>(location_of_[word]) - 1];
     for (const RecentRead& recent : me.recent_reads) {
         if (recent.offset != location.offset) continue;
         const size_t visible = newest_visible(me, location);
-        if (recent.index < visible) return false;
+        if (recent.index < visible) return nullptr;
         const bool is_newest = visible + 1 == location.messages.size();
-        const uint64_t arrival_ns = is_newest ? kNever : location.messages[visible + 1].visible_ns;
-        location.waiters.push_back(&me);
-        machine->scheduler.park_current("word", location.offset, std::min(deadline_ns, arrival_ns));
-        return true;
+        if (!is_newest) *until_ns = std::min(*until_ns, location.messages[visible + 1].visible_ns);
+        return &location;
     }
-    return false;
+    return nullptr;
+}
+
+/// A thread parks only if it has seen all of what it polls; other: or kOutside.
+bool StrongMemory::park_on(Thread& me, size_t offset, size_t other, uint64_t deadline_ns) {
+    Location* location = seen(me, offset, &deadline_ns);
+    Location* beside = other == Memory::kOutside ? location : seen(me, other, &deadline_ns);
+    if (location == nullptr || beside == nullptr) return false;
+    location->waiters.push_back(&me);
+    if (beside != location) beside->waiters.push_back(&me);
+    machine->scheduler.park_current("word", location->offset, deadline_ns);
+    me.wait.other = beside->offset;
+    return true;
 }
 
 }  // namespace deepcomm::emu

@@ -78,13 +78,14 @@ class StrongMemory {
     void take_host_writes();
 
     /// Parks the thread until the location changes; false if it may poll again at once.
-    bool park_on(Thread& me, size_t offset, uint64_t deadline_ns);
+    bool park_on(Thread& me, size_t offset, size_t other, uint64_t deadline_ns);
 
   private:
     Location& locate(size_t offset, int size);
     void absorb_weak_write(Location& location);
     size_t oldest_readable(const Thread& me, const Location& location) const;
     size_t newest_visible(const Thread& me, const Location& location);
+    Location* seen(const Thread& me, size_t offset, uint64_t* until_ns);
     size_t choose(Thread& me, Location& location);
     int& stale_reads(const Thread& me, Location& location);
     void remember_view(Thread& me, Location& location, size_t index);

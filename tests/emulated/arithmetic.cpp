@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device layer's arithmetic over arrays of bit patterns, as a library for test_arithmetic.py.
+// The device layer's arithmetic over arrays of bit patterns, as a library for test_arithmetic.py; that of
+// turns for test_low_latency_turns.py.
 #include "device/device.cuh"
+#include "layout/low_latency.hpp"
 
 using namespace deepcomm::device;
 
@@ -66,6 +68,16 @@ void deepcomm_cast_tiles(bool ue8m0, int64_t count, const uint32_t* x, uint32_t*
 void deepcomm_e4m3(int64_t count, const uint32_t* a, const uint32_t* b, uint32_t* packed) {
     for (int64_t i = 0; i < count; ++i) {
         packed[i] = e4m3x2_from_floats(float_from_bits(a[i]), float_from_bits(b[i]));
+    }
+}
+
+/// Turns of low-latency operations, by their numbers.
+void deepcomm_turns(int num_slots, int64_t count, const uint64_t* numbers, uint32_t* tags,
+                    int32_t* slots) {
+    for (int64_t i = 0; i < count; ++i) {
+        const auto turn = deepcomm::layout::turn_of(numbers[i], num_slots);
+        tags[i] = turn.tag;
+        slots[i] = turn.slot;
     }
 }
 

@@ -22,7 +22,7 @@ from deepcomm.backends.cuda.low_latency_slots import is_carried
 from deepcomm.config import BufferConfig
 from deepcomm.errors import CommTimeout, Error
 from deepcomm.group import SubGroup
-from deepcomm.testing.oracle import assert_combine_equal
+from deepcomm.testing.oracle import assert_combine_equal, assert_dispatch_equal
 from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
@@ -177,6 +177,36 @@ def outcome_of_rounds(session: LowLatencySession) -> str:
     except RankStopped:
         return "stopped"
     return "done"
+
+
+def receive_beside(session: LowLatencySession, one: Any) -> Callable[[], None]:
+    """Call the hook of a dispatch on a stream of its own; return what waits for it and compares."""
+    runtime = session.backend.runtime
+    runtime.order_side()
+    with runtime.on_side():
+        one.actual.hook()
+        received = runtime.record_event()
+
+    def finish() -> None:
+        runtime.wait_event(received)
+        session.backend.settle()
+        assert_dispatch_equal(one.actual, one.expected[session.rank], rank=session.rank)
+
+    return finish
+
+
+def fly_beside(session: LowLatencySession) -> None:
+    """Receive on one stream what later operations, on another one, need the slot of."""
+    num_slots = session.backend.config.num_low_latency_slots
+    one = session.low_latency_dispatch(0, return_hook=True)
+    for round_idx in range(4):
+        finish = receive_beside(session, one)
+        for _ in range(num_slots):
+            session.low_latency_dispatch(round_idx + 1)
+        finish()
+        session.low_latency_combine(one)
+        one = session.low_latency_dispatch(round_idx, return_hook=True)
+    one.finish()
 
 
 def go_apart(session: LowLatencySession, others: list[int]) -> None:

@@ -26,6 +26,7 @@ VALUE = re.compile(r"(?:const )?(?!bool\b|return\b)\w+ \w+ = ")
 
 WEAKER: dict[str, tuple[str, ...]] = {
     "red_add_release_sys": ("red_add_relaxed_sys", "red_add_release_gpu"),
+    "red_add_release_gpu": ("red_add_relaxed_gpu",),
     "st_release_sys": ("st_relaxed_sys", "st_release_gpu"),
     "ld_acquire_sys": ("ld_relaxed_sys", "ld_acquire_gpu"),
     "ld_acquire_gpu": ("ld_relaxed_gpu",),

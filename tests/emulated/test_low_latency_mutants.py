@@ -15,6 +15,7 @@ from emulated.cluster import Settings
 from emulated.low_latency import (
     LowLatencySession,
     combine_what_cancels,
+    fly_beside,
     play,
     use_small_blocks,
 )
@@ -107,9 +108,15 @@ FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
 NO_STORE_OVERTAKES = (
     "only stores follow, and the model lets none overtake the look that decides on it"
 )
+NO_LOAD_COMES_LATER = (
+    "slots are read by loads, which the model never performs later than they are written"
+)
 SURVIVORS: dict[str, str] = {
     f"{FOLDER}peers.cuh: pairs with the release in store_credits: the peer's reads before our "
     "stores: ld_acquire_sys -> ld_relaxed_sys": NO_STORE_OVERTAKES,
+    f"{FOLDER}common.cuh: releases what the claim has acquired: delete": NO_LOAD_COMES_LATER,
+    f"{FOLDER}common.cuh: what a lane has acquired, to the lanes that tell of it: "
+    "delete": NO_LOAD_COMES_LATER,
 } | {
     f"{FOLDER}refusal.cuh: the fields; pairs with the host's acquire of kComplete: "
     f"st_release_sys -> {weaker}": FOR_THE_HOST
@@ -189,14 +196,20 @@ def late_in_nodes(session: LowLatencySession) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """What mutants are tried on."""
+    """What mutants are tried on.
+
+    Attributes:
+        has_streams: Whether ranks have two.
+    """
 
     case: Case
     body: Callable[[LowLatencySession], None]
+    has_streams: bool = False
 
 
 SCENES = {
     "flights": Scene(CASE, flights),
+    "beside": Scene(CASE, fly_beside, has_streams=True),
     "refusal": Scene(CASE, refusal),
     "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
 }
@@ -234,7 +247,13 @@ def fails(name: str, mutant: int, seed: int) -> bool:
     """Whether a scene notices a mutant under one schedule."""
     scene = (SCENES | NODES_SCENES)[name]
     options: dict[str, Any] = {"num_low_latency_slots": 3}
-    settings = Settings(seed, variant=build_mutated()[0], mutant=mutant, num_sms=2 + 3 * (seed % 4))
+    settings = Settings(
+        seed,
+        variant=build_mutated()[0],
+        mutant=mutant,
+        num_sms=2 + 3 * (seed % 4),
+        has_network=scene.has_streams,
+    )
     return goes_wrong(scene.case, scene.body, settings, **options)
 
 

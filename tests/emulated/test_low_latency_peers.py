@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -11,9 +12,16 @@ from collective.case import Case
 from collective.scenario import take_back_in_flight
 from emulated.cluster import RankStopped, Settings
 from emulated.host_api import Faults
-from emulated.low_latency import LowLatencySession, go_apart, play, use_small_blocks
+from emulated.low_latency import (
+    EmulatedBackend,
+    LowLatencySession,
+    go_apart,
+    play,
+    use_small_blocks,
+)
 
 from deepcomm import CommTimeout, RecvLayout
+from deepcomm._C import kernels
 
 pytestmark = pytest.mark.emulated_backend
 
@@ -58,6 +66,28 @@ def test_hook_of_a_send_that_has_failed_reads_no_turn(nodes: dict[str, int]) -> 
         session.group.barrier()
 
     play(Case(**SMALL, **nodes, layout=PADDED), body)
+
+
+def test_send_behind_a_failure_takes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be that of an operation that peers may still wait for."""
+    monkeypatch.setattr(EmulatedBackend, "settle", lambda _: None)  # the host runs ahead
+
+    def body(session: LowLatencySession) -> None:
+        session.low_latency_dispatch(0, return_hook=True).actual.hook()
+        session.backend.runtime.flush()
+        session.group.barrier()
+        slots = session.backend.low_latency._open("test").slots
+        sends = ctypes.c_uint64.from_address(slots._state.address)
+        if session.rank == 0:
+            session.low_latency_dispatch(1, return_hook=True).actual.hook()
+            session.low_latency_dispatch(2, return_hook=True)
+            session.backend.runtime.flush()
+            with pytest.raises(CommTimeout):
+                session.backend.low_latency.check()
+        assert sends.value == (2 - session.rank) * kernels.LOW_LATENCY_SEND_UNIT
+        session.group.barrier()
+
+    play(Case(**SMALL, layout=PADDED), body)
 
 
 @pytest.mark.parametrize("stop_at_ns", [0, 3_000, 20_000, 60_000, 150_000, 300_000])

@@ -57,9 +57,9 @@ TWINS = [
         "leaves the turn of a combine without a dispatch to the next one",
         case="refusals",
         path=PATHS[0],
-        find="finish_send<kPhases>(params, block, turn);\n    }\n    if constexpr",
-        part="finish_send<kPhases>(params, block, turn)",
-        replace="*params.turn = turn",
+        find="finish_send<kPhases>(params, block, shared.peers.turn);\n    }\n    if constexpr",
+        part="finish_send<kPhases>(params, block, shared.peers.turn)",
+        replace="static_cast<void>(*params.turn = shared.peers.turn)",
     ),
     Twin(
         "refuses without passing on",

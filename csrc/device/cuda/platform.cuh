@@ -52,7 +52,8 @@ DEEPCOMM_DEVICE uint64_t globaltimer_ns() {
 }
 
 /// Tells a simulator that a poll of address has failed. Hardware polls again at once.
-DEEPCOMM_DEVICE void pause_on(const void* /*address*/, uint64_t /*deadline_ns*/) {}
+DEEPCOMM_DEVICE void pause_on(const void* /*address*/, uint64_t /*deadline_ns*/,
+                              const void* /*other*/ = nullptr) {}
 
 DEEPCOMM_DEVICE void sleep_ns(uint32_t duration_ns) { __nanosleep(duration_ns); }
 

@@ -42,8 +42,8 @@ inline Smem& shared_storage() {
 
 inline uint64_t globaltimer_ns() { return emu::globaltimer_ns(); }
 
-inline void pause_on(const void* address, uint64_t deadline_ns) {
-    emu::pause_on(address, deadline_ns);
+inline void pause_on(const void* address, uint64_t deadline_ns, const void* other = nullptr) {
+    emu::pause_on(address, deadline_ns, other);
 }
 
 inline void sleep_ns(uint32_t duration_ns) { emu::sleep_ns(duration_ns); }

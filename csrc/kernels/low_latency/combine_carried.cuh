@@ -54,13 +54,15 @@ DEEPCOMM_DEVICE void pass_on_sums(const LowLatencyCombineParams& params, const d
 }
 
 /// The turn of a combine whose dispatch was refused: all ranks know, and the hosts, who do not, have the
-/// network carry the slot of it.
-template <int kPhases>
-DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Block& block) {
+/// network carry the slot of it. As of any turn, the slot's last one has ended before.
+template <int kPhases, typename Shared>
+DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Block& block,
+                               Shared& shared) {
     if constexpr ((kPhases & kSendPhase) != 0) {
-        const LowLatencyTurn turn = turn_of_launch(params);
-        block.sync();  // ORDER: all threads know whose turn it is before the leader ends it
-        finish_send<kPhases>(params, block, turn);
+        const bool has_peers = open_turn<true>(params, Operation::kLowLatencyCombine, block,
+                                               EarlyTurn(params, block), &shared.peers);
+        if (!block.sync_and(has_peers)) return;  // ORDER: whose turn it is, to the leader
+        finish_send<kPhases>(params, block, shared.peers.turn);
     }
     if constexpr ((kPhases & kReceivePhase) != 0)
         finish_receive<kPhases>(params, block, *params.turn);
@@ -73,7 +75,7 @@ DEEPCOMM_DEVICE void combine_carried(const LowLatencyCombineParams& params,
     const LowLatencyParams& base = params.base;
     constexpr bool kComesFirst = (kPhases & (kAnnouncePhase | kSendPhase)) != 0;
     if (!kComesFirst && !may_receive(base, block)) return;
-    if (is_void(base)) return skip_turn<kPhases>(base, block);
+    if (is_void(base)) return skip_turn<kPhases>(base, block, shared);
     if constexpr ((kPhases & kAnnouncePhase) != 0) {
         announce_combine(params, block, shared);
     } else if constexpr ((kPhases & kSendPhase) != 0) {

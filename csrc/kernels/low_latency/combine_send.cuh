@@ -227,6 +227,13 @@ struct SummedWalk {
         const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
         if (has_part && !is_guessed) load();
     }
+
+    /// Goes past a part whose source has been found to be absent meanwhile.
+    DEEPCOMM_DEVICE void leave_cut(const device::Block& block) {
+        if (!has_part || !cut_sources(shared)[summed.source]) return;
+        advance(block);
+        if (has_part) load();
+    }
 };
 
 /// Whether the weights of a token are here, if they are awaited. False: leave.
@@ -314,6 +321,7 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     }
     bool has_ended;
     if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
+    walk.leave_cut(block);
     return has_ended || send_parts(params, block, *turn, walk, shared);
 }
 

@@ -57,10 +57,11 @@ DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, int32_t peer
 /// The bounded wait of these kernels: a late peer fails the operation, or is absent.
 template <typename Poll>
 DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::WaitSite& site,
-                                 uint64_t expected, const void* address, Poll&& poll) {
+                                 uint64_t expected, const void* address, Poll&& poll,
+                                 const void* other = nullptr) {
     device::WaitContext context = wait_context(params, site.role);
     if (params.mask_late) context.record = nullptr;  // no failure
-    if (device::wait_until(context, site, expected, address, poll)) return Arrival::kHere;
+    if (device::wait_until(context, site, expected, address, poll, other)) return Arrival::kHere;
     return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
 }
 

@@ -68,8 +68,8 @@ DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
     return turn_of_launch(params, device::ld_relaxed_gpu(&params.state->sends));
 }
 
-/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. This rank
-/// is a peer of its own: if it has read it and no launch has told since, this one does.
+/// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. Who waits
+/// gives the credits of that turn meanwhile, if they are due: peers wait for these, as this rank does.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
                                const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
@@ -80,11 +80,13 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const uint64_t* credit = credit_of(params, turn.slot, early.peer);
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
-        const Arrival arrival = wait_for(params, site, expected, credit, [&]() -> device::Observed {
-            if (early.peer == params.comm.rank) give_credits_of(params, turn.slot);
+        const auto poll = [&]() -> device::Observed {
+            give_credits_of(params, turn.slot);
             const uint64_t received = read_credit(credit);
             return {received, is_free(params, turn, received)};
-        });
+        };
+        const uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
+        const Arrival arrival = wait_for(params, site, expected, credit, poll, num_finished);
         goes_on = arrival != Arrival::kFailed;
         if (arrival == Arrival::kAbsent) {
             mask_late_peer(params, early.peer);
@@ -100,11 +102,13 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
 struct EarlyTurn {
     EarlyPeer peer;
     uint64_t sends = 0;
+    uint32_t failed = 0;  ///< a launch before has: nobody knows whose turn it is
 
     DEEPCOMM_DEVICE EarlyTurn(const LowLatencyParams& params, const device::Block& block) {
         if (!is_in_last_warp(block)) return;
         peer.load(params, device::Warp{}.thread_idx(), kAnySlot);
         sends = device::ld_relaxed_gpu(&params.state->sends);
+        failed = device::ld_relaxed_gpu(params.comm.failed);
     }
 };
 
@@ -114,6 +118,7 @@ template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
                                const device::Block& block, const EarlyTurn& found, Peers* peers) {
     if (!is_in_last_warp(block)) return true;
+    if (found.failed != 0) return false;
     const int32_t lane = device::Warp{}.thread_idx();
     EarlyPeer early = found.peer;
     const LowLatencyTurn turn = turn_of_launch(params, found.sends);

@@ -11,14 +11,14 @@ struct LowLatencyRefuseCarriedShared : LowLatencyRefuseShared<true> {};
 
 namespace low_latency {
 
-/// Takes the turn and tells node and rail.
+/// Takes the turn, and tells node and rail if they await anything.
 template <typename Shared>
 DEEPCOMM_DEVICE void tell_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
-                                  Operation operation, Shared& shared) {
+                                  Operation operation, bool is_awaited, Shared& shared) {
     const bool has_peers = open_turn<true>(params.base, operation, block,
                                            EarlyTurn(params.base, block), &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the refusal
-    store_refusal<true>(params, block, shared.peers.turn, shared.peers);
+    if (is_awaited) store_refusal<true>(params, block, shared.peers.turn, shared.peers);
 }
 
 }  // namespace low_latency
@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     // Nobody awaits anything of a combine of a dispatch that was refused itself; but it has its turn.
     const bool is_awaited = base.record == nullptr || !base.record[base.record_map.is_void];
     if (params.step == RefuseStep::kTell) {
-        if (is_awaited) tell_refusal(params, block, operation, shared);
+        tell_refusal(params, block, operation, is_awaited, shared);
         return;
     }
     if (!may_receive(base, block)) return;
