@@ -232,6 +232,19 @@ def test_params_of_a_dispatch_hold_addresses_of_tensors() -> None:
         assert [getattr(params, name) for name in names] == expected
 
 
+def test_native_methods_refuse_other_arguments() -> None:
+    params: Any = kernels.LowLatencyCombineParams()
+    plans: Any = kernels.LowLatencyPlans(most=1)
+    with pytest.raises(TypeError, match="another number of arguments"):
+        params.set_outputs(None, None)
+    with pytest.raises(TypeError, match="an object of another class"):
+        params.set_outputs(None, None, params)
+    with pytest.raises(TypeError, match="an argument of another type"):
+        plans.find([], (), ())
+    with pytest.raises(TypeError, match="LowLatencyPlans"):
+        type(plans).find(params, (), (), ())
+
+
 def test_params_are_filled_without_the_c_functions() -> None:
     program = (
         "import torch\n"

@@ -34,7 +34,7 @@ class KernelParams(Protocol):
     def num_bytes(self) -> int:
         """Its size."""
 
-    def launch(self, function: cuda.Function, grid: int, stream: int) -> None:
+    def launch(self, function: cuda.Function, grid: int, stream: int, /) -> None:
         """Launch a kernel of the driver's, with this argument."""
 
 
