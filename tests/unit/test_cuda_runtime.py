@@ -227,8 +227,8 @@ def test_runtime_annotates_what_the_host_does(
     fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
-    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    monkeypatch.setattr(devices, "push_range", seen.append)
+    monkeypatch.setattr(devices, "pop_range", lambda: seen.append("end"))
     runtime = make(fake)
     with pytest.raises(CommError), runtime.annotate("outer"), runtime.annotate("inner"):
         raise CommError("rank 3 is gone", 3)

@@ -7,9 +7,10 @@ import contextlib
 import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.cuda import nvtx
 
 from deepcomm import jit
 from deepcomm._C import cuda
@@ -37,6 +38,11 @@ __all__ = ["CudaFunction", "CudaRuntime", "CudaSymmetricMemory"]
 
 SPECIFIC_ARCHS = {90: "sm_90a", 100: "sm_100a"}
 """Architectures with instructions that only the suffixed target has."""
+
+# torch's public functions, of Python, take as long again.
+NATIVE_NVTX: Final = getattr(nvtx, "_nvtx", None)
+push_range: Final[Callable[[str], int]] = getattr(NATIVE_NVTX, "rangePushA", nvtx.range_push)
+pop_range: Final[Callable[[], int]] = getattr(NATIVE_NVTX, "rangePop", nvtx.range_pop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +81,11 @@ class NvtxRange:
 
     def __enter__(self) -> None:
         """Begin it."""
-        torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
+        push_range(self._name)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
         """End it."""
-        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        pop_range()
 
 
 @functools.cache
