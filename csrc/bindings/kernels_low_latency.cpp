@@ -11,6 +11,7 @@
 
 #include "bindings/address.hpp"
 #include "bindings/bind.hpp"
+#include "bindings/native_function.hpp"
 #include "bindings/plans.hpp"
 #include "bindings/torch_tensor.hpp"
 #include "kernels/low_latency/params.hpp"
@@ -142,6 +143,31 @@ void set_inputs(LowLatencyCombineParams& params, const Plans::Addresses& inputs)
     params.y = pointer<unsigned char>(inputs[0]);
 }
 
+void set_dispatch_outputs(LowLatencyDispatchParams& params, TensorAddress x, TensorAddress scales,
+                          TensorAddress topk_idx, TensorAddress words, const WordOffsets& offsets) {
+    auto* const begin = pointer<int32_t>(words.value);
+    auto* const floats = pointer<float>(words.value);
+    const bool has_weights = params.topk_weights != nullptr;
+    params.out_x = pointer<unsigned char>(x.value);
+    params.out_scales = pointer<uint32_t>(scales.value);
+    params.out_topk_idx = pointer<void>(topk_idx.value);
+    params.base.record = begin;
+    params.base.turn =
+        reinterpret_cast<layout::LowLatencyTurn*>(begin + params.base.record_map.turn);
+    params.counts = begin + offsets.counts;
+    params.num_recv = params.counts + params.base.map.num_local_experts;
+    params.handle_topk_idx = begin + offsets.topk_idx;
+    params.handle_topk_weights = has_weights ? floats + offsets.topk_weights : nullptr;
+    params.out_topk_weights = has_weights ? floats + offsets.out_topk_weights : nullptr;
+}
+
+void set_combine_outputs(LowLatencyCombineParams& params, TensorAddress out, TensorAddress words,
+                         const WordOffsets& offsets) {
+    params.out = pointer<unsigned char>(out.value);
+    params.base.record = pointer<int32_t>(words.value);
+    params.topk_idx = params.base.record + offsets.topk_idx;
+}
+
 /// What changes in every call is set by few calls, which take the tensors themselves: each call, and
 /// each question for an address, costs as much as ten arguments.
 void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
@@ -152,26 +178,10 @@ void bind_dispatch_setters(py::class_<LowLatencyDispatchParams>& params) {
             set_inputs(self, {x.value, scales.value, topk_idx.value, topk_weights.value});
         },
         py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("topk_weights"));
-    params.def(
-        "set_outputs",
-        [](LowLatencyDispatchParams& self, TensorAddress x, TensorAddress scales,
-           TensorAddress topk_idx, TensorAddress words, const WordOffsets& offsets) {
-            auto* const begin = pointer<int32_t>(words.value);
-            auto* const floats = pointer<float>(words.value);
-            const bool has_weights = self.topk_weights != nullptr;
-            self.out_x = pointer<unsigned char>(x.value);
-            self.out_scales = pointer<uint32_t>(scales.value);
-            self.out_topk_idx = pointer<void>(topk_idx.value);
-            self.base.record = begin;
-            self.base.turn =
-                reinterpret_cast<layout::LowLatencyTurn*>(begin + self.base.record_map.turn);
-            self.counts = begin + offsets.counts;
-            self.num_recv = self.counts + self.base.map.num_local_experts;
-            self.handle_topk_idx = begin + offsets.topk_idx;
-            self.handle_topk_weights = has_weights ? floats + offsets.topk_weights : nullptr;
-            self.out_topk_weights = has_weights ? floats + offsets.out_topk_weights : nullptr;
-        },
-        py::arg("x"), py::arg("scales"), py::arg("topk_idx"), py::arg("words"), py::arg("offsets"),
+    def_method<&set_dispatch_outputs>(
+        params, "set_outputs",
+        "set_outputs(self, x: torch.Tensor | None, scales: torch.Tensor | None, topk_idx: "
+        "torch.Tensor | None, words: torch.Tensor | None, offsets: WordOffsets, /) -> None\n\n"
         "The words are one allocation: the record of record_map, and at the offsets what else is "
         "filled. After set_inputs.");
 }
@@ -220,16 +230,10 @@ void bind_combine(py::module_& module) {
         "set_inputs",
         [](LowLatencyCombineParams& self, TensorAddress y) { set_inputs(self, {y.value}); },
         py::arg("y"));
-    params.def(
-        "set_outputs",
-        [](LowLatencyCombineParams& self, TensorAddress out, TensorAddress words,
-           const WordOffsets& offsets) {
-            self.out = pointer<unsigned char>(out.value);
-            self.base.record = pointer<int32_t>(words.value);
-            self.topk_idx = self.base.record + offsets.topk_idx;
-        },
-        py::arg("out"), py::arg("words"), py::arg("offsets"),
-        "The words are those of the dispatch.");
+    def_method<&set_combine_outputs>(
+        params, "set_outputs",
+        "set_outputs(self, out: torch.Tensor | None, words: torch.Tensor | None, offsets: "
+        "WordOffsets, /) -> None\n\nThe words are those of the dispatch.");
 }
 
 /// The params live as long as the plan is kept.
@@ -240,19 +244,26 @@ void keep_plan(Plans& plans, py::object plan, Params& params) {
                [owner, &params](const Plans::Addresses& inputs) { set_inputs(params, inputs); });
 }
 
+AnyObject find_plan(Plans& plans, const py::tuple& inputs, const py::tuple& others,
+                    const py::tuple& options) {
+    return plans.find(inputs, others, options);
+}
+
 void bind_plans(py::module_& module) {
     module.def("can_describe_tensors", &can_describe_tensors,
                "Whether this torch has what describes a tensor by one call.");
-    py::class_<Plans>(module, "LowLatencyPlans")
-        .def(py::init<size_t>(), py::arg("most"))
+    py::class_<Plans> plans(module, "LowLatencyPlans");
+    plans.def(py::init<size_t>(), py::arg("most"))
         .def("__len__", &Plans::size)
-        .def("find", &Plans::find, py::arg("inputs"), py::arg("others"), py::arg("options"),
-             "Return the plan that was kept for such a call, with the addresses of the inputs in "
-             "its params; or None. Inputs and others are tensors or None.")
         .def("keep", &keep_plan<LowLatencyDispatchParams>, py::arg("plan"), py::arg("params"),
              "Remember a plan for the call that was looked up last, unless that had what is no "
              "tensor.")
         .def("keep", &keep_plan<LowLatencyCombineParams>, py::arg("plan"), py::arg("params"));
+    def_method<&find_plan>(
+        plans, "find",
+        "find(self, inputs: tuple, others: tuple, options: tuple, /) -> typing.Any\n\n"
+        "Return the plan that was kept for such a call, with the addresses of the inputs in its "
+        "params; or None. Inputs and others are tensors or None.");
 }
 
 void bind_others(py::module_& module) {

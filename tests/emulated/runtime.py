@@ -136,7 +136,8 @@ class EmulatedRuntime:
         self._stream = rank
         self._held: list[dict[str, Any]] = []
         self._order = StreamOrder(self)
-        self.annotations: list[str] = []
+        self.ranges: list[str] = []
+        self.open_ranges: list[str] = []
         self._symmetric: weakref.WeakSet[EmulatedSymmetricMemory] = weakref.WeakSet()
         self._records: set[int] = set()
 
@@ -288,9 +289,12 @@ class EmulatedRuntime:
         mark = self._order.mark(self._stream) if self._is_on_side else None
         return EmulatedEvent(self, check, mark)
 
-    def annotate(self, name: str) -> contextlib.AbstractContextManager[None]:
-        self.annotations.append(name)
-        return contextlib.nullcontext()
+    def push_range(self, name: str, /) -> None:
+        self.ranges.append(name)
+        self.open_ranges.append(name)
+
+    def pop_range(self) -> None:
+        self.open_ranges.pop()
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         if self._is_on_side:  # whose kernels nobody drains

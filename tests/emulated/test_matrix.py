@@ -203,10 +203,11 @@ def test_every_kernel_of_the_backend_is_run(
     }
 
 
-ANNOTATIONS = [
-    *("dispatch", "combine", "low_latency_dispatch", "low_latency_combine"),
-    *("low_latency_dispatch", "low_latency_dispatch.hook"),
-    *("low_latency_combine", "low_latency_combine.hook"),
+RANGES = [
+    *("deepcomm.dispatch", "deepcomm.combine"),
+    *("deepcomm.low_latency_dispatch", "deepcomm.low_latency_combine"),
+    *("deepcomm.low_latency_dispatch", "deepcomm.low_latency_dispatch.hook"),
+    *("deepcomm.low_latency_combine", "deepcomm.low_latency_combine.hook"),
 ]
 
 
@@ -236,6 +237,7 @@ def use_low_latency(group: LocalGroup) -> None:
             received = session.low_latency_dispatch(0, return_hook=hook)
             received.finish()
             session.low_latency_combine(received, return_hook=hook).finish()
-        assert group.runtime.annotations == ANNOTATIONS  # type: ignore[union-attr]
+        assert group.runtime.ranges == RANGES  # type: ignore[union-attr]
         refuse_low_latency(session)
+        assert not group.runtime.open_ranges  # type: ignore[union-attr]
         session.buffer.set_rank_mask((group.rank + 1) % group.size, False)

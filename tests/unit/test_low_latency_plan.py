@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepcomm import Buffer
 from deepcomm._C import kernels, slots
-from deepcomm.backends.cuda.low_latency_tensors import address_of, empty
+from deepcomm.backends.cuda.low_latency_tensors import address_of
 from deepcomm.types import Handle, RecvLayout
 
 if TYPE_CHECKING:
@@ -232,6 +232,19 @@ def test_params_of_a_dispatch_hold_addresses_of_tensors() -> None:
         assert [getattr(params, name) for name in names] == expected
 
 
+def test_native_methods_refuse_other_arguments() -> None:
+    params: Any = kernels.LowLatencyCombineParams()
+    plans: Any = kernels.LowLatencyPlans(most=1)
+    with pytest.raises(TypeError, match="another number of arguments"):
+        params.set_outputs(None, None)
+    with pytest.raises(TypeError, match="an object of another class"):
+        params.set_outputs(None, None, params)
+    with pytest.raises(TypeError, match="an argument of another type"):
+        plans.find([], (), ())
+    with pytest.raises(TypeError, match="LowLatencyPlans"):
+        type(plans).find(params, (), (), ())
+
+
 def test_params_are_filled_without_the_c_functions() -> None:
     program = (
         "import torch\n"
@@ -246,51 +259,6 @@ def test_params_are_filled_without_the_c_functions() -> None:
         "assert (params.y, params.out, params.base.record) == (y.data_ptr(), 0, 1)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int32])
-@pytest.mark.parametrize("strides", [None, (12, 1, 3)])
-def test_allocation_gives_what_was_asked_for(
-    dtype: torch.dtype, strides: tuple[int, ...] | None
-) -> None:
-    allocate = empty((2, 3, 4), dtype, torch.device("cpu"), strides)
-    first, second = allocate(), allocate()
-    expected = torch.empty_strided((2, 3, 4), strides or (12, 4, 1), dtype=dtype)
-    for tensor in (first, second):
-        assert (tensor.shape, tensor.stride()) == (expected.shape, expected.stride())
-        assert (tensor.dtype, tensor.device) == (expected.dtype, expected.device)
-        assert tensor.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
-    assert first.data_ptr() != second.data_ptr()
-
-
-@pytest.mark.parametrize("name", ["_empty_strided_cpu", "_dynamo"])
-def test_allocation_does_without_the_function_of_compiled_code(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner = torch._C if name == "_dynamo" else torch._C._dynamo.guards
-    monkeypatch.delattr(owner, name)
-    tensor = empty((2, 3), torch.int32, torch.device("cpu"))()
-    assert (tensor.shape, tensor.stride(), tensor.dtype) == ((2, 3), (3, 1), torch.int32)
-
-
-@pytest.mark.parametrize(("current", "expected"), [(1, "here"), (0, "anywhere")])
-def test_allocation_is_on_the_tensors_device(
-    current: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Prototype:
-        def new_empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-            assert (shape, strides) == ((2, 3), (3, 1))
-            return "anywhere"
-
-    def on_current_device(*arguments: Any) -> Any:
-        assert arguments == ((2, 3), (3, 1), torch.int32)
-        return "here"
-
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: Prototype())
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
-    guards = torch._C._dynamo.guards
-    monkeypatch.setattr(guards, "_empty_strided_cuda", on_current_device, raising=False)
-    assert empty((2, 3), torch.int32, torch.device("cuda", 1))() == expected
 
 
 @pytest.mark.parametrize("operation", ["low_latency_dispatch", "low_latency_combine"])

@@ -158,9 +158,12 @@ class CudaBackend:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """High-throughput dispatch."""
-        with self.runtime.annotate("dispatch"):
+        self.runtime.push_range("deepcomm.dispatch")
+        try:
             output = self._dispatch(request)
             self._raise_earlier()
+        finally:
+            self.runtime.pop_range()
         return output
 
     def _dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -191,9 +194,12 @@ class CudaBackend:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """High-throughput combine."""
-        with self.runtime.annotate("combine"):
+        self.runtime.push_range("deepcomm.combine")
+        try:
             output = self._combine(request)
             self._raise_earlier()
+        finally:
+            self.runtime.pop_range()
         return output
 
     def _combine(self, request: CombineRequest) -> CombineOutput:
@@ -288,8 +294,11 @@ class CudaBackend:
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
         request = self._begin_low_latency("low_latency_dispatch", request)
-        with self.runtime.annotate("low_latency_dispatch"):
+        self.runtime.push_range("deepcomm.low_latency_dispatch")
+        try:
             output = self._low_latency.dispatch(request, self._order_on_current_stream)
+        finally:
+            self.runtime.pop_range()
         if request.async_op and output.event is not None:
             self._keep_last_event(output.event)
         return output
@@ -297,8 +306,11 @@ class CudaBackend:
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
         request = self._begin_low_latency("low_latency_combine", request)
-        with self.runtime.annotate("low_latency_combine"):
+        self.runtime.push_range("deepcomm.low_latency_combine")
+        try:
             output = self._low_latency.combine(request, self._order_on_current_stream)
+        finally:
+            self.runtime.pop_range()
         if request.async_op and output.event is not None:
             self._keep_last_event(output.event)
         return output

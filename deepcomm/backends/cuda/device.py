@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.cuda import nvtx
 
 from deepcomm import jit
 from deepcomm._C import cuda
@@ -38,6 +38,11 @@ __all__ = ["CudaFunction", "CudaRuntime", "CudaSymmetricMemory"]
 SPECIFIC_ARCHS = {90: "sm_90a", 100: "sm_100a"}
 """Architectures with instructions that only the suffixed target has."""
 
+# Of torch's public functions, half of the time is Python's.
+NATIVE_NVTX: Final = getattr(nvtx, "_nvtx", None)
+PUSH_RANGE: Final[Callable[[str], int]] = getattr(NATIVE_NVTX, "rangePushA", nvtx.range_push)
+POP_RANGE: Final[Callable[[], int]] = getattr(NATIVE_NVTX, "rangePop", nvtx.range_pop)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CudaFunction:
@@ -62,30 +67,6 @@ class CudaFunction:
     def blocks_per_sm(self) -> int:
         """Blocks that are resident on one SM at the same time."""
         return self.native.blocks_per_sm
-
-
-class NvtxRange:
-    """A range of the host's time line; a class, since a generator takes longer than the push."""
-
-    __slots__ = ("_name",)
-
-    def __init__(self, name: str) -> None:
-        """Call it ``name``."""
-        self._name = name
-
-    def __enter__(self) -> None:
-        """Begin it."""
-        torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *_: object) -> None:
-        """End it."""
-        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-
-
-@functools.cache
-def nvtx_range(name: str) -> NvtxRange:
-    """Return the range ``deepcomm.name``, which has no state."""
-    return NvtxRange(f"deepcomm.{name}")
 
 
 class CudaSymmetricMemory:
@@ -119,6 +100,9 @@ class CudaSymmetricMemory:
 
 class CudaRuntime:
     """One rank's GPU."""
+
+    push_range = staticmethod(PUSH_RANGE)
+    pop_range = staticmethod(POP_RANGE)
 
     def __init__(
         self,
@@ -249,10 +233,6 @@ class CudaRuntime:
     def record_event(self, check: Callable[[], None] | None = None) -> CudaEvent:
         """Return the completion of all work of the current stream so far."""
         return CudaEvent.record(self.device, check)
-
-    def annotate(self, name: str) -> NvtxRange:
-        """Show profilers what the host does: the NVTX range ``deepcomm.name``."""
-        return nvtx_range(name)
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""

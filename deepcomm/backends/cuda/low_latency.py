@@ -330,8 +330,11 @@ class LowLatency:
             self.check_capture()
             flight = in_flight.pop()
             context.slots.settle(number)
-            with self._place.runtime.annotate(f"{name}.hook"):
+            self._place.runtime.push_range(f"deepcomm.{name}.hook")
+            try:
                 self._receive(context, flight)
+            finally:
+                self._place.runtime.pop_range()
 
         return hook
 

@@ -62,10 +62,9 @@ class DispatchOperation:
         """
         plan, inputs = DispatchPlan.of(context, request)
         outputs = plan.outputs
-        x = outputs.x() if request.out is None else outputs.rows(request.out)
-        scales = None if outputs.scales is None else outputs.scales()
-        topk_idx = None if outputs.topk_idx is None else outputs.topk_idx()
-        words = outputs.words()
+        x, scales, topk_idx, words = outputs.allocate()
+        if request.out is not None:
+            x = outputs.rows(request.out)
         record = pack_record(context.buffer_id, words, outputs.map)
         # Only an operation in flight needs arguments of its own: a launch copies them.
         params = plan.params.copy() if request.return_hook else plan.params

@@ -32,6 +32,8 @@ KINDS = BF16, FP8_FP32, FP8_UE8M0, CAST_FP32, CAST_UE8M0 = tuple(range(5))
 """Rows of a dispatch: ``LowLatencyRows`` of csrc/kernels/low_latency/params.hpp."""
 
 Allocate: TypeAlias = "Callable[[], torch.Tensor]"
+Maybe: TypeAlias = "torch.Tensor | None"
+AllocateAll: TypeAlias = "Callable[[], tuple[Maybe, Maybe, Maybe, torch.Tensor]]"
 
 
 def row_kind(checked: CheckedDispatch) -> int:
@@ -92,21 +94,19 @@ def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """How the outputs of dispatches alike are allocated; None for those that there are not.
+    """How the outputs of dispatches alike are allocated.
 
     What holds no token is filled by the kernels, but for rows.
 
     Attributes:
+        allocate: Returns rows, scales, ids and words; None for those given, or that there are not.
         scale_strides: Of block, row and word.
-        words: What is in ``map``.
+        map: Of the words.
         num_rows: Rows of ``out`` that are used, None for all.
     """
 
-    x: Allocate
-    scales: Allocate | None
+    allocate: AllocateAll
     scale_strides: tuple[int, int, int]
-    topk_idx: Allocate | None
-    words: Allocate
     map: Words
     num_rows: int | None
     zero_padding: bool
@@ -128,15 +128,15 @@ class Outputs:
             if request.out.data_ptr() % ALIGN:
                 raise InvalidArgument(f"out: expected it to begin at a multiple of {ALIGN} bytes")
         scales, scale_strides = _of_scales(request, checked, shape, device)
-        topk_idx = None
+        x = topk_idx = None
+        if request.out is None:
+            x = zeroed(empty(shape, dtype, device), request.zero_padding)
         if checked.recv_layout is RecvLayout.TOKEN:
             topk_idx = empty((*lead, checked.num_topk), checked.id_dtype, device)
+        record = empty((words.num_words,), torch.int32, device)
         return Outputs(
-            x=zeroed(empty(shape, dtype, device), request.zero_padding),
-            scales=scales,
+            allocate=kernels.allocator_of_all([x, scales, topk_idx, record]),
             scale_strides=scale_strides,
-            topk_idx=topk_idx,
-            words=empty((words.num_words,), torch.int32, device),
             map=words,
             num_rows=None if request.out is None or request.out.shape == shape else lead[0],
             zero_padding=request.zero_padding,

@@ -34,7 +34,7 @@ class KernelParams(Protocol):
     def num_bytes(self) -> int:
         """Its size."""
 
-    def launch(self, function: cuda.Function, grid: int, stream: int) -> None:
+    def launch(self, function: cuda.Function, grid: int, stream: int, /) -> None:
         """Launch a kernel of the driver's, with this argument."""
 
 
@@ -191,8 +191,14 @@ class Runtime(Protocol):
         be wrong.
         """
 
-    def annotate(self, name: str) -> AbstractContextManager[None]:
-        """Show profilers what the host does while the block runs: a range ``deepcomm.name``."""
+    def push_range(self, name: str, /) -> object:
+        """Show profilers what the host begins to do: a range within those that have not ended.
+
+        No context manager: entering and leaving one takes longer than all that is done here.
+        """
+
+    def pop_range(self) -> object:
+        """Show profilers that the last range has ended."""
 
     def keep_alive(self, tensor: torch.Tensor) -> None:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""
