@@ -15,9 +15,6 @@ struct RelayTerms {
 
     int32_t node;  ///< of the token
 
-    static constexpr const uint32_t* kept = nullptr;
-
-    DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams&, int32_t) const { return false; }
     DEEPCOMM_DEVICE int32_t num(const LowLatencyParams& params) const {
         return params.map.ranks_per_node;
     }
@@ -43,9 +40,6 @@ struct NodeTerms {
     float* parked;  ///< in shared memory, a stride of threads apart
     Stage stage;
 
-    static constexpr const uint32_t* kept = nullptr;
-
-    DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams&, int32_t) const { return false; }
     DEEPCOMM_DEVICE int32_t of(const LowLatencyParams& params, int32_t rank) const {
         const int32_t num_local = params.map.ranks_per_node, node = rank / num_local;
         if (rank < 0) return -1;

@@ -107,10 +107,8 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     block.sync();  // ORDER: headers read before the weights were sent have been acted on
     const device::Warp warp;
     AwaitedToken<Shared> awaited{};
-    const int32_t first = first_own_part<typename Shared::Spec>(base, block);
-    awaited.come_to(first);
+    awaited.come_to(block.block_idx());
     if constexpr (!Shared::kHasNodes) {
-        if (Shared::kKeepsPart && shared.has_kept != 0) awaited.terms.kept = shared.row;
         await_token(params, block, turn, shared.experts[warp.thread_idx()], awaited, shared);
     } else {
         awaited.terms.parked = shared.parked;
@@ -119,11 +117,11 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     int32_t num_tokens;
     if (!open_receive(params, block, headers, early, shared, &num_tokens)) return;
     const int32_t num_parts = num_tokens * kNumParts;
-    if (first >= num_parts) finish_receive<kPhases>(base, block, turn);
+    if (block.block_idx() >= num_parts) finish_receive<kPhases>(base, block, turn);
     // Else some ranks may take no part any more.
     bool is_loaded = !Shared::kHasNodes && !base.mask_late;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = first; i < num_parts; i += block.num_blocks()) {
+    for (int32_t i = block.block_idx(); i < num_parts; i += block.num_blocks()) {
         const bool is_last = i + block.num_blocks() >= num_parts;
         if (!is_loaded) {
             awaited.come_to(i);
@@ -132,7 +130,6 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
         }
         if (!receive_part<kPhases>(params, block, turn, awaited, is_last)) return;
         is_loaded = false;
-        if constexpr (!Shared::kHasNodes) awaited.terms.kept = nullptr;
     }
 }
 

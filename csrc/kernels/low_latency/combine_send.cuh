@@ -14,7 +14,6 @@ struct Summed {
     int32_t source;
     int32_t token;
     int32_t part;
-    bool is_kept = false;  ///< for this rank itself, by the block that receives it
 };
 
 /// Entry i of a token and the weight recorded for it, in lane i.
@@ -131,9 +130,8 @@ DEEPCOMM_DEVICE void store_partial(const LowLatencyCombineParams& params,
     const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
     Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
     Vec128* packets = head + base.map.num_topk + summed.part * Spec::kPartPackets;
-    const int32_t num_packets = summed.is_kept ? 0 : Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < num_packets; i += block.size()) {
+    for (int32_t i = block.thread_idx(); i < Spec::kPartPackets; i += block.size()) {
         const uint32_t* words = shared.row + i * layout::kPacketWords;
         device::st_relaxed_sys(packets + i, {{words[0], words[1], words[2], turn.tag}});
     }
@@ -150,7 +148,8 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     if (word < Spec::kStagedWords) shared.row[word] = 0;
 }
 
-/// The order of the parts of the peers' tokens, which have the longer way; most: tokens of any source.
+/// The order of what is summed: tokens of the peers first, which have the longer way, each part by part;
+/// most: tokens of any source.
 template <typename Spec>
 DEEPCOMM_DEVICE Summed summed_at(const LowLatencyParams& params, int32_t most, int32_t idx) {
     const int32_t pair = idx / Spec::kNumParts;
@@ -158,30 +157,15 @@ DEEPCOMM_DEVICE Summed summed_at(const LowLatencyParams& params, int32_t most, i
             idx % Spec::kNumParts};
 }
 
-template <typename Spec>
-DEEPCOMM_DEVICE Summed own_part(const LowLatencyParams& params, int32_t idx) {
-    return {params.comm.rank, idx / Spec::kNumParts, idx % Spec::kNumParts};
-}
-
-/// The last part of this rank's tokens that a block sums here, -1 for none.
-template <typename Spec>
-DEEPCOMM_DEVICE int32_t last_own_part(const LowLatencyParams& params, const device::Block& block) {
-    const int32_t first = first_own_part<Spec>(params, block), stride = block.num_blocks();
-    const int32_t num_behind = params.num_tokens * Spec::kNumParts - 1 - first;
-    return num_behind < 0 ? -1 : first + num_behind / stride * stride;
-}
-
-/// The parts of tokens that a block sums, one after the other: those of the peers first.
+/// The parts of tokens that a block sums, one after the other.
 template <typename Shared>
 struct SummedWalk {
     using Spec = typename Shared::Spec;
 
     const LowLatencyCombineParams& params;
     Shared& shared;
-    int32_t most = 0;   ///< tokens of any source
-    int32_t next;       ///< of the peers' parts
-    int32_t first_own;  ///< of this rank's, which follow
-    int32_t own;        ///< the last one first: what is summed last is kept
+    int32_t most = 0;  ///< tokens of any source
+    int32_t next;
     bool has_part = false;
     Summed summed = {0, 0, 0};  ///< the part to come
     Entry entry = {};           ///< of its token
@@ -189,32 +173,22 @@ struct SummedWalk {
     DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, const device::Block& block,
                                Shared& in)
         : params(of), shared(in), next(block.block_idx()) {
-        const LowLatencyParams& base = params.base;
         DEEPCOMM_NO_UNROLL
-        for (int32_t source = 0; source < base.map.num_ranks; ++source) {
+        for (int32_t source = 0; source < params.base.map.num_ranks; ++source) {
             const int32_t num = shared.num_tokens[source];
             most = num > most ? num : most;
         }
-        first_own = first_own_part<Spec>(base, block);
-        own = last_own_part<Spec>(base, block);
     }
 
     /// Comes to the next part, whose entry is not loaded yet.
     DEEPCOMM_DEVICE void advance(const device::Block& block) {
-        const LowLatencyParams& base = params.base;
-        const int32_t num_others = most * (base.map.num_ranks - 1) * Spec::kNumParts;
         has_part = false;
-        while (!has_part && next < num_others) {
-            summed = summed_at<Spec>(base, most, next);
+        while (!has_part && next < most * params.base.map.num_ranks * Spec::kNumParts) {
+            summed = summed_at<Spec>(params.base, most, next);
             next += block.num_blocks();
             has_part = summed.token < shared.num_tokens[summed.source] &&
                        !cut_sources(shared)[summed.source];
         }
-        if (has_part || own < 0 || shared.num_tokens[base.comm.rank] == 0) return;
-        summed = own_part<Spec>(base, own);
-        summed.is_kept = Shared::kKeepsPart && own == first_own;
-        has_part = true;
-        own -= block.num_blocks();
     }
 
     DEEPCOMM_DEVICE void load() { entry = load_entry(params, device::Warp{}, summed); }
@@ -276,19 +250,16 @@ DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const dev
         is_staged = is_here && rows.num > 0;
         if (!is_staged) continue;
         sum_part(rows, params.apply_weights != 0, block, terms, shared);
-        if (current.is_kept && block.is_leader()) shared.has_kept = 1;
-        block.sync();  // ORDER: the staged part before its packets, or before it is received
+        block.sync();  // ORDER: the staged part before its packets
     }
 }
 
 /// What the block probably sums first: ranks have the same number of tokens, as a rule.
 template <typename Spec>
 DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device::Block& block) {
-    const int32_t most = params.num_tokens, own = last_own_part<Spec>(params, block);
-    if (block.block_idx() < most * (params.map.num_ranks - 1) * Spec::kNumParts) {
-        return summed_at<Spec>(params, most, block.block_idx());
-    }
-    return own < 0 ? Summed{0, -1, 0} : own_part<Spec>(params, own);
+    const int32_t most = params.num_tokens;
+    if (block.block_idx() >= most * params.map.num_ranks * Spec::kNumParts) return {0, -1, 0};
+    return summed_at<Spec>(params, most, block.block_idx());
 }
 
 /// Takes the turn and sends. The turn, the credits and what the record says, entries of the first token
@@ -308,7 +279,6 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
                                                         early, &shared.peers);
     clear_tail(block, shared);
-    if (block.is_leader()) shared.has_kept = 0;
     // ORDER: what the record says, and the credits before all that is sent, to all
     if (!block.sync_and(has_peers)) return false;
     *turn = shared.peers.turn;

@@ -60,11 +60,8 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     using Spec = typename Config::Spec;
     static constexpr bool kHasNodes = Config::kHasNodes;
     static constexpr bool kIsCarried = Config::kIsCarried;
-    /// Whether a block receives as it is staged what it has summed last, for this rank itself.
-    static constexpr bool kKeepsPart = (kPhases & kBothPhases) == kBothPhases;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< a part of a sum that is sent
-    int32_t has_kept;                              ///< or received
     low_latency::Peers peers;
     low_latency::Refusals refusals;
     int32_t num_tokens[layout::kMaxLowLatencyRanks];  ///< of each source, of the record
@@ -87,16 +84,6 @@ DEEPCOMM_DEVICE int32_t load_expert(const LowLatencyCombineParams& params, const
     return params.topk_idx[static_cast<int64_t>(token) * params.base.num_topk + k];
 }
 
-/// The first part of this rank's tokens that a block receives, and sums what is to be added to it here: not
-/// by the blocks that begin with parts of the peers' tokens, while others have none. Parts follow in strides
-/// of the blocks.
-template <typename Spec>
-DEEPCOMM_DEVICE int32_t first_own_part(const LowLatencyParams& params, const device::Block& block) {
-    const int32_t num_others = params.num_tokens * (params.map.num_ranks - 1) * Spec::kNumParts;
-    const int32_t idx = block.block_idx() - num_others % block.num_blocks();
-    return idx < 0 ? idx + block.num_blocks() : idx;
-}
-
 /// Reads what the dispatch has left of the ranks, and of the first token that the block receives a part
 /// of. The block meets before it is used.
 template <typename Shared>
@@ -104,8 +91,7 @@ DEEPCOMM_DEVICE void read_record(const LowLatencyCombineParams& params, const de
                                  Shared& shared) {
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
-    using Spec = typename Shared::Spec;
-    const int32_t first_token = first_own_part<Spec>(base, block) / Spec::kNumParts;
+    const int32_t first_token = block.block_idx() / Shared::Spec::kNumParts;
     const int32_t expert = load_expert(params, warp, first_token);
     DEEPCOMM_NO_UNROLL
     for (int32_t rank = block.thread_idx(); rank < base.map.num_ranks; rank += block.size()) {

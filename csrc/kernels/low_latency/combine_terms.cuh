@@ -63,11 +63,6 @@ struct TokenSum {
 struct RankTerms {
     static constexpr device::Role kRole = device::Role::kReceive;
 
-    const uint32_t* kept;  ///< this rank's own, staged in shared memory; null: it comes in packets
-
-    DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams& params, int32_t term) const {
-        return kept != nullptr && term == params.comm.rank;
-    }
     /// That of a rank, -1 for none.
     DEEPCOMM_DEVICE int32_t of(const LowLatencyParams&, int32_t rank) const { return rank; }
     DEEPCOMM_DEVICE int32_t num(const LowLatencyParams& params) const {
@@ -167,12 +162,7 @@ struct Awaited {
         for (int32_t i = 0; i < 2; ++i) {
             pair.terms[i] = term = pair.term_after(terms.num(params), mine, term);
             if (term >= terms.num(params)) continue;
-            if (terms.is_kept(params, term)) {
-                fill_packets<Spec>(terms.kept, Spec::kPartPackets, first, turn.tag,
-                                   &pair.batches[i]);
-            } else {
-                pair.batches[i].load(pair.packets_of(params, turn, terms, term, at), first);
-            }
+            pair.batches[i].load(pair.packets_of(params, turn, terms, term, at), first);
         }
     }
 };

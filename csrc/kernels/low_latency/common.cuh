@@ -157,14 +157,14 @@ struct PacketBatch {
     }
 };
 
-/// Fills packets first, first + threads, ... of so many with words that are staged in shared memory.
+/// Fills packets first, first + threads, ... of a row with words that are staged in shared memory.
 template <typename Spec, int kCount>
-DEEPCOMM_DEVICE void fill_packets(const uint32_t* staged, int32_t num, int32_t first, uint32_t tag,
+DEEPCOMM_DEVICE void fill_packets(const uint32_t* staged, int32_t first, uint32_t tag,
                                   PacketBatch<kCount>* batch) {
     DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kCount; ++i) {
         const int32_t index = first + i * Spec::kNumThreads;
-        if (index >= num) continue;
+        if (index >= Spec::kPackets) continue;
         const uint32_t* words = staged + index * layout::kPacketWords;
         batch->packets[i] = {{words[0], words[1], words[2], tag}};
     }

@@ -148,7 +148,7 @@ DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const dev
     for (int32_t first = block.thread_idx(); first < Spec::kPackets;
          first += kCount * Spec::kNumThreads) {
         PacketBatch<kCount> batch;
-        fill_packets<Spec>(shared.row, Spec::kPackets, first, turn.tag, &batch);
+        fill_packets<Spec>(shared.row, first, turn.tag, &batch);
         DEEPCOMM_NO_UNROLL
         for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
             unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
