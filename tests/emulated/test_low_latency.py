@@ -145,7 +145,7 @@ def test_worked_example() -> None:
 
     def body(session: LowLatencySession) -> None:
         rank = session.rank
-        got = session.buffer.low_latency_dispatch(  # with a hook, rows to this rank travel like others
+        got = session.buffer.low_latency_dispatch(  # with a hook, own rows travel, too
             xs[rank].bfloat16(), ids[rank], torch.ones(ids[rank].shape), return_hook=True
         )
         got.hook()

@@ -201,13 +201,6 @@ struct SummedWalk {
         const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
         if (has_part && !is_guessed) load();
     }
-
-    /// Goes past a part whose source has been found to be absent meanwhile.
-    DEEPCOMM_DEVICE void leave_cut(const device::Block& block) {
-        if (!has_part || !cut_sources(shared)[summed.source]) return;
-        advance(block);
-        if (has_part) load();
-    }
 };
 
 /// Whether the weights of a token are here, if they are awaited. False: leave.
@@ -245,6 +238,9 @@ DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const dev
         current = walk.summed;
         walk.advance(block);
         if (walk.has_part) walk.load();
+        is_staged = false;
+        // The first part's source may have been found to be absent since the walk began.
+        if (cut_sources(shared)[current.source]) continue;
         bool is_here;
         if (!take_weights(params, block, turn, current, &rows, &is_here)) return false;
         is_staged = is_here && rows.num > 0;
@@ -291,7 +287,6 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     }
     bool has_ended;
     if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
-    walk.leave_cut(block);
     return has_ended || send_parts(params, block, *turn, walk, shared);
 }
 
