@@ -70,13 +70,15 @@ DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
 
 /// Waits until a peer has read what this rank sent in the slot's last turn, unless it is masked. Who waits
 /// gives the credits of that turn meanwhile, if they are due: peers wait for these, as this rank does.
+/// has_failed: nobody waits any more.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
-                               const LowLatencyTurn& turn, const EarlyPeer& early, Peers* peers) {
+                               const LowLatencyTurn& turn, const EarlyPeer& early, bool has_failed,
+                               Peers* peers) {
     uint32_t masked = early.masked;
-    bool goes_on = true;
+    bool goes_on = !has_failed;
     const bool is_written = !kHasNodes || early.base != nullptr;
-    if (is_written && !is_free(params, turn, early.received) && !masked) {
+    if (goes_on && is_written && !is_free(params, turn, early.received) && !masked) {
         const uint64_t* credit = credit_of(params, turn.slot, early.peer);
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
@@ -118,7 +120,6 @@ template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
                                const device::Block& block, const EarlyTurn& found, Peers* peers) {
     if (!is_in_last_warp(block)) return true;
-    if (found.failed != 0) return false;
     const int32_t lane = device::Warp{}.thread_idx();
     EarlyPeer early = found.peer;
     const LowLatencyTurn turn = turn_of_launch(params, found.sends);
@@ -129,7 +130,8 @@ DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operati
          item += device::kWarpSize) {
         if (item != lane) early.load(params, item, turn.slot);
         if (early.slot != turn.slot) continue;
-        goes_on = open_peer<kHasNodes>(params, operation, turn, early, peers) && goes_on;
+        goes_on = open_peer<kHasNodes>(params, operation, turn, early, found.failed != 0, peers) &&
+                  goes_on;
     }
     return goes_on;
 }
