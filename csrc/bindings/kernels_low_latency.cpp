@@ -238,15 +238,18 @@ void bind_combine(py::module_& module) {
 
 /// The params live as long as the plan is kept.
 template <typename Params>
-void keep_plan(Plans& plans, py::object plan, Params& params) {
+void keep_plan(Plans& plans, py::object plan, Params& params, const py::tuple& inputs,
+               const py::tuple& others, const py::tuple& options) {
     const py::object owner = py::cast(params, py::return_value_policy::reference);
-    plans.keep(std::move(plan),
-               [owner, &params](const Plans::Addresses& inputs) { set_inputs(params, inputs); });
+    const auto fill = [owner, &params](const Plans::Addresses& found) {
+        set_inputs(params, found);
+    };
+    plans.keep(std::move(plan), fill, {inputs, others, options});
 }
 
 AnyObject find_plan(Plans& plans, const py::tuple& inputs, const py::tuple& others,
                     const py::tuple& options) {
-    return plans.find(inputs, others, options);
+    return plans.find({inputs, others, options});
 }
 
 void bind_plans(py::module_& module) {
@@ -256,9 +259,10 @@ void bind_plans(py::module_& module) {
     plans.def(py::init<size_t>(), py::arg("most"))
         .def("__len__", &Plans::size)
         .def("keep", &keep_plan<LowLatencyDispatchParams>, py::arg("plan"), py::arg("params"),
-             "Remember a plan for the call that was looked up last, unless that had what is no "
-             "tensor.")
-        .def("keep", &keep_plan<LowLatencyCombineParams>, py::arg("plan"), py::arg("params"));
+             py::arg("inputs"), py::arg("others"), py::arg("options"),
+             "Remember the plan of such a call, unless it has what is no tensor.")
+        .def("keep", &keep_plan<LowLatencyCombineParams>, py::arg("plan"), py::arg("params"),
+             py::arg("inputs"), py::arg("others"), py::arg("options"));
     def_method<&find_plan>(
         plans, "find",
         "find(self, inputs: tuple, others: tuple, options: tuple, /) -> typing.Any\n\n"

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <memory>
 #include <type_traits>
+#include <typeinfo>
 #include <utility>
 
 namespace deepcomm {
@@ -38,8 +39,13 @@ Class& value_of(pybind11::handle object) {
     if (PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type)) == 0) {
         throw pybind11::type_error("expected an object of another class");
     }
+    static const auto* const info = pybind11::detail::get_type_info(typeid(Class));
     auto* const instance = reinterpret_cast<pybind11::detail::instance*>(object.ptr());
-    return *static_cast<Class*>(instance->get_value_and_holder().value_ptr());
+    auto* const value = instance->get_value_and_holder(info).value_ptr();
+    if (value == nullptr) {
+        throw pybind11::type_error("expected an object that has been initialised");
+    }
+    return *static_cast<Class*>(value);
 }
 
 /// Returns an argument as a C++ function takes it: bound objects themselves, others as values.

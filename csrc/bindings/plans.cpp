@@ -11,7 +11,8 @@ namespace py = pybind11;
 namespace deepcomm {
 namespace {
 
-constexpr char kNone = 0;  // no device of DLPack has this type
+constexpr char kNone = 0;
+constexpr char kTensor = 1;
 constexpr char kObject = 0;
 constexpr char kText = 1;
 
@@ -64,6 +65,7 @@ uintptr_t append_tensor(std::string& key, py::handle object) {
         key.push_back(kNone);
         return 0;
     }
+    key.push_back(kTensor);
     const uintptr_t address =
         can_describe_tensors() ? append_description(key, object) : append_by_asking(key, object);
     key.push_back(static_cast<char>(address % Plans::kAlign));
@@ -95,39 +97,37 @@ bool is_of_wrong_type(const py::error_already_set& error) {
 
 }  // namespace
 
-void Plans::describe(const py::tuple& inputs, const py::tuple& others) {
-    if (inputs.size() > kMostInputs) {
+bool Plans::describe(const Call& call) {
+    if (call.inputs.size() > kMostInputs) {
         throw py::index_error("inputs: expected fewer");
     }
-    is_described_ = false;
     key_.clear();
     addresses_ = {};
     try {
         size_t input = 0;
-        for (const py::handle tensor : inputs) {
+        for (const py::handle tensor : call.inputs) {
             addresses_[input++] = append_tensor(key_, tensor);
         }
-        for (const py::handle tensor : others) {
+        for (const py::handle tensor : call.others) {
             append_tensor(key_, tensor);
         }
-        is_described_ = true;
     } catch (const py::error_already_set& error) {
         if (!is_of_wrong_type(error)) {
             throw;
         }
+        return false;
     } catch (const std::runtime_error&) {
-        // A tensor without memory.
+        return false;  // a tensor without memory
     }
+    for (const py::handle option : call.options) {
+        append_option(key_, option);
+    }
+    return true;
 }
 
-AnyObject Plans::find(const py::tuple& inputs, const py::tuple& others, const py::tuple& options) {
-    describe(inputs, others);
-    if (!is_described_) {
+AnyObject Plans::find(const Call& call) {
+    if (!describe(call)) {
         return AnyObject(py::none());
-    }
-    options_ = options;
-    for (const py::handle option : options) {
-        append_option(key_, option);
     }
     const auto found = plans_.find(key_);
     if (found == plans_.end()) {
@@ -138,14 +138,14 @@ AnyObject Plans::find(const py::tuple& inputs, const py::tuple& others, const py
     return AnyObject(py::object(kept.plan));
 }
 
-void Plans::keep(py::object plan, Fill fill) {
-    if (!is_described_) {
+void Plans::keep(py::object plan, Fill fill, const Call& call) {
+    if (!describe(call)) {
         return;
     }
     if (plans_.size() >= most_) {
         plans_.clear();
     }
-    plans_.insert_or_assign(key_, Kept{std::move(plan), std::move(fill), options_});
+    plans_.insert_or_assign(key_, Kept{std::move(plan), std::move(fill), call.options});
 }
 
 }  // namespace deepcomm

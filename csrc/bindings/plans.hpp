@@ -11,6 +11,7 @@
 #include <functional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 
 namespace deepcomm {
 
@@ -36,13 +37,19 @@ class Plans {
     /// Forgets all of them before there are more than most.
     explicit Plans(size_t most) : most_(most) {}
 
-    /// Returns what was kept for such a call, filled; None if nothing. The inputs and the others are
-    /// tensors or None; addresses are those that bindings/torch_tensor.hpp tells of.
-    AnyObject find(const pybind11::tuple& inputs, const pybind11::tuple& others,
-                   const pybind11::tuple& options);
+    /// What a plan is looked up by. The inputs and the others are tensors or None.
+    struct Call {
+        const pybind11::tuple& inputs;
+        const pybind11::tuple& others;
+        const pybind11::tuple& options;
+    };
 
-    /// Remembers a plan for the call that was looked up last, unless that had what is no tensor.
-    void keep(pybind11::object plan, Fill fill);
+    /// Returns what was kept for such a call, filled; None if nothing. Addresses are those that
+    /// bindings/torch_tensor.hpp tells of.
+    AnyObject find(const Call& call);
+
+    /// Remembers the plan of such a call, unless it has what is no tensor.
+    void keep(pybind11::object plan, Fill fill, const Call& call);
 
     size_t size() const { return plans_.size(); }
 
@@ -53,15 +60,14 @@ class Plans {
         pybind11::tuple options;  ///< their addresses are part of the key
     };
 
-    void describe(const pybind11::tuple& inputs, const pybind11::tuple& others);
+    /// Writes the key of a call, and where its inputs begin. False: it has what is no tensor.
+    bool describe(const Call& call);
 
     size_t most_;
     std::unordered_map<std::string, Kept> plans_;
-    // Of the call that was looked up last:
-    bool is_described_ = false;  ///< unless it had what is no tensor
+    // Written anew for each call, in memory that is there:
     std::string key_;
     Addresses addresses_{};
-    pybind11::tuple options_;
 };
 
 }  // namespace deepcomm

@@ -55,6 +55,11 @@ PyObject* make_filled(PyObject* self, PyObject* const* values, Py_ssize_t num_va
     if (made == nullptr) {
         return nullptr;
     }
+    if (Py_TYPE(made) != type) {
+        Py_DECREF(made);
+        PyErr_SetString(PyExc_TypeError, "expected a class that makes objects of its own");
+        return nullptr;
+    }
     for (const Py_ssize_t offset : recipe.offsets) {
         fill(made, offset, *values++);
     }

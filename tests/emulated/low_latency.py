@@ -133,11 +133,10 @@ class LowLatencySession(Session):
     def __init__(self, group: Any, case: Case, oracle: Oracle, **options: Any) -> None:
         config = BufferConfig(
             num_experts=case.num_experts,
-            num_topk=case.num_topk,
             hidden=case.hidden,
             max_tokens_per_rank=case.num_tokens,
             ranks_per_node=case.ranks_per_node,
-            **{"timeout_s": TIMEOUT_S, **options},
+            **{"num_topk": case.num_topk, "timeout_s": TIMEOUT_S, **options},
         )
         config.check(case.num_ranks)
         self.backend = EmulatedBackend(group, config)

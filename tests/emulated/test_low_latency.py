@@ -104,6 +104,27 @@ def test_too_many_in_flight_is_refused_and_harmless() -> None:
     play(Case(**SMALL, layout=PADDED), body)
 
 
+@pytest.mark.parametrize("layout", [PADDED, RecvLayout.TOKEN])
+@pytest.mark.parametrize("nodes", [None, "lsa", "nccl"])
+def test_operations_may_have_fewer_columns_than_the_buffer(
+    layout: RecvLayout, nodes: str | None
+) -> None:
+    def body(session: LowLatencySession) -> None:
+        for round_idx in range(3):
+            one = session.low_latency_dispatch(round_idx)
+            session.low_latency_combine(one)
+            session.low_latency_combine(one, carried=True, apply_weights=False)
+        two = session.low_latency_dispatch(3, return_hook=True)
+        two.finish()
+        session.low_latency_combine(two, return_hook=True).finish()
+
+    case = Case(**SMALL, layout=layout)
+    options: dict[str, Any] = {"num_topk": 7}
+    if nodes is not None:
+        case, options = replace(case, num_ranks=4, ranks_per_node=2), options | {"rail": nodes}
+    play(case, body, **options)
+
+
 @pytest.mark.parametrize("num_before", [0xFFFFFFFC, 0x7FFFFFFD, 0x2FFFFFFF8])
 def test_tags_may_wrap(num_before: int) -> None:
     """As after so many operations: slots go on in turn, while tags begin again."""

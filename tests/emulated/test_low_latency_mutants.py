@@ -60,7 +60,7 @@ TWINS = [
     Twin(
         "counts a source's own tokens before it",
         case="late",
-        path=FOLDER + "dispatch_receive.cuh",
+        path=FOLDER + "dispatch_rows.cuh",
         find="if (begin + i < source)",
         part="begin + i < source",
         replace="begin + i <= source",
@@ -111,12 +111,18 @@ NO_STORE_OVERTAKES = (
 NO_LOAD_COMES_LATER = (
     "slots are read by loads, which the model never performs later than they are written"
 )
+IN_A_HOOK_BESIDE = (
+    "it takes a hook, on a stream of its own, of an operation that is refused, and whose sender has "
+    "come to the slot's next operation before one thread has copied 191 bytes"
+)
 SURVIVORS: dict[str, str] = {
     f"{FOLDER}peers.cuh: pairs with the release in store_credits: the peer's reads before our "
     "stores: ld_acquire_sys -> ld_relaxed_sys": NO_STORE_OVERTAKES,
     f"{FOLDER}common.cuh: releases what the claim has acquired: delete": NO_LOAD_COMES_LATER,
     f"{FOLDER}common.cuh: what a lane has acquired, to the lanes that tell of it: "
     "delete": NO_LOAD_COMES_LATER,
+    f"{FOLDER}combine_receive.cuh: the refusal's text has been read: delete": IN_A_HOOK_BESIDE,
+    f"{FOLDER}dispatch_receive.cuh: the refusal's text has been read: delete": IN_A_HOOK_BESIDE,
 } | {
     f"{FOLDER}refusal.cuh: the fields; pairs with the host's acquire of kComplete: "
     f"st_release_sys -> {weaker}": FOR_THE_HOST

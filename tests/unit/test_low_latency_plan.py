@@ -87,7 +87,7 @@ def is_found(kept: tuple[Any, ...], wanted: tuple[Any, ...]) -> bool:
     """Return whether a plan kept for a call's inputs, others and options is one for another's."""
     plans, plan = kernels.LowLatencyPlans(most=1), object()
     assert plans.find(*kept) is None
-    plans.keep(plan, kernels.LowLatencyDispatchParams())
+    plans.keep(plan, kernels.LowLatencyDispatchParams(), *kept)
     found = plans.find(*wanted)
     assert found in (plan, None)
     return found is plan
@@ -142,14 +142,25 @@ def test_plans_keep_their_options() -> None:
 
     plans, option = kernels.LowLatencyPlans(most=1), Option()
     kept = weakref.ref(option)
-    plans.find((), (), (option,))
-    plans.keep("plan", kernels.LowLatencyDispatchParams())
+    plans.keep("plan", kernels.LowLatencyDispatchParams(), (), (), (option,))
     del option
     plans.find((), (), ())
     assert kept() is not None
-    plans.keep("other plan", kernels.LowLatencyDispatchParams())  # forgets the first
+    plans.keep("other plan", kernels.LowLatencyDispatchParams(), (), (), ())  # forgets the first
     assert kept() is None
     assert plans.find((), (), ()) == "other plan"
+
+
+def test_plans_are_kept_for_the_calls_that_they_are_of() -> None:
+    plans, params = kernels.LowLatencyPlans(most=8), kernels.LowLatencyDispatchParams()
+    calls: list[Any] = [((), (), (name,)) for name in ("a", "b")]
+    for call in calls:
+        assert plans.find(*call) is None
+    for call in calls:
+        plans.keep(call, params, *call)
+    assert [plans.find(*call) for call in calls] == calls
+    with pytest.raises(IndexError):
+        plans.find((None,) * 5, (), ())
 
 
 def undescribable() -> dict[str, Any]:
@@ -177,7 +188,7 @@ def refuse_to_plan() -> None:
             continue  # torch names an address of those
         for call in ((given,), (), ()), ((), (given,), ()):
             assert plans.find(*call) is None, name
-            plans.keep("plan", kernels.LowLatencyDispatchParams())
+            plans.keep("plan", kernels.LowLatencyDispatchParams(), *call)
             assert plans.find(*call) is None, name
 
 
@@ -189,14 +200,12 @@ def test_found_plan_has_the_addresses_of_the_inputs(way: str) -> None:
 def find_addresses() -> None:
     x, topk_idx, weights, other_x, other_ids = torch.zeros(5, 64).unbind()
     plans, params = kernels.LowLatencyPlans(most=8), kernels.LowLatencyDispatchParams()
-    plans.find((x, None, topk_idx, weights), (x,), ())
-    plans.keep("plan", params)
+    plans.keep("plan", params, (x, None, topk_idx, weights), (x,), ())
     assert plans.find((other_x, None, other_ids, weights), (x,), ()) == "plan"
     assert (params.x, params.scales) == (other_x.data_ptr(), 0)
     assert (params.topk_idx, params.topk_weights) == (other_ids.data_ptr(), weights.data_ptr())
     plans, combine = kernels.LowLatencyPlans(most=8), kernels.LowLatencyCombineParams()
-    plans.find((x[:0], weights), (), ())
-    plans.keep("plan", combine)
+    plans.keep("plan", combine, (x[:0], weights), (), ())
     assert plans.find((other_x[:0], weights), (), ()) == "plan"
     assert combine.y == address_of(other_x[:0])
 
@@ -243,6 +252,19 @@ def test_native_methods_refuse_other_arguments() -> None:
         plans.find([], (), ())
     with pytest.raises(TypeError, match="LowLatencyPlans"):
         type(plans).find(params, (), (), ())
+    with pytest.raises(TypeError, match="initialised"):
+        type(plans).find(type(plans).__new__(type(plans)), (), (), ())
+
+
+def test_maker_refuses_what_its_class_does_not_make() -> None:
+    class Strange:
+        __slots__ = ("value",)
+
+        def __new__(cls, *_: object) -> Any:
+            return 3.5
+
+    with pytest.raises(TypeError, match="objects of its own"):
+        slots.maker(Strange, ("value",))(1)
 
 
 def test_params_are_filled_without_the_c_functions() -> None:

@@ -85,6 +85,7 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
     if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
+    if (culprit != layout::kNoPeer) block.sync();  // ORDER: the refusal's text has been read
     *num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
     if constexpr (Shared::kHasNodes && !Shared::kIsCarried) {
         return culprit != layout::kNoPeer || forward_sums(params, block, turn, shared);

@@ -147,8 +147,8 @@ DEEPCOMM_DEVICE bool exchange_weights(const LowLatencyCombineParams& params,
     *has_ended = false;
     if (params.source_weights == nullptr) return true;
     if constexpr (!Shared::kIsCarried) send_weights(params, block, turn, shared);
+    block.sync();  // ORDER: who is masked has been read, and may change
     if constexpr (Shared::kHasNodes) {
-        block.sync();  // ORDER: who is masked has been read, and may change
         if (!forward_combine_headers(params.base, block, turn, shared)) return false;
     }
     const CombineHeaders headers(params.base, turn, 0);

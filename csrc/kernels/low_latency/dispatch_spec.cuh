@@ -77,7 +77,8 @@ struct LowLatencyDispatchShared {
 namespace low_latency {
 
 constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
-/// Whether this rank's own part of a token travels no way: of the one that its block sends last.
+
+/// Whether this rank's own copy of a token is not sent: it is the last one of its block, and stays staged.
 template <typename Shared>
 DEEPCOMM_DEVICE bool keeps_row(const device::Block& block, int32_t token) {
     return Shared::kKeepsRow && token == block.block_idx();

@@ -38,14 +38,13 @@ struct LowLatencyParams {
     CommParams comm;
     layout::LowLatencyLayout map;
     layout::LowLatencyRecordLayout record_map;
-    unsigned char* const*
-        credit_bases;                ///< [R] whence credits are stored, as comm.bases what is sent
-    unsigned char* local;            ///< this rank's symmetric memory
-    layout::LowLatencyState* state;  ///< of this buffer on this rank
-    layout::LowLatencyTurn* turn;    ///< of this operation: the send phase tells the receive phase
-    uint32_t* rank_mask;             ///< [R] 1: the peer is skipped
-    uint64_t* decisions;             ///< [slots, R] who takes part, where a late source is masked
-    uint32_t* late_ranks;            ///< [R] in memory shared with the host: 1 once masked as late
+    unsigned char* const* credit_bases;  ///< [R] where credits go; comm.bases: what is sent
+    unsigned char* local;                ///< this rank's symmetric memory
+    layout::LowLatencyState* state;      ///< of this buffer on this rank
+    layout::LowLatencyTurn* turn;  ///< of this operation: the send phase tells the receive phase
+    uint32_t* rank_mask;           ///< [R] 1: the peer is skipped
+    uint64_t* decisions;           ///< [slots, R] who takes part, where a late source is masked
+    uint32_t* late_ranks;          ///< [R] in memory shared with the host: 1 once masked as late
     layout::LowLatencyStatus* status;
     int64_t* wait_us;    ///< [R] statistics to add to, or null
     int32_t* record;     ///< of the dispatch

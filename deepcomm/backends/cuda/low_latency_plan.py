@@ -127,18 +127,16 @@ class DispatchPlan:
             InvalidArgument: The first argument that is wrong.
         """
         given = given_inputs(request)
-        plan: DispatchPlan | None = context.dispatches.find(
-            given,
-            (request.out, request.expert_token_stats, request.wait_us_stats),
-            (
-                isinstance(request.x, ScaledTensor),
-                request.recv_layout,
-                request.quantize,
-                request.scale_format,
-                request.zero_padding,
-                request.on_timeout,
-            ),
+        others = (request.out, request.expert_token_stats, request.wait_us_stats)
+        options = (
+            isinstance(request.x, ScaledTensor),
+            request.recv_layout,
+            request.quantize,
+            request.scale_format,
+            bool(request.zero_padding),
+            request.on_timeout,
         )
+        plan: DispatchPlan | None = context.dispatches.find(given, others, options)
         if plan is not None:
             return plan, given
         checked = _check_dispatch(context, request)
@@ -147,7 +145,7 @@ class DispatchPlan:
         plan = _plan_dispatch(context, request, checked, rows)
         plan.params.set_inputs(*inputs)
         if are_same(given, inputs):
-            context.dispatches.keep(plan, plan.params)
+            context.dispatches.keep(plan, plan.params, given, others, options)
         return plan, inputs
 
 
@@ -263,11 +261,9 @@ class CombinePlan:
             InvalidArgument: The first argument that is wrong.
         """
         given = (request.y, request.topk_weights, request.bias)
-        plan: CombinePlan | None = context.combines.find(
-            given,
-            (request.out, request.wait_us_stats),
-            (words_of(request.handle), request.apply_weights, request.on_timeout),
-        )
+        others = (request.out, request.wait_us_stats)
+        options = (words_of(request.handle), bool(request.apply_weights), request.on_timeout)
+        plan: CombinePlan | None = context.combines.find(given, others, options)
         if plan is not None:
             return plan, given
         checked = _check_combine(context, request)
@@ -277,7 +273,7 @@ class CombinePlan:
         plan = _plan_combine(context, request, checked, inputs)
         plan.params.set_inputs(inputs[0])
         if are_same(given, inputs):
-            context.combines.keep(plan, plan.params)
+            context.combines.keep(plan, plan.params, given, others, options)
         return plan, inputs
 
 
