@@ -112,8 +112,8 @@ NO_LOAD_COMES_LATER = (
     "slots are read by loads, which the model never performs later than they are written"
 )
 IN_A_HOOK_BESIDE = (
-    "it takes a hook, on a stream of its own, of an operation that is refused, and whose sender has "
-    "come to the slot's next operation before one thread has copied 191 bytes"
+    "it takes a hook, on a stream of its own, of an operation that is refused, and whose sender "
+    "has come to the slot's next operation before one thread has copied 191 bytes"
 )
 SURVIVORS: dict[str, str] = {
     f"{FOLDER}peers.cuh: pairs with the release in store_credits: the peer's reads before our "
