@@ -28,12 +28,8 @@ DEEPCOMM_DEVICE void cast_vectors(const Vec128 (&vectors)[kCount], int32_t first
     const int32_t step = step_of_lane(lane);
     const int32_t tile = (first + step * Spec::kNumThreads) / kLanesPerTile;
     if (step >= kCount || lane != lane_of_step(lane, step) || tile >= Spec::kTiles) return;
-    uint32_t* scales = shared.row + Spec::kRowWords;
-    if constexpr (kIsFp32) {
-        scales[tile] = scale.stored;
-    } else {
-        reinterpret_cast<uint8_t*>(scales)[tile] = static_cast<uint8_t>(scale.stored);
-    }
+    auto* scales = reinterpret_cast<unsigned char*>(shared.row + Spec::kRowWords);
+    store_scale<Spec::kTiles>(scales, tile, scale.stored, !kIsFp32);
 }
 
 /// The vectors of a row that a thread stages: loaded early, used late.

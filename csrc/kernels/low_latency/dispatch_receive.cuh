@@ -134,15 +134,22 @@ struct PairWalk {
     }
 };
 
+/// Whether a pair is this rank's own whose row the block has kept.
+template <typename Shared>
+DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams& params, const device::Block& block,
+                             const Pair& pair) {
+    return pair.source == params.comm.rank && keeps_row<Shared>(block, pair.token);
+}
+
 /// Loads what is probably the block's first row, before the headers say so; one that is kept is here.
 template <typename Shared>
 DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Block& block,
                                const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>* row) {
     const int32_t most = params.num_tokens;  // ranks have the same number, as a rule
     row->pair = {0, -1};
-    const bool is_kept = Shared::kKeepsRow && block.block_idx() < most;
-    if (is_kept || block.block_idx() >= most * params.map.num_ranks) return;
-    row->load(params, block, turn, pair_at(params, most, block.block_idx()));
+    if (block.block_idx() >= most * params.map.num_ranks) return;
+    const Pair pair = pair_at(params, most, block.block_idx());
+    if (!is_kept<Shared>(params, block, pair)) row->load(params, block, turn, pair);
 }
 
 /// Delivers the block's rows; row: the guess. A row's packets are loaded while the copies of the one
@@ -157,19 +164,19 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
     Pair pair = row.pair;
     bool has_pair = walk.advance(block, &pair);
     if (!has_pair) finish_receive<kPhases>(base, block, turn);
-    bool is_kept = pair.source == base.comm.rank && keeps_row<Shared>(block, pair.token);
+    bool stays = is_kept<Shared>(base, block, pair);
     const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
-    if (has_pair && !is_guessed && !is_kept) row.load(base, block, turn, pair);
+    if (has_pair && !is_guessed && !stays) row.load(base, block, turn, pair);
     DEEPCOMM_NO_UNROLL
     while (has_pair) {
         RowEnd end = RowEnd::kStaged;
-        if (is_kept) {
+        if (stays) {
             row.pair = pair;
             take_kept_row(params, block, row, shared);
         } else {
             end = await_row(params, block, turn, row, shared);
         }
-        is_kept = false;
+        stays = false;
         if (end == RowEnd::kFailed) return false;
         if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
         if (is_in_last_warp(block)) record_row(params, row, shared);
