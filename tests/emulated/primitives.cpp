@@ -129,6 +129,8 @@ std::string warp_case(Cluster& cluster) {
                 if (warp_shuffle(value, (lane * 7 + 3) % 32) != (value * 7 + 3) % 32) result = ~0u;
                 if (warp_match(value % 3) != 0x49249249u << lane % 3) result = ~0u;
                 if (lane < 4 && warp_match(value / 2, 0xF) != 3u << lane / 2 * 2) result = ~0u;
+                if (warp_sum(value) != 496 || warp_sum(1 - 2 * lane) != -960) result = ~0u;
+                if (warp_or(lane % 4 == 0 ? 1u << lane : 0u) != 0x11111111u) result = ~0u;
                 results[lane] = result;
             }});
     const std::string error = cluster.run();

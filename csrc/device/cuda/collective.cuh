@@ -64,6 +64,15 @@ DEEPCOMM_DEVICE uint32_t warp_match(uint32_t value, uint32_t mask = kFullMask) {
     return __match_any_sync(mask, value);
 }
 
+/// Sum over the warp's lanes, of 32-bit integers.
+template <typename T>
+DEEPCOMM_DEVICE T warp_sum(T value) {
+    return __reduce_add_sync(kFullMask, value);
+}
+
+/// Bits that any lane of the warp has.
+DEEPCOMM_DEVICE uint32_t warp_or(uint32_t bits) { return __reduce_or_sync(kFullMask, bits); }
+
 DEEPCOMM_DEVICE int32_t popcount(uint32_t bits) { return __popc(bits); }
 /// Index of the lowest set bit; bits != 0.
 DEEPCOMM_DEVICE int32_t lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }

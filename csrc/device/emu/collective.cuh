@@ -70,6 +70,21 @@ inline uint32_t warp_match(uint32_t value, uint32_t mask = kFullMask) {
     return static_cast<uint32_t>(emu::warp_collective(emu::Collective::kMatch, mask, value, 0));
 }
 
+template <typename T>
+inline T warp_sum(T value) {
+    for (int32_t distance = 16; distance > 0; distance /= 2) {
+        value += warp_shuffle_xor(value, distance);
+    }
+    return value;
+}
+
+inline uint32_t warp_or(uint32_t bits) {
+    for (int32_t distance = 16; distance > 0; distance /= 2) {
+        bits |= warp_shuffle_xor(bits, distance);
+    }
+    return bits;
+}
+
 inline int32_t popcount(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline int32_t lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }

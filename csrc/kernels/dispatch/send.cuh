@@ -203,10 +203,8 @@ DEEPCOMM_DEVICE bool send_part(const SendBlock<Spec>& my, typename Spec::Pipe& p
 /// Adds the lanes' rows to the buffer's counters.
 template <typename Spec>
 DEEPCOMM_DEVICE void count_rows(const SendBlock<Spec>& my, uint32_t num_local, uint32_t num_peer) {
-    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
-        num_local += device::warp_shuffle_xor(num_local, distance);
-        num_peer += device::warp_shuffle_xor(num_peer, distance);
-    }
+    num_local = device::warp_sum(num_local);
+    num_peer = device::warp_sum(num_peer);
     if (!my.warp.is_leader()) return;
     const uint64_t row_bytes = Spec::kRowBytes + my.scale_bytes();
     device::red_add_relaxed_gpu(&my.params.meet.counters->bytes_local, num_local * row_bytes);

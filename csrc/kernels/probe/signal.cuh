@@ -39,9 +39,7 @@ DEEPCOMM_DEVICE bool receive_payload(const SignalParams& params, const device::B
     uint32_t sum = 0;
     for (int32_t i = block.thread_idx(); i < probe.num_words; i += block.size()) sum += row[i];
     const device::Warp warp;
-    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
-        sum += device::warp_shuffle_xor(sum, distance);
-    }
+    sum = device::warp_sum(sum);
     uint32_t* sums = params.sums + round * block.num_blocks() + block.block_idx();
     if (warp.is_leader()) device::red_add_relaxed_gpu(sums, sum);
     return true;
