@@ -55,7 +55,9 @@ void bind_maps(py::module_& module) {
         .def_property_readonly("token_words", &LowLatencyShape::token_words);
     py::class_<LowLatencyLayout>(module, "LowLatencyLayout")
         .def_static("make", &LowLatencyLayout::make, py::arg("shape"), py::arg("rail_idx") = 0)
-        .def_readonly("header_packets", &LowLatencyLayout::header_packets)
+        .def_property_readonly(
+            "header_packets",
+            [](const LowLatencyLayout& self) -> int32_t { return self.header_packets; })
         .def_readonly("row_stride", &LowLatencyLayout::row_stride)
         .def_readonly("slot_stride", &LowLatencyLayout::slot_stride)
         .def_readonly("total_bytes", &LowLatencyLayout::total_bytes)
@@ -100,7 +102,9 @@ void bind_base(py::module_& module) {
         .def_readwrite("map", &LowLatencyParams::map)
         .def_readwrite("record_map", &LowLatencyParams::record_map)
         .def_readwrite("signature", &LowLatencyParams::signature)
-        .def_readwrite("num_topk", &LowLatencyParams::num_topk)
+        .def_property(
+            "num_topk", [](const LowLatencyParams& self) -> int32_t { return self.num_topk; },
+            [](LowLatencyParams& self, int32_t num_topk) { self.num_topk = Divisor::of(num_topk); })
         .def_readwrite("num_tokens", &LowLatencyParams::num_tokens)
         .def_readwrite("mask_late", &LowLatencyParams::mask_late)
         .def_readwrite("node_idx", &LowLatencyParams::node_idx)

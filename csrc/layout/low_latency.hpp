@@ -100,15 +100,15 @@ struct LowLatencyShape {
 /// Offsets in bytes; those of the parts of a slot are relative to it. Steps are in packets, from one
 /// rank's or node's part to the next.
 struct LowLatencyLayout {
-    int32_t num_ranks;
-    int32_t num_local_experts;
+    Divisor num_ranks;
+    Divisor num_local_experts;
     int32_t num_topk;
     int32_t max_tokens;
     int32_t num_slots;
     int32_t token_words;
-    int32_t header_packets;
+    Divisor header_packets;
     int32_t weight_packets;
-    int32_t ranks_per_node;
+    Divisor ranks_per_node;
     int32_t header_step;
     int32_t peer_weights;  ///< from one peer's weights to the next one's, in weights of a token
     int32_t peer_rows;     ///< likewise rows
@@ -128,17 +128,17 @@ struct LowLatencyLayout {
     /// rail_idx: of the owner in its node; only where rails are carried it matters.
     static constexpr LowLatencyLayout make(const LowLatencyShape& shape, int32_t rail_idx = 0) {
         LowLatencyLayout map{};
-        map.num_ranks = shape.num_ranks;
-        map.num_local_experts = static_cast<int32_t>(shape.num_local_experts());
+        map.num_ranks = Divisor::of(shape.num_ranks);
+        map.num_local_experts = Divisor::of(static_cast<int32_t>(shape.num_local_experts()));
         map.num_topk = shape.num_topk;
         map.max_tokens = shape.max_tokens;
         map.num_slots = shape.num_slots;
-        map.ranks_per_node = shape.ranks_per_node;
+        map.ranks_per_node = Divisor::of(shape.ranks_per_node);
         map.token_words = static_cast<int32_t>(shape.token_words());
         const int64_t header =
             packets_of(kHeaderWords + shape.num_local_experts() + shape.token_words());
         const int64_t refusal = 1 + packets_of(kMessageWords);
-        map.header_packets = static_cast<int32_t>(header > refusal ? header : refusal);
+        map.header_packets = Divisor::of(static_cast<int32_t>(header > refusal ? header : refusal));
         map.weight_packets = static_cast<int32_t>(packets_of(shape.num_topk));
 
         Cursor slot;

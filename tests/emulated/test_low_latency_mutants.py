@@ -176,6 +176,11 @@ def refusal(session: LowLatencySession) -> None:
     session.low_latency_combine(session.low_latency_dispatch(0))
 
 
+def count_in_turns(session: LowLatencySession) -> None:
+    """More tokens than there is room to count at once, of so many experts."""
+    session.low_latency_dispatch(0)
+
+
 def late(session: LowLatencySession) -> None:
     """One rank does not come any more; the others mask it."""
     one = session.low_latency_dispatch(0, on_timeout="mask")
@@ -218,6 +223,19 @@ SCENES = {
     "beside": Scene(CASE, fly_beside, has_streams=True),
     "refusal": Scene(CASE, refusal),
     "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
+    "words": Scene(
+        Case(
+            num_ranks=2,
+            num_tokens=70,
+            hidden=8,
+            num_topk=2,
+            experts_per_rank=256,
+            even=True,
+            layout=PADDED,
+            routing="uniform",
+        ),
+        count_in_turns,
+    ),
 }
 NODES = Case(
     **{**SMALL, "num_ranks": 4, "num_tokens": 3},

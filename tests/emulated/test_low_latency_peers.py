@@ -90,6 +90,33 @@ def test_send_behind_a_failure_takes_no_turn(monkeypatch: pytest.MonkeyPatch) ->
     play(Case(**SMALL, layout=PADDED), body)
 
 
+def test_combine_behind_a_failed_dispatch_reads_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has written its record: what is there names rows far behind the tensor."""
+    monkeypatch.setattr(EmulatedBackend, "settle", lambda _: None)  # the host runs ahead
+
+    def body(session: LowLatencySession) -> None:
+        session.low_latency_dispatch(0, return_hook=True).actual.hook()
+        session.backend.runtime.flush()
+        session.group.barrier()
+        if session.rank == 1:
+            session.group.barrier()
+            return
+        sent = session.low_latency_dispatch(1, return_hook=True).actual
+        session.backend.runtime.flush()
+        record = sent.handle.records
+        entries = record.map.record.entries
+        record.words[entries - session.group.size :] = (1 << 26) - 1
+        record.words[: entries - session.group.size] = 0
+        sent.hook()
+        session.buffer.low_latency_combine(sent.x, sent.handle)
+        session.backend.runtime.flush()
+        with pytest.raises(CommTimeout, match="rank 1"):
+            session.backend.low_latency.check()
+        session.group.barrier()
+
+    play(Case(**SMALL, layout=PADDED), body)
+
+
 @pytest.mark.parametrize("stop_at_ns", [0, 3_000, 20_000, 60_000, 150_000, 300_000])
 def test_rank_stopped_midway_never_hangs(stop_at_ns: int) -> None:
     """Wherever it stops, the others finish or time out, and what they delivered is right."""

@@ -12,8 +12,9 @@ template <typename Shared>
 DEEPCOMM_DEVICE void announce_combine(const LowLatencyCombineParams& params,
                                       const device::Block& block, Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const EarlyTurn early(base, block);
+    EarlyTurn early(base, block);
     read_record(params, block, shared);
+    early.load_credits(base);
     const bool has_peers =
         open_turn<true>(base, Operation::kLowLatencyCombine, block, early, &shared.peers);
     // ORDER: what the record says, and the credits before all that is announced, to all
@@ -59,8 +60,10 @@ template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Block& block,
                                Shared& shared) {
     if constexpr ((kPhases & kSendPhase) != 0) {
-        const bool has_peers = open_turn<true>(params, Operation::kLowLatencyCombine, block,
-                                               EarlyTurn(params, block), &shared.peers);
+        EarlyTurn early(params, block);
+        early.load_credits(params);
+        const bool has_peers =
+            open_turn<true>(params, Operation::kLowLatencyCombine, block, early, &shared.peers);
         if (!block.sync_and(has_peers)) return;  // ORDER: whose turn it is, to the leader
         finish_send<kPhases>(params, block, shared.peers.turn);
     }

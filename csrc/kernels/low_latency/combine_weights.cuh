@@ -30,7 +30,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE void send_weights(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, const Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const int32_t num_topk = base.num_topk;
+    const Divisor num_topk = base.num_topk;
     const auto num_packets = static_cast<int32_t>(layout::packets_of(num_topk));
     const int32_t stride = block.num_blocks() * block.size();
     DEEPCOMM_NO_UNROLL

@@ -258,8 +258,8 @@ DEEPCOMM_DEVICE void give_credits(const LowLatencyParams& params, const device::
 }
 
 /// A block's end of a send phase, all of whose threads know the turn. Credits of earlier operations are
-/// given here, where nobody waits: by the last block but one, which is among the last to have tokens and
-/// sends no headers.
+/// given here, where nobody waits: by the last block but one, which is among the last to have tokens and, unless
+/// it is alone, sends no headers.
 template <int kPhases>
 DEEPCOMM_DEVICE void finish_send(const LowLatencyParams& params, const device::Block& block,
                                  const LowLatencyTurn& turn) {

@@ -149,7 +149,7 @@ DEEPCOMM_DEVICE Arrival forward_row(const LowLatencyDispatchParams& params,
                                     const device::Block& block, const LowLatencyTurn& turn,
                                     const Pair& pair, int32_t* routes, const Shared& shared) {
     using Spec = typename Shared::Spec;
-    constexpr int32_t kAll = RowPackets<Spec>::kAll, kCount = kAll < 5 ? kAll : 5;
+    constexpr int32_t kAll = RowPackets<Shared>::kAll, kCount = kAll < 5 ? kAll : 5;
     const LowLatencyParams& base = params.base;
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kForward,
                                    pair.source, pair.token};

@@ -79,13 +79,10 @@ DEEPCOMM_DEVICE void write_scales(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_copies = shared.num_copies, stride = block.size() - device::kWarpSize;
-    const int32_t block_rows = params.base.map.num_ranks * params.base.map.max_tokens;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += stride) {
-        const int32_t slot = shared.slots[i / Spec::kScaleWords], word = i % Spec::kScaleWords;
-        const int64_t at = slot / block_rows * params.scale_block_stride +
-                           slot % block_rows * params.scale_row_stride +
-                           word * params.scale_word_stride;
+        const int32_t copy = i / Spec::kScaleWords, word = i % Spec::kScaleWords;
+        const int64_t at = shared.scales_at[copy] + word * params.scale_word_stride;
         params.out_scales[at] = shared.row[Spec::kRowWords + word];
     }
 }
@@ -107,14 +104,6 @@ DEEPCOMM_DEVICE void sum_counts(const LowLatencyParams& params, const device::Bl
     block.sync();  // ORDER: the sums before they are used
 }
 
-/// Sum of what the lanes have.
-DEEPCOMM_DEVICE int32_t warp_sum(int32_t value) {
-    for (int32_t distance = device::kWarpSize / 2; distance > 0; distance /= 2) {
-        value += device::warp_shuffle_xor(value, distance);
-    }
-    return value;
-}
-
 /// Tokens with an expert here: bits of the words before `last`, and those of `mask` in it.
 template <typename Shared>
 DEEPCOMM_DEVICE int32_t count_tokens_here(const device::Warp& warp, const Shared& shared,
@@ -125,7 +114,7 @@ DEEPCOMM_DEVICE int32_t count_tokens_here(const device::Warp& warp, const Shared
         const uint32_t counted = word < last ? device::kFullMask : mask;
         count += device::popcount(shared.token_bits[word] & counted);
     }
-    return warp_sum(count);
+    return device::warp_sum(count);
 }
 
 template <typename Shared>
@@ -158,34 +147,54 @@ DEEPCOMM_DEVICE void write_totals(const LowLatencyDispatchParams& params,
     for (int32_t expert = warp.thread_idx(); expert < num_local; expert += device::kWarpSize) {
         num_recv += static_cast<int32_t>(shared.totals[expert]);
     }
-    num_recv =
-        params.is_token_layout ? num_token_rows(params.base, warp, shared) : warp_sum(num_recv);
+    num_recv = params.is_token_layout ? num_token_rows(params.base, warp, shared)
+                                      : device::warp_sum(num_recv);
     if (warp.is_leader()) *params.num_recv = num_recv;
 }
 
-/// Rows without a token have weight 0 and ids -1; blocks from first_block on share the work.
+/// TOKEN: rows without a token have weight 0 and ids -1; blocks from first_block on share the work.
 template <typename Shared>
-DEEPCOMM_DEVICE void write_padding(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, int32_t first_block,
-                                   const Shared& shared) {
+DEEPCOMM_DEVICE void pad_tokens(const LowLatencyDispatchParams& params, const device::Block& block,
+                                int32_t first_block, const Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const int32_t block_rows = base.map.num_ranks * base.map.max_tokens;
+    const int64_t num_rows = num_token_rows(base, device::Warp{}, shared);
+    const int64_t end =
+        static_cast<int64_t>(base.map.num_ranks) * base.map.max_tokens * base.num_topk;
     const int32_t first = (block.block_idx() - first_block) * block.size() + block.thread_idx();
     const int32_t stride = (block.num_blocks() - first_block) * block.size();
-    if (params.is_token_layout) {
-        const int64_t num_rows = num_token_rows(base, device::Warp{}, shared);
-        const int64_t begin = num_rows * base.num_topk;
-        const int64_t end = static_cast<int64_t>(block_rows) * base.num_topk;
+    DEEPCOMM_NO_UNROLL
+    for (int64_t i = num_rows * base.num_topk + first; i < end; i += stride) {
+        store_id(params, i, -1);
+        if (params.out_topk_weights != nullptr) params.out_topk_weights[i] = 0;
+    }
+}
+
+/// EXPERT_PADDED: rows without a token have weight 0; the warps of blocks from first_block on share them, an eighth
+/// of an expert's rows at once.
+template <typename Shared>
+DEEPCOMM_DEVICE void pad_experts(const LowLatencyDispatchParams& params, const device::Block& block,
+                                 int32_t first_block, const Shared& shared) {
+    if (params.out_topk_weights == nullptr) return;
+    constexpr int32_t kParts = 8, kRowsAtOnce = 4 * device::kWarpSize;
+    const layout::LowLatencyLayout& map = params.base.map;
+    const device::Warp warp;
+    const int32_t num_warps = block.size() / device::kWarpSize;
+    const int32_t block_rows = map.num_ranks * map.max_tokens;
+    const int32_t part_rows = (block_rows + kParts - 1) / kParts;
+    const int32_t first = (block.block_idx() - first_block) * num_warps + warp.warp_idx();
+    const int32_t stride = (block.num_blocks() - first_block) * num_warps;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t item = first; item < map.num_local_experts * kParts; item += stride) {
+        const int32_t expert = item / kParts, begin = item % kParts * part_rows;
+        const int32_t end = begin + part_rows < block_rows ? begin + part_rows : block_rows;
+        const auto total = static_cast<int32_t>(shared.totals[expert]);
+        float* weights = params.out_topk_weights + static_cast<int64_t>(expert) * block_rows;
         DEEPCOMM_NO_UNROLL
-        for (int64_t i = begin + first; i < end; i += stride) {
-            store_id(params, i, -1);
-            if (params.out_topk_weights != nullptr) params.out_topk_weights[i] = 0;
-        }
-    } else if (params.out_topk_weights != nullptr) {
-        DEEPCOMM_NO_UNROLL
-        for (int32_t i = first; i < base.map.num_local_experts * block_rows; i += stride) {
-            const auto total = static_cast<int32_t>(shared.totals[i / block_rows]);
-            if (i % block_rows >= total) params.out_topk_weights[i] = 0;
+        for (int32_t row = begin + warp.thread_idx(); row < end; row += kRowsAtOnce) {
+            DEEPCOMM_UNROLL
+            for (int32_t i = row; i < row + kRowsAtOnce; i += device::kWarpSize) {
+                if (i >= total && i < end) weights[i] = 0;
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/low_latency/dispatch_rows.cuh"
+#include "kernels/low_latency/pair_cursor.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -17,14 +18,14 @@ DEEPCOMM_DEVICE bool comes_here(const LowLatencyParams& params, const Shared& sh
     return (shared.token_bits[word] >> token % 32 & 1u) != 0;
 }
 
-/// Polls what of a row and its head has not come; stages it and says where its copies go, which takes
-/// longer.
+/// Polls what of a row and its head has not come; stages it, unless it is, and says where its copies go,
+/// which takes longer.
 template <typename Shared>
 DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>& row,
+                                 const LowLatencyTurn& turn, RowPackets<Shared>& row,
                                  Shared& shared) {
     using Spec = typename Shared::Spec;
-    using Row = RowPackets<Spec>;
+    using Row = RowPackets<Shared>;
     const LowLatencyParams& base = params.base;
     const PacketRange heads = Row::heads(base, block, turn, row.pair);
     const PacketRange payload = Row::payload_after(base, heads);
@@ -37,7 +38,7 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
     if (kIsPlacedFirst && places) {
         arrival = place_row(params, heads, site, turn.tag, row, shared);
     }
-    for (int32_t i = 0; i < Row::kAll; i += Row::kCount) {
+    for (int32_t i = 0; i < Row::kAll && !row.is_kept; i += Row::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         if (i > 0) row.payload.load(payload, first);
         if (arrival == Arrival::kHere) {
@@ -51,14 +52,16 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
 }
 
 /// What became of a row.
-enum class RowEnd { kStaged, kLost, kFailed };
+enum class RowEnd { kNone, kStaged, kLost, kFailed };
 
 /// Waits for one row; the block may then write its copies.
 template <typename Shared>
 DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const device::Block& block,
-                                 const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>& row,
+                                 const LowLatencyTurn& turn, RowPackets<Shared>& row,
                                  Shared& shared) {
-    block.sync();  // ORDER: the row before has left shared memory
+    if (!row.is_kept) {
+        block.sync();  // ORDER: the row before has left shared memory
+    }
     const Arrival arrival = take_row(params, block, turn, row, shared);
     // ORDER: the row, to all
     if (!block.sync_and(arrival != Arrival::kFailed)) return RowEnd::kFailed;
@@ -79,6 +82,7 @@ DEEPCOMM_DEVICE void record_receive(const LowLatencyParams& params, const device
                                     bool is_void, const Shared& shared) {
     if (!keeps_counts(block)) return;
     int32_t* num_tokens = params.record + params.record_map.num_tokens;
+    DEEPCOMM_NO_UNROLL
     for (int32_t source = block.thread_idx(); source < params.map.num_ranks;
          source += block.size()) {
         num_tokens[source] = is_void ? 0 : shared.num_tokens[source];
@@ -97,12 +101,10 @@ DEEPCOMM_DEVICE int32_t most_tokens(const LowLatencyParams& params, const Shared
     return most;
 }
 
-/// The order of all pairs: rows of this rank's own tokens first, since they are here before those of
-/// the peers; most: tokens of any source.
-DEEPCOMM_DEVICE Pair pair_at(const LowLatencyParams& params, int32_t most, int32_t idx) {
-    const int32_t source = (params.comm.rank + idx / most) % params.map.num_ranks;
-    const int32_t token = idx % most;
-    return {source, token};
+/// Where a cursor is: rows of this rank's own tokens come first, since they are here before those of the
+/// peers.
+DEEPCOMM_DEVICE Pair pair_at(const LowLatencyParams& params, const PairCursor& cursor) {
+    return {cursor.rank(params, params.comm.rank), cursor.item};
 }
 
 /// The pairs of a block, one after the other. Says on the way which pairs do not exist.
@@ -110,21 +112,18 @@ template <typename Shared>
 struct PairWalk {
     const LowLatencyParams& params;
     const Shared& shared;
-    int32_t most;  ///< tokens of any source
-    int32_t next;
+    PairCursor cursor;
     int32_t lost_source = layout::kNoPeer;  ///< nothing is awaited from there any more
 
     /// False: none is left.
     DEEPCOMM_DEVICE bool advance(const device::Block& block, Pair* pair) {
         const int32_t num_topk = params.num_topk;
         DEEPCOMM_NO_UNROLL
-        for (; next < most * params.map.num_ranks; next += block.num_blocks()) {
-            *pair = pair_at(params, most, next);
+        while (cursor.find(params)) {
+            *pair = pair_at(params, cursor);
+            cursor.item += block.num_blocks();
             const int32_t source = pair->source, token = pair->token;
-            if (source != lost_source && comes_here(params, shared, source, token)) {
-                next += block.num_blocks();
-                return true;
-            }
+            if (source != lost_source && comes_here(params, shared, source, token)) return true;
             if (block.thread_idx() < num_topk && token < shared.num_tokens[source]) {
                 const int64_t entry = pair->index(params) * num_topk + block.thread_idx();
                 params.record[params.record_map.entries + entry] = layout::kNoEntry;
@@ -134,22 +133,13 @@ struct PairWalk {
     }
 };
 
-/// Whether a pair is this rank's own whose row the block has kept.
-template <typename Shared>
-DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams& params, const device::Block& block,
-                             const Pair& pair) {
-    return pair.source == params.comm.rank && keeps_row<Shared>(block, pair.token);
-}
-
-/// Loads what is probably the block's first row, before the headers say so; one that is kept is here.
+/// Loads what is probably the block's first row, before the headers say so.
 template <typename Shared>
 DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Block& block,
-                               const LowLatencyTurn& turn, RowPackets<typename Shared::Spec>* row) {
-    const int32_t most = params.num_tokens;  // ranks have the same number, as a rule
-    row->pair = {0, -1};
-    if (block.block_idx() >= most * params.map.num_ranks) return;
-    const Pair pair = pair_at(params, most, block.block_idx());
-    if (!is_kept<Shared>(params, block, pair)) row->load(params, block, turn, pair);
+                               const LowLatencyTurn& turn, RowPackets<Shared>* row) {
+    // Ranks have the same number of tokens, as a rule.
+    PairCursor cursor = {params.num_tokens, block.block_idx()};
+    if (cursor.find(params)) row->load(params, block, turn, pair_at(params, cursor));
 }
 
 /// Delivers the block's rows; row: the guess. A row's packets are loaded while the copies of the one
@@ -158,54 +148,57 @@ DEEPCOMM_DEVICE void guess_row(const LowLatencyParams& params, const device::Blo
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const LowLatencyTurn& turn,
-                                  RowPackets<typename Shared::Spec>& row, Shared& shared) {
+                                  RowPackets<Shared>& row, Shared& shared) {
     const LowLatencyParams& base = params.base;
-    PairWalk<Shared> walk = {base, shared, most_tokens(base, shared), block.block_idx()};
-    Pair pair = row.pair;
-    bool has_pair = walk.advance(block, &pair);
-    if (!has_pair) finish_receive<kPhases>(base, block, turn);
-    bool stays = is_kept<Shared>(base, block, pair);
-    const bool is_guessed = pair.source == row.pair.source && pair.token == row.pair.token;
-    if (has_pair && !is_guessed && !stays) row.load(base, block, turn, pair);
+    PairWalk<Shared> walk = {base, shared, {most_tokens(base, shared), block.block_idx()}};
+    Pair next;
+    bool has_next = walk.advance(block, &next);
+    RowEnd end = RowEnd::kNone;
     DEEPCOMM_NO_UNROLL
-    while (has_pair) {
-        RowEnd end = RowEnd::kStaged;
-        if (stays) {
-            row.pair = pair;
-            take_kept_row(params, block, row, shared);
-        } else {
-            end = await_row(params, block, turn, row, shared);
-        }
-        stays = false;
-        if (end == RowEnd::kFailed) return false;
-        if (end == RowEnd::kLost) walk.lost_source = row.pair.source;
-        if (is_in_last_warp(block)) record_row(params, row, shared);
-        has_pair = walk.advance(block, &pair);
-        if (has_pair) {
-            row.load(base, block, turn, pair);
-        } else {
+    while (true) {
+        const bool has_row = has_next;
+        if (!has_row) {
             finish_receive<kPhases>(base, block, turn);
+        } else if (next.source != row.pair.source || next.token != row.pair.token) {
+            row.load(base, block, turn, next);
         }
         if (end == RowEnd::kStaged && !is_in_last_warp(block)) {
             write_copies(params, block, shared);
             write_scales(params, block, shared);
         }
+        if (!has_row) return true;
+        // While the row is on its way.
+        const PairCursor cursor = walk.cursor;
+        has_next = walk.advance(block, &next);
+        end = await_row(params, block, turn, row, shared);
+        if (end == RowEnd::kFailed) return false;
+        if (end == RowEnd::kLost) {
+            walk.lost_source = row.pair.source;
+            walk.cursor = cursor;
+            has_next = walk.advance(block, &next);
+        }
+        if (is_in_last_warp(block)) record_row(params, row, shared);
     }
-    return true;
 }
 
 /// What no row waits for: counts, and what rows without a token hold. Done by blocks that have no rows,
-/// if they are not few.
+/// if they are not too few.
 template <typename Shared>
 DEEPCOMM_DEVICE void write_counts(const LowLatencyDispatchParams& params,
                                   const device::Block& block, Shared& shared) {
+    constexpr int32_t kMostForOne = 64;  ///< blocks whose share a block does
     const int32_t num_blocks = block.num_blocks();
     const int32_t num_pairs = most_tokens(params.base, shared) * params.base.map.num_ranks;
-    const int32_t first_block = num_blocks - num_pairs > num_blocks / 4 ? num_pairs : 0;
+    const int32_t first_block =
+        (num_blocks - num_pairs) * kMostForOne >= num_blocks ? num_pairs : 0;
     if (block.block_idx() < first_block) return;
     sum_counts(params.base, block, shared);
     if (keeps_counts(block)) write_totals(params, block, shared);
-    write_padding(params, block, first_block, shared);
+    if (params.is_token_layout) {
+        pad_tokens(params, block, first_block, shared);
+    } else {
+        pad_experts(params, block, first_block, shared);
+    }
 }
 
 /// The receive phase and its end, unless it fails. A row is looked for before and after the headers:
@@ -214,10 +207,10 @@ template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
-    RowPackets<typename Shared::Spec> row;
+    RowPackets<Shared> row;
     guess_row<Shared>(params.base, block, turn, &row);
     if (!receive_headers(params, block, turn, shared)) return;
-    if (row.pair.token >= 0) row.reload(params.base, block, turn);
+    row.reload(params.base, block, turn);
     const int32_t culprit = find_culprit(params.base, shared.refusals);
     const bool is_void = culprit != layout::kNoPeer;
     record_receive(params.base, block, is_void, shared);

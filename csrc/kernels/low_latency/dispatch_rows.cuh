@@ -35,13 +35,14 @@ DEEPCOMM_DEVICE uint32_t count_before(const LowLatencyParams& params, const Shar
 
 /// The last warp: says by the head of a row where its copies go, by ascending expert. EXPERT_PADDED.
 template <typename Shared>
-DEEPCOMM_DEVICE void place_copies(const LowLatencyParams& params, const device::Warp& warp,
+DEEPCOMM_DEVICE void place_copies(const LowLatencyDispatchParams& params, const device::Warp& warp,
                                   const Pair& pair, const Vec128& head, Shared& shared) {
+    const LowLatencyParams& base = params.base;
     const uint32_t expert = head.words[0];
     const bool is_here = expert != kNoExpert;
     int32_t order = 0;  // copies of smaller experts
     DEEPCOMM_NO_UNROLL
-    for (int32_t begin = 0; begin < params.num_topk; begin += kColumnsAtOnce) {
+    for (int32_t begin = 0; begin < base.num_topk; begin += kColumnsAtOnce) {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kColumnsAtOnce; ++i) {
             order += device::warp_shuffle(expert, begin + i) < expert ? 1 : 0;
@@ -51,9 +52,10 @@ DEEPCOMM_DEVICE void place_copies(const LowLatencyParams& params, const device::
     if (warp.is_leader()) shared.num_copies = num_copies;
     if (!is_here) return;
     const auto local = static_cast<int32_t>(expert);
-    const uint32_t before = count_before(params, shared, pair.source, local) + head.words[1];
-    shared.slots[order] =
-        local * params.map.num_ranks * params.map.max_tokens + static_cast<int32_t>(before);
+    const auto before =
+        static_cast<int32_t>(count_before(base, shared, pair.source, local) + head.words[1]);
+    shared.slots[order] = local * base.map.num_ranks * base.map.max_tokens + before;
+    shared.scales_at[order] = local * params.scale_block_stride + before * params.scale_row_stride;
     shared.columns[order] = warp.thread_idx();
 }
 
@@ -82,12 +84,13 @@ DEEPCOMM_DEVICE void record_copies(const LowLatencyDispatchParams& params, const
 
 /// The same for TOKEN: one row.
 template <typename Shared>
-DEEPCOMM_DEVICE void place_token(const LowLatencyParams& params, const device::Warp& warp,
+DEEPCOMM_DEVICE void place_token(const LowLatencyDispatchParams& params, const device::Warp& warp,
                                  const Pair& pair, Shared& shared) {
-    const int32_t slot = token_slot(params, warp, shared, pair);
+    const int32_t slot = token_slot(params.base, warp, shared, pair);
     if (!warp.is_leader()) return;
     shared.num_copies = 1;
     shared.slots[0] = slot;
+    shared.scales_at[0] = slot * params.scale_row_stride;
 }
 
 /// With the experts and weights of the token.
@@ -106,13 +109,16 @@ DEEPCOMM_DEVICE void record_token(const LowLatencyDispatchParams& params, const 
     params.out_topk_weights[index] = is_here ? device::float_from_bits(head.words[2]) : 0.0f;
 }
 
-/// A row's packets and its head, on their way to the threads that stage them.
-template <typename Spec>
+/// A row's packets and its head, on their way to the threads that stage them; or the row that the block
+/// has sent last, and kept as it is staged.
+template <typename Shared>
 struct RowPackets {
+    using Spec = typename Shared::Spec;
     static constexpr int32_t kAll = Spec::kPacketsOfThread;
     static constexpr int32_t kCount = kAll < 6 ? kAll : 6;  ///< of a thread in flight
 
-    Pair pair;  ///< token -1: none yet
+    Pair pair = {0, -1};  ///< none yet
+    bool is_kept = false;
     PacketBatch<kCount> payload;
     PacketBatch<1> head;  ///< in the last warp
 
@@ -131,8 +137,10 @@ struct RowPackets {
 
     DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const device::Block& block,
                               const LowLatencyTurn& turn, const Pair& next) {
-        const PacketRange range = heads(params, block, turn, next);
         pair = next;
+        is_kept = next.source == params.comm.rank && keeps_row<Shared>(block, next.token);
+        if (is_kept) return;
+        const PacketRange range = heads(params, block, turn, next);
         head.load(range, device::Warp{}.thread_idx());
         payload.load(payload_after(params, range), block.thread_idx());
     }
@@ -140,60 +148,53 @@ struct RowPackets {
     /// Loads again what has not come.
     DEEPCOMM_DEVICE void reload(const LowLatencyParams& params, const device::Block& block,
                                 const LowLatencyTurn& turn) {
+        if (pair.token < 0 || is_kept) return;
         const PacketRange range = heads(params, block, turn, pair);
         head.reload(range, device::Warp{}.thread_idx(), turn.tag);
         payload.reload(payload_after(params, range), block.thread_idx(), turn.tag);
     }
 };
 
-/// The last warp: where copies go, by the row's head, which has come or is made here.
+/// What the head of a row that is kept would say to a lane.
 template <typename Shared>
-DEEPCOMM_DEVICE void place_by_head(const LowLatencyDispatchParams& params, const device::Warp& warp,
-                                   const RowPackets<typename Shared::Spec>& row, Shared& shared) {
-    if (params.is_token_layout) {
-        place_token(params.base, warp, row.pair, shared);
-    } else {
-        place_copies(params.base, warp, row.pair, row.head.packets[0], shared);
+DEEPCOMM_DEVICE Vec128 kept_head(const LowLatencyParams& params, const device::Warp& warp,
+                                 const Shared& shared) {
+    const int32_t k = warp.thread_idx();
+    if (k >= params.num_topk || shared.entries[k].dst_idx != kKeptRow) {
+        return {{kNoExpert, 0, 0, 0}};
     }
+    const LowLatencyEntry& entry = shared.entries[k];
+    return {{static_cast<uint32_t>(entry.local_expert), position_of(shared, k),
+             device::float_bits(entry.weight), 0}};
 }
 
 /// The last warp: polls what of a row's head has not come, and says where its copies go.
 template <typename Shared>
 DEEPCOMM_DEVICE Arrival place_row(const LowLatencyDispatchParams& params, const PacketRange& heads,
                                   const device::WaitSite& site, uint32_t tag,
-                                  RowPackets<typename Shared::Spec>& row, Shared& shared) {
+                                  RowPackets<Shared>& row, Shared& shared) {
     const device::Warp warp;
-    const Arrival arrival = row.head.wait(params.base, site, heads, warp.thread_idx(), tag);
-    const bool is_here = arrival == Arrival::kHere && warp.thread_idx() < params.base.num_topk;
-    if (!is_here) row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
-    place_by_head(params, warp, row, shared);
-    return arrival;
-}
-
-/// The row that the block has sent last, and kept as it is staged.
-template <typename Shared>
-DEEPCOMM_DEVICE void take_kept_row(const LowLatencyDispatchParams& params,
-                                   const device::Block& block,
-                                   RowPackets<typename Shared::Spec>& row, Shared& shared) {
-    const device::Warp warp;
-    if (is_in_last_warp(block)) {
-        const int32_t k = warp.thread_idx();
-        row.head.packets[0] = {{kNoExpert, 0, 0, 0}};
-        if (k < params.base.num_topk && shared.entries[k].dst_idx == kKeptRow) {
-            const LowLatencyEntry& entry = shared.entries[k];
-            row.head.packets[0] = {{static_cast<uint32_t>(entry.local_expert),
-                                    shared.positions[0][k], device::float_bits(entry.weight), 0}};
-        }
-        place_by_head(params, warp, row, shared);
+    Vec128& head = row.head.packets[0];
+    Arrival arrival = Arrival::kHere;
+    if (row.is_kept) {
+        head = kept_head(params.base, warp, shared);
+    } else {
+        arrival = row.head.wait(params.base, site, heads, warp.thread_idx(), tag);
+        const bool is_here = arrival == Arrival::kHere && warp.thread_idx() < params.base.num_topk;
+        if (!is_here) head = {{kNoExpert, 0, 0, 0}};
     }
-    block.sync();  // ORDER: where the copies go, to all
+    if (params.is_token_layout) {
+        place_token(params, warp, row.pair, shared);
+    } else {
+        place_copies(params, warp, row.pair, head, shared);
+    }
+    return arrival;
 }
 
 /// The last warp: writes what a row's head says, beside the others' copies.
 template <typename Shared>
 DEEPCOMM_DEVICE void record_row(const LowLatencyDispatchParams& params,
-                                const RowPackets<typename Shared::Spec>& row,
-                                const Shared& shared) {
+                                const RowPackets<Shared>& row, const Shared& shared) {
     const device::Warp warp;
     if (params.is_token_layout) {
         record_token(params, warp, row.pair, row.head.packets[0], shared);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Role: a block sends tokens. It counts where the token's copies will lie and casts the row into
-// shared memory, while its last warp finds the destinations and their credits, and then stores
+// shared memory, while its last warp finds turn, credits and destinations, and then stores
 // packets to every destination at once. PROTOCOLS.md: low_latency_dispatch.
 #pragma once
 
@@ -28,7 +28,7 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
                                        bool is_kept, Shared& shared) {
     const int32_t k = warp.thread_idx();
     const int32_t expert = expert_of(params, input.own.ids[0]);
-    const int32_t num_local = params.base.map.num_local_experts;
+    const Divisor num_local = params.base.map.num_local_experts;
     const int32_t owner = expert < 0 ? -1 : expert / num_local;
     const bool is_sent =
         owner >= 0 && !is_cut_to<Shared::kHasNodes>(params.base, shared.peers, owner);
@@ -47,45 +47,53 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
 
-/// How many of the lanes' experts are a given one.
+constexpr int32_t kCountBits = 8;  ///< of a column: a warp compares at most 128 ids with it at once
+static_assert(kColumnsAtOnce * kCountBits == 32, "one sum of a warp for all of them");
+
+/// How many of the lanes' experts are those in columns begin, begin + 1, ...: kCountBits each; mine: the expert
+/// in a lane's column.
 template <int32_t kCount>
-DEEPCOMM_DEVICE uint32_t count_in_warp(const int32_t (&experts)[kCount], int32_t expert) {
-    int32_t count = 0;
+DEEPCOMM_DEVICE uint32_t count_columns(const int32_t (&experts)[kCount], int32_t mine,
+                                       int32_t begin) {
+    static_assert(kCount * device::kWarpSize < 1 << kCountBits, "counts of a column");
+    uint32_t counts = 0;
     DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kCount; ++i) {
-        count += device::popcount(device::warp_ballot(experts[i] == expert));
+    for (int32_t i = 0; i < kColumnsAtOnce; ++i) {
+        const int32_t expert = device::warp_shuffle(mine, begin + i);
+        DEEPCOMM_UNROLL
+        for (int32_t j = 0; j < kCount; ++j) {
+            if (experts[j] == expert) counts += 1u << i * kCountBits;
+        }
     }
-    return static_cast<uint32_t>(count);
+    return device::warp_sum(counts);
 }
 
-/// How many tokens of this rank before this one have each of its experts. Each of the ids before is
-/// read once and compared with all of the token's.
+/// How many tokens of this rank before this one have each of its experts, of those that a warp looks at. Each of
+/// the ids before is read once and compared with all of the token's.
 template <typename Shared>
 DEEPCOMM_DEVICE void count_positions(const LowLatencyDispatchParams& params,
                                      const device::Block& block, TokenInput<Shared>& input,
-                                     uint32_t* positions) {
+                                     Shared& shared) {
     constexpr int32_t kCount = TokenInput<Shared>::kEarlier;
     const int32_t num_topk = params.base.num_topk, num_ids = input.token * num_topk;
     const int32_t mine = expert_of(params, input.own.ids[0]);
-    const int32_t lane = device::Warp{}.thread_idx();
+    const device::Warp warp;
+    const int32_t lane = warp.thread_idx();
     uint32_t num_before = 0;  // ids of this warp that are the lane's expert
     DEEPCOMM_NO_UNROLL
-    for (int32_t round = 0; round * block.size() < num_ids; round += kCount) {
+    for (int32_t round = 0;
+         round * Shared::Spec::kStagers + warp.warp_idx() * warp.size() < num_ids;
+         round += kCount) {
         if (round > 0) input.earlier.load(params, input.earlier_ids(params, block, round));
-        int32_t experts[kCount];
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) experts[i] = expert_of(params, input.earlier.ids[i]);
         DEEPCOMM_NO_UNROLL
-        for (int32_t begin_k = 0; begin_k < num_topk; begin_k += kColumnsAtOnce) {
-            DEEPCOMM_UNROLL
-            for (int32_t i = 0; i < kColumnsAtOnce; ++i) {
-                const int32_t k = begin_k + i;
-                const uint32_t count = count_in_warp(experts, device::warp_shuffle(mine, k));
-                if (lane == k) num_before += count;
-            }
+        for (int32_t begin = 0; begin < num_topk; begin += kColumnsAtOnce) {
+            const uint32_t counts = count_columns(input.earlier.ids, mine, begin);
+            const int32_t column = lane - begin;
+            if (column < 0 || column >= kColumnsAtOnce) continue;
+            num_before += counts >> column * kCountBits & ((1u << kCountBits) - 1u);
         }
     }
-    if (num_before > 0 && mine >= 0) device::red_add_relaxed_block(&positions[lane], num_before);
+    if (lane < num_topk) shared.counted[warp.warp_idx()][lane] = num_before;
 }
 
 /// Whether an entry is an expert of that destination itself, not of a rank beyond it.
@@ -102,10 +110,9 @@ DEEPCOMM_DEVICE bool is_entry_of(const LowLatencyParams& params, const LowLatenc
 template <typename Shared>
 DEEPCOMM_DEVICE void store_rail_heads(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
-                                      int32_t token, const uint32_t* positions,
-                                      const Shared& shared) {
+                                      int32_t token, const Shared& shared) {
     const LowLatencyParams& base = params.base;
-    const int32_t num_topk = base.num_topk;
+    const Divisor num_topk = base.num_topk;
     const int32_t own_first = base.rail_idx * base.map.num_local_experts;
     const int64_t offset = base.map.rail_head_offset(turn.slot, base.node_idx, token);
     DEEPCOMM_NO_UNROLL
@@ -117,19 +124,19 @@ DEEPCOMM_DEVICE void store_rail_heads(const LowLatencyDispatchParams& params,
         const LowLatencyEntry& entry = shared.entries[k];
         const bool is_there = entry.dst_idx == dst_idx;
         const int32_t expert = own_first + entry.local_expert;
-        device::st_relaxed_sys(packets_at(shared.peers.bases[dst], offset) + k,
-                               {{is_there ? static_cast<uint32_t>(expert) : kNoExpert, positions[k],
-                                 device::float_bits(entry.weight), turn.tag}});
+        device::st_relaxed_sys(
+            packets_at(shared.peers.bases[dst], offset) + k,
+            {{is_there ? static_cast<uint32_t>(expert) : kNoExpert, position_of(shared, k),
+              device::float_bits(entry.weight), turn.tag}});
     }
 }
 
 /// Stores the staged row and what its destinations need to place it.
 template <typename Shared>
 DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const device::Block& block,
-                               const LowLatencyTurn& turn, int32_t token, const uint32_t* positions,
-                               const Shared& shared) {
+                               const LowLatencyTurn& turn, int32_t token, const Shared& shared) {
     using Spec = typename Shared::Spec;
-    const int32_t num_topk = params.base.num_topk;
+    const Divisor num_topk = params.base.num_topk;
     const int64_t offset = params.base.map.row_offset(turn.slot, params.base.comm.rank, token);
     const int32_t num_destinations = shared.num_destinations;
     DEEPCOMM_NO_UNROLL
@@ -141,7 +148,7 @@ DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const dev
         unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
         device::st_relaxed_sys(
             packets_at(base, offset) + k,
-            {{expert, positions[k], device::float_bits(entry.weight), turn.tag}});
+            {{expert, position_of(shared, k), device::float_bits(entry.weight), turn.tag}});
     }
     constexpr int32_t kCount = Spec::kPacketsOfThread < 3 ? Spec::kPacketsOfThread : 3;
     DEEPCOMM_NO_UNROLL
@@ -166,36 +173,37 @@ DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const dev
     input.row.stage(block.thread_idx(), shared);
     DEEPCOMM_NO_UNROLL
     for (int32_t first = Input::kCount; first < Input::kAll; first += Input::kCount) {
-        input.row.load(row, block.thread_idx() + first * block.size());
-        input.row.stage(block.thread_idx() + first * block.size(), shared);
+        const int32_t vector = block.thread_idx() + first * Shared::Spec::kStagers;
+        input.row.load(row, vector);
+        input.row.stage(vector, shared);
     }
     stage_tail(params, block, input.token, shared);
 }
 
-/// One token, whose input is on its way; then that of the block's next one is. has_peers: they are open,
-/// as far as this thread knows. False: leave.
+/// One token, whose input is on its way; then that of the block's next one is. All but the stores is done
+/// before the block meets, so the peers need not be open until then. is_last: of the block; has_peers: they are
+/// open, as far as this thread knows. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
-                                TokenInput<Shared>& input, Shared& shared, bool has_peers) {
+                                TokenInput<Shared>& input, bool is_last, bool has_peers,
+                                Shared& shared) {
     const device::Warp warp;
     const int32_t token = input.token;
-    uint32_t* positions = shared.positions[token / block.num_blocks() & 1];
-    if (block.thread_idx() < params.base.num_topk) positions[block.thread_idx()] = 0;
-    // ORDER: the token before has left shared memory; the zeros before the counts, peers before use
-    block.sync();
     if (is_in_last_warp(block)) {
         find_destinations(params, warp, input, keeps_row<Shared>(block, token), shared);
         write_handle(params, warp, input);
+    } else {
+        count_positions(params, block, input, shared);
+        stage_row(params, block, input, shared);
     }
-    count_positions(params, block, input, positions);
-    stage_row(params, block, input, shared);
-    const int32_t following = token - block.num_blocks();
-    if (following >= 0) input.load(params, block, following);
-    if (!block.sync_and(has_peers)) return false;  // ORDER: the credits and the staged row, to all
+    if (!is_last) input.load(params, block, token - block.num_blocks());
+    // ORDER: turn, credits, destinations, counts and the staged row, to all
+    if (!block.sync_and(has_peers)) return false;
     const LowLatencyTurn& turn = shared.peers.turn;
-    store_row(params, block, turn, token, positions, shared);
-    if constexpr (Shared::kHasNodes) {
-        store_rail_heads(params, block, turn, token, positions, shared);
+    store_row(params, block, turn, token, shared);
+    if constexpr (Shared::kHasNodes) store_rail_heads(params, block, turn, token, shared);
+    if (!is_last) {
+        block.sync();  // ORDER: the token has left shared memory before the next comes there
     }
     return true;
 }
@@ -212,31 +220,41 @@ DEEPCOMM_DEVICE void record_send(const LowLatencyParams& params, const device::B
     if (block.is_leader()) params.record[params.record_map.tag] = static_cast<int32_t>(turn.tag);
 }
 
+/// How many tokens a block sends.
+DEEPCOMM_DEVICE int32_t num_sent(const LowLatencyParams& params, const device::Block& block) {
+    int32_t num = 0, token = block.block_idx();
+    DEEPCOMM_NO_UNROLL
+    for (; token < params.num_tokens; token += block.num_blocks()) ++num;
+    return num;
+}
+
 /// Takes the turn and sends, a block's last token first: its first one is what the block delivers first. The
-/// last block sends the headers, before its tokens. False: leave.
+/// last block sends the headers, before its tokens. What tokens and headers need is on its way beside the turn.
+/// False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
                                    const device::Block& block, Shared& shared) {
+    const LowLatencyParams& base = params.base;
     const bool sends_headers = block.block_idx() == block.num_blocks() - 1;
-    const int32_t num_behind = params.base.num_tokens - 1 - block.block_idx();
-    const int32_t stride = block.num_blocks();
-    const int32_t last = num_behind < 0 ? -1 : block.block_idx() + num_behind / stride * stride;
-    if (sends_headers) {
-        if (!send_headers(params, block, shared)) return false;
-        record_send(params.base, block, shared.peers.turn, shared);
-    }
+    EarlyTurn early(base, block);
+    if (sends_headers && !is_in_last_warp(block)) count_tokens(params, shared);
+    int32_t round = num_sent(base, block) - 1;
     TokenInput<Shared> input;
-    if (last >= 0) input.load(params, block, last);
-    bool has_peers = true;
-    if (!sends_headers) {
-        has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyDispatch, block,
-                                                 EarlyTurn(params.base, block), &shared.peers);
+    if (round >= 0) input.load(params, block, block.block_idx() + round * block.num_blocks());
+    early.load_credits(base);
+    const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyDispatch, block,
+                                                        early, &shared.peers);
+    if (sends_headers) {
+        if (!block.sync_and(has_peers)) return false;  // ORDER: counts, turn and credits, to all
+        store_headers(params, block, shared.peers.turn, shared);
+        record_send(base, block, shared.peers.turn, shared);
     }
+    if (round < 0) return block.sync_and(has_peers);  // as one
     DEEPCOMM_NO_UNROLL
-    for (int32_t token = last; token >= 0; token -= stride) {
-        if (!send_token(params, block, input, shared, has_peers)) return false;
+    for (; round >= 0; --round) {
+        if (!send_token(params, block, input, round == 0, has_peers, shared)) return false;
     }
-    return last >= 0 || block.sync_and(has_peers);  // as one
+    return true;
 }
 
 }  // namespace deepcomm::kernels::low_latency

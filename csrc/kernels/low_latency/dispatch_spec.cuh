@@ -19,6 +19,9 @@ struct LowLatencyDispatchSpec {
             ? ScaleFormat::kFp32
             : ScaleFormat::kUe8m0;
     static constexpr int kNumThreads = kThreads;
+    /// The last warp has roles of its own: these threads stage and count.
+    static constexpr int kStagers = kThreads - device::kWarpSize;
+    static constexpr int kNumCounting = kStagers / device::kWarpSize;  ///< warps
     static constexpr int kTiles = static_cast<int>(ceil_div(kHidden, kScaleTile));
     static constexpr int kRowBytes = kScaleFormat == ScaleFormat::kNone ? 2 * kHidden : kHidden;
     static constexpr int kRowWords = kRowBytes / 4;
@@ -54,7 +57,15 @@ struct LowLatencyDispatchShared {
     static constexpr bool kKeepsRow = (kPhases & kBothPhases) == kBothPhases;
     using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
 
-    alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales
+    /// Room for marks of a word of tokens at least.
+    static constexpr int32_t kMarks = Spec::kStagedWords > layout::kMaxLowLatencyExperts
+                                          ? Spec::kStagedWords
+                                          : static_cast<int32_t>(layout::kMaxLowLatencyExperts);
+
+    union {
+        alignas(16) uint32_t row[Spec::kStagedWords];  ///< as it travels: row, then scales
+        uint32_t marks[kMarks];                        ///< before: by expert, a bit a token
+    };
     low_latency::Peers peers;
     /// Sent: tokens of each expert. Received, [R][L]: those of sources before this one.
     uint32_t counts[layout::kMaxLowLatencyExperts];
@@ -63,14 +74,14 @@ struct LowLatencyDispatchShared {
     int32_t num_tokens[layout::kMaxLowLatencyRanks];
     int32_t destinations[kMaxTopk];
     LowLatencyEntry entries[kMaxTopk];
-    /// Of the token among those of its source for each expert; in turns, so that one is zeroed while
-    /// the other may still be read.
-    uint32_t positions[2][kMaxTopk];
+    /// Tokens before this one that have its k-th expert, as each warp has counted.
+    uint32_t counted[Spec::kNumCounting][kMaxTopk];
     int32_t num_destinations;
     int32_t num_copies;
-    int32_t slots[kMaxTopk];    ///< of the row's copies
-    int32_t columns[kMaxTopk];  ///< likewise, where the token has the expert
-    uint32_t refusal;           ///< flags of the header that is sent
+    int32_t slots[kMaxTopk];      ///< of the row's copies
+    int64_t scales_at[kMaxTopk];  ///< likewise, where the scales begin, in words
+    int32_t columns[kMaxTopk];    ///< likewise, where the token has the expert
+    uint32_t refusal;             ///< flags of the header that is sent
     low_latency::Refusals refusals;
 };
 
@@ -86,14 +97,20 @@ DEEPCOMM_DEVICE bool keeps_row(const device::Block& block, int32_t token) {
 
 constexpr int32_t kColumnsAtOnce = 4;  ///< of a token, that instructions are unrolled for
 
-DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int64_t index) {
-    return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
-                                    : static_cast<const int32_t*>(params.topk_idx)[index];
+/// The token's place among those of its source for its k-th expert.
+template <typename Shared>
+DEEPCOMM_DEVICE uint32_t position_of(const Shared& shared, int32_t k) {
+    uint32_t position = 0;
+    DEEPCOMM_UNROLL
+    for (int32_t warp = 0; warp < Shared::Spec::kNumCounting; ++warp) {
+        position += shared.counted[warp][k];
+    }
+    return position;
 }
 
 /// The expert of an id, -1 for none as for what is no expert: the header tells of those.
-DEEPCOMM_DEVICE int32_t expert_of(const LowLatencyDispatchParams& params, int64_t id) {
-    return id >= 0 && id < params.num_experts ? static_cast<int32_t>(id) : -1;
+DEEPCOMM_DEVICE int32_t expert_of(const LowLatencyDispatchParams& params, int32_t id) {
+    return static_cast<uint32_t>(id) < static_cast<uint32_t>(params.num_experts) ? id : -1;
 }
 
 /// Ids that a thread looks at, stride apart; those from num on are none.
@@ -103,25 +120,28 @@ struct IdRange {
     int32_t num;
 };
 
-/// Ids of a range from its first on: all loads fly before the first is used.
+/// Ids of a range from its first on, or their low words where they have 64 bits, which is all that an expert
+/// has: all loads fly before the first is used.
 template <int kCount>
 struct IdBatch {
-    int64_t ids[kCount];
+    int32_t ids[kCount];
 
     DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const IdRange& range) {
-        if (params.topk_idx_is_int64) {
-            load_from(static_cast<const int64_t*>(params.topk_idx), range);
-        } else {
-            load_from(static_cast<const int32_t*>(params.topk_idx), range);
-        }
-    }
-
-    template <typename Id>
-    DEEPCOMM_DEVICE void load_from(const Id* from, const IdRange& range) {
+        const auto* words = static_cast<const int32_t*>(params.topk_idx);
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             const int32_t index = range.first + i * range.stride;
-            ids[i] = index < range.num ? static_cast<int64_t>(from[index]) : -1;
+            ids[i] = index < range.num ? words[index << params.topk_idx_is_int64] : -1;
+        }
+    }
+
+    /// The high words of the same ids.
+    DEEPCOMM_DEVICE void load_high(const LowLatencyDispatchParams& params, const IdRange& range) {
+        const auto* words = static_cast<const int32_t*>(params.topk_idx);
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = range.first + i * range.stride;
+            ids[i] = index < range.num ? words[2 * index + 1] : -1;
         }
     }
 };

@@ -49,7 +49,7 @@ struct LowLatencyParams {
     int64_t* wait_us;    ///< [R] statistics to add to, or null
     int32_t* record;     ///< of the dispatch
     uint32_t signature;  ///< of the arguments that all ranks must agree on
-    int32_t num_topk;    ///< K of this operation
+    Divisor num_topk;    ///< K of this operation
     int32_t num_tokens;  ///< of this rank
     int32_t mask_late;   ///< a late peer is masked instead of failing the operation
     int32_t node_idx;    ///< of this rank

@@ -36,8 +36,6 @@ DEEPCOMM_DEVICE bool is_free(const LowLatencyParams& params, const LowLatencyTur
     return received + static_cast<uint64_t>(params.map.num_slots) >= turn.number;
 }
 
-constexpr int32_t kAnySlot = -1;
-
 /// A peer and its credit in one slot, as a lane of the last warp sees them before the turn is known,
 /// which says whose slot matters. Items are all slots of all peers; each lane's first is looked up early.
 struct EarlyPeer {
@@ -47,13 +45,17 @@ struct EarlyPeer {
     uint32_t masked = 0;
     uint64_t received = 0;  ///< what the peer has read in the slot
 
-    /// wanted: the only slot that matters, or kAnySlot.
-    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item, int32_t wanted) {
+    DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item) {
         slot = item / params.map.num_ranks;
-        peer = item - slot * params.map.num_ranks;
-        if (slot >= params.map.num_slots || (wanted != kAnySlot && slot != wanted)) return;
+        peer = item % params.map.num_ranks;
+        if (slot >= params.map.num_slots) return;
         base = params.comm.bases[peer];
         masked = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+    }
+
+    /// Behind all that is on its way: an acquire holds up the thread's next loads until it is here.
+    DEEPCOMM_DEVICE void load_credit(const LowLatencyParams& params) {
+        if (slot < 0 || slot >= params.map.num_slots) return;
         received = read_credit(credit_of(params, slot, peer));
     }
 };
@@ -100,7 +102,7 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
     return goes_on;
 }
 
-/// What the last warp looks up at a launch's begin: the peers beside the turn.
+/// What the last warp looks up at a launch's begin: the peers beside the turn, then their credits.
 struct EarlyTurn {
     EarlyPeer peer;
     uint64_t sends = 0;
@@ -108,14 +110,16 @@ struct EarlyTurn {
 
     DEEPCOMM_DEVICE EarlyTurn(const LowLatencyParams& params, const device::Block& block) {
         if (!is_in_last_warp(block)) return;
-        peer.load(params, device::Warp{}.thread_idx(), kAnySlot);
+        peer.load(params, device::Warp{}.thread_idx());
         sends = device::ld_relaxed_gpu(&params.state->sends);
         failed = device::ld_relaxed_gpu(params.comm.failed);
     }
+
+    DEEPCOMM_DEVICE void load_credits(const LowLatencyParams& params) { peer.load_credit(params); }
 };
 
 /// Begins an operation. The last warp: says whose turn it is and which peers there are, and waits for those
-/// that are not masked. The block meets before others use it. False: leave.
+/// that are not masked. The block meets before other warps use it. False: leave.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operation,
                                const device::Block& block, const EarlyTurn& found, Peers* peers) {
@@ -128,11 +132,16 @@ DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operati
     DEEPCOMM_NO_UNROLL
     for (int32_t item = lane; item < params.map.num_ranks * params.map.num_slots;
          item += device::kWarpSize) {
-        if (item != lane) early.load(params, item, turn.slot);
+        if (item != lane) {
+            if (item / params.map.num_ranks != turn.slot) continue;
+            early.load(params, item);
+            early.load_credit(params);
+        }
         if (early.slot != turn.slot) continue;
         goes_on = open_peer<kHasNodes>(params, operation, turn, early, found.failed != 0, peers) &&
                   goes_on;
     }
+    device::Warp{}.sync();  // ORDER: turn and peers, to all lanes
     return goes_on;
 }
 

@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(256, 1)
     auto& shared = device::shared_storage<LowLatencyRefuseShared<kHasNodes>>();
     const Operation operation =
         params.is_combine ? Operation::kLowLatencyCombine : Operation::kLowLatencyDispatch;
-    const bool has_peers =
-        open_turn<kHasNodes>(base, operation, block, EarlyTurn(base, block), &shared.peers);
+    EarlyTurn early(base, block);
+    early.load_credits(base);
+    const bool has_peers = open_turn<kHasNodes>(base, operation, block, early, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the headers
     const LowLatencyTurn turn = shared.peers.turn;
     store_refusal<kHasNodes>(params, block, turn, shared.peers);

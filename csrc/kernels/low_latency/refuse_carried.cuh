@@ -15,8 +15,9 @@ namespace low_latency {
 template <typename Shared>
 DEEPCOMM_DEVICE void tell_refusal(const LowLatencyRefuseParams& params, const device::Block& block,
                                   Operation operation, bool is_awaited, Shared& shared) {
-    const bool has_peers = open_turn<true>(params.base, operation, block,
-                                           EarlyTurn(params.base, block), &shared.peers);
+    EarlyTurn early(params.base, block);
+    early.load_credits(params.base);
+    const bool has_peers = open_turn<true>(params.base, operation, block, early, &shared.peers);
     if (!block.sync_and(has_peers)) return;  // ORDER: the credits before the refusal
     if (is_awaited) store_refusal<true>(params, block, shared.peers.turn, shared.peers);
 }

@@ -181,12 +181,11 @@ def _plan_dispatch(
 ) -> DispatchPlan:
     sizes, num_tokens = context.sizes, checked.num_tokens
     words = Words.of(checked, sizes)
-    num_receiving = sizes.block_rows + sizes.block_rows // 3 + 1  # some for what is no row
-    num_wanted = {
-        SEND: num_tokens + 1,
-        RECEIVE: num_receiving,
-        BOTH: max(num_tokens + 1, num_receiving),
-    }
+    # Rows if all ranks have as many tokens, in whole waves: further blocks would hold up those
+    # that have rows, and the last one, which sends the header, has an SM without many of them.
+    num_rows = max(1, num_tokens * sizes.num_ranks)
+    num_receiving = -(-num_rows // context.num_sms) * context.num_sms
+    num_wanted = {SEND: num_tokens + 1, RECEIVE: num_receiving, BOTH: num_receiving}
     functions = context.functions.dispatch[row_kind(checked)]
     outputs = Outputs.of(request, checked, sizes, words)
     params = _fill_dispatch(context, request, checked, rows)
