@@ -56,22 +56,6 @@ DEEPCOMM_DEVICE ExpertRows rows_of(const LowLatencyCombineParams& params, const 
     return {mine, device::popcount(device::warp_ballot(is_row)), Spec::num_vectors(part)};
 }
 
-/// The rows of a part that is summed, and their first terms on the way.
-template <typename Spec>
-struct PartInput {
-    bool is_loaded = false;
-    ExpertRows rows = {};
-    PartTerms<Spec> terms = {};
-
-    /// entry: of the token, here.
-    DEEPCOMM_DEVICE void load(const LowLatencyCombineParams& params, const device::Block& block,
-                              const Entry& entry, int32_t part) {
-        rows = rows_of<Spec>(params, entry, part);
-        terms.load(rows, 0, block.thread_idx());
-        is_loaded = true;
-    }
-};
-
 /// Waits for the weight that the token's rank has sent for a lane's entry.
 DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
                                      const LowLatencyTurn& turn, const Summed& summed,
@@ -215,15 +199,13 @@ struct SummedWalk {
 
     DEEPCOMM_DEVICE void load() { entry = load_entry(params, device::Warp{}, summed); }
 
-    /// Begins with the part whose entry has been loaded early, if that was a good guess. Says whether it was.
-    DEEPCOMM_DEVICE bool begin(const device::Block& block, const Summed& guess,
+    /// Begins with the part whose entry has been loaded early, if that was a good guess.
+    DEEPCOMM_DEVICE void begin(const device::Block& block, const Summed& guess,
                                const Entry& early) {
         advance(block);
         entry = early;
-        const bool is_guessed = summed.source == guess.source && summed.token == guess.token &&
-                                summed.part == guess.part;
+        const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
         if (has_part && !is_guessed) load();
-        return has_part && is_guessed;
     }
 };
 
@@ -239,21 +221,24 @@ DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const d
     return true;
 }
 
-/// Sums the block's parts, stages each and stores its packets, while the next one's terms are on their way;
-/// input: of the first, if it is loaded. False: leave.
+/// Sums the block's parts, stages each and stores its packets, while the next one's terms are on their way.
+/// False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const device::Block& block,
                                 const LowLatencyTurn& turn, SummedWalk<Shared>& walk,
-                                PartInput<typename Shared::Spec>& input, Shared& shared) {
+                                Shared& shared) {
+    using Spec = typename Shared::Spec;
+    PartTerms<Spec> terms = {};
     Summed current = {0, 0, 0};
     bool is_staged = false;
     DEEPCOMM_NO_UNROLL
     while (true) {
         const bool has_part = walk.has_part;
-        if (has_part && !input.is_loaded) {
-            input.load(params, block, walk.entry, walk.summed.part);
+        ExpertRows rows = {};
+        if (has_part) {
+            rows = rows_of<Spec>(params, walk.entry, walk.summed.part);
+            terms.load(rows, 0, block.thread_idx());
         }
-        input.is_loaded = false;
         if (is_staged) store_partial(params, block, turn, current, shared);
         if (!has_part) return true;
         current = walk.summed;
@@ -263,10 +248,10 @@ DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const dev
         // The first part's source may have been found to be absent since the walk began.
         if (cut_sources(shared)[current.source]) continue;
         bool is_here;
-        if (!take_weights(params, block, turn, current, &input.rows, &is_here)) return false;
-        is_staged = is_here && input.rows.num > 0;
+        if (!take_weights(params, block, turn, current, &rows, &is_here)) return false;
+        is_staged = is_here && rows.num > 0;
         if (!is_staged) continue;
-        sum_part(input.rows, params.apply_weights != 0, block, input.terms, shared);
+        sum_part(rows, params.apply_weights != 0, block, terms, shared);
         block.sync();  // ORDER: the staged part before its packets
     }
 }
@@ -278,49 +263,21 @@ DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device
     return cursor.find(params) ? summed_at<Spec>(params, cursor) : Summed{0, -1, 0};
 }
 
-/// The block's first part as it probably is, on its way before the turn is known.
-template <typename Shared>
-struct EarlyPart {
-    using Spec = typename Shared::Spec;
-    /// Else registers are needed for what is passed on.
-    static constexpr bool kLoadsRows = !Shared::kHasNodes;
-
-    Summed summed;
-    Entry entry = {layout::kNoEntry, 1.0f};
-    int32_t num_tokens = 0;  ///< of its source
-    uint32_t failed =
-        0;  ///< a launch before has, perhaps the one that should have written the record
-
-    DEEPCOMM_DEVICE EarlyPart(const LowLatencyCombineParams& params, const device::Block& block)
-        : summed(guess_summed<Spec>(params.base, block)) {
-        if (summed.token < 0) return;
-        entry = load_entry(params, device::Warp{}, summed);
-        num_tokens = params.base.record[params.base.record_map.num_tokens + summed.source];
-        failed = device::ld_relaxed_gpu(params.base.comm.failed);
-    }
-
-    /// Unless the record says nothing of the token, as of one that its source does not have.
-    DEEPCOMM_DEVICE void load_rows(const LowLatencyCombineParams& params,
-                                   const device::Block& block, PartInput<Spec>* input) const {
-        if (!kLoadsRows || failed != 0 || summed.token < 0 || summed.token >= num_tokens) return;
-        input->load(params, block, entry, summed.part);
-    }
-};
-
 /// Takes the turn and sends. The turn, the credits and what the record says, entries of the first token
-/// included, are on their way together, and so are that token's rows while the turn is awaited. False: leave.
+/// included, are on their way together. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   LowLatencyTurn* turn, Shared& shared) {
+    using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
+    const device::Warp warp;
     const bool is_refused = is_void(base);
-    const EarlyPart<Shared> first(params, block);
+    const Summed guess = guess_summed<Spec>(base, block);
+    const Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
     EarlyTurn early(base, block);
     read_record(params, block, shared);
     early.load_credits(base);
     if (is_refused) return false;
-    PartInput<typename Shared::Spec> input;
-    first.load_rows(params, block, &input);
     const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
                                                         early, &shared.peers);
     clear_tail(block, shared);
@@ -329,14 +286,14 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     *turn = shared.peers.turn;
     find_cut_sources(base, block, shared);
     SummedWalk<Shared> walk(params, block, shared);
-    input.is_loaded = walk.begin(block, first.summed, first.entry) && input.is_loaded;
+    walk.begin(block, guess, entry);
     const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
     if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
         send_combine_headers(base, block, *turn, shared);
     }
     bool has_ended;
     if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
-    return has_ended || send_parts(params, block, *turn, walk, input, shared);
+    return has_ended || send_parts(params, block, *turn, walk, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency

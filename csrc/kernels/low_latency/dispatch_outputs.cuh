@@ -169,28 +169,29 @@ DEEPCOMM_DEVICE void pad_tokens(const LowLatencyDispatchParams& params, const de
     }
 }
 
-/// EXPERT_PADDED: rows without a token have weight 0; the warps of blocks from first_block on share them, an eighth
-/// of an expert's rows at once.
+/// EXPERT_PADDED: rows without a token have weight 0; the warps of blocks from first_block on share them.
 template <typename Shared>
 DEEPCOMM_DEVICE void pad_experts(const LowLatencyDispatchParams& params, const device::Block& block,
                                  int32_t first_block, const Shared& shared) {
     if (params.out_topk_weights == nullptr) return;
-    constexpr int32_t kParts = 8, kRowsAtOnce = 4 * device::kWarpSize;
+    constexpr int32_t kPartRows = 256;  ///< that a warp takes at once, of an expert
+    constexpr int32_t kRowsAtOnce = 4 * device::kWarpSize;
     const layout::LowLatencyLayout& map = params.base.map;
     const device::Warp warp;
     const int32_t num_warps = block.size() / device::kWarpSize;
     const int32_t block_rows = map.num_ranks * map.max_tokens;
-    const int32_t part_rows = (block_rows + kParts - 1) / kParts;
+    const int32_t num_parts = (block_rows + kPartRows - 1) / kPartRows;
     const int32_t first = (block.block_idx() - first_block) * num_warps + warp.warp_idx();
     const int32_t stride = (block.num_blocks() - first_block) * num_warps;
     DEEPCOMM_NO_UNROLL
-    for (int32_t item = first; item < map.num_local_experts * kParts; item += stride) {
-        const int32_t expert = item / kParts, begin = item % kParts * part_rows;
-        const int32_t end = begin + part_rows < block_rows ? begin + part_rows : block_rows;
+    for (int32_t item = first; item < map.num_local_experts * num_parts; item += stride) {
+        const int32_t part = item / map.num_local_experts, expert = item % map.num_local_experts;
+        const int32_t end =
+            (part + 1) * kPartRows < block_rows ? (part + 1) * kPartRows : block_rows;
         const auto total = static_cast<int32_t>(shared.totals[expert]);
         float* weights = params.out_topk_weights + static_cast<int64_t>(expert) * block_rows;
         DEEPCOMM_NO_UNROLL
-        for (int32_t row = begin + warp.thread_idx(); row < end; row += kRowsAtOnce) {
+        for (int32_t row = part * kPartRows + warp.thread_idx(); row < end; row += kRowsAtOnce) {
             DEEPCOMM_UNROLL
             for (int32_t i = row; i < row + kRowsAtOnce; i += device::kWarpSize) {
                 if (i >= total && i < end) weights[i] = 0;
