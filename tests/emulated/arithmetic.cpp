@@ -81,4 +81,14 @@ void deepcomm_turns(int num_slots, int64_t count, const uint64_t* numbers, uint3
     }
 }
 
+/// Quotients and remainders by a Divisor.
+void deepcomm_divide(int32_t number, int64_t count, const int32_t* values, int32_t* quotients,
+                     int32_t* remainders) {
+    const auto by = deepcomm::Divisor::of(number);
+    for (int64_t i = 0; i < count; ++i) {
+        quotients[i] = values[i] / by;
+        remainders[i] = values[i] % by;
+    }
+}
+
 }  // extern "C"

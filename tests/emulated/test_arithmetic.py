@@ -185,3 +185,20 @@ def test_gpus_convert_by_their_instructions(arch: str) -> None:
     assert ("cvt.rn.satfinite.e4m3x2.f32" in names) == (arch != "sm_80")
     assert {"mul.rn.f32", "add.rn.f32", "div.rn.f32"} <= set(names)
     assert not any(name.startswith("fma") for name in names)
+
+
+@pytest.mark.parametrize("number", [*range(1, 70), 127, 128, 255, 1000, 1023, 1024, 4097, 65536])
+def test_divisor_divides_up_to_its_limit(library: ctypes.CDLL, number: int) -> None:
+    limit = (1 << 31) // number  # of values, which it promises
+    random = np.random.default_rng(number)
+    multiples = random.integers(0, limit // number + 1, 20_000) * number
+    values = np.concatenate(
+        [random.integers(0, limit, 20_000), multiples, multiples + number - 1, [0, limit - 1]]
+    )
+    values = values[values < limit].astype(np.int32)
+    quotients, remainders = np.zeros_like(values), np.zeros_like(values)
+    call(
+        library.deepcomm_divide, ctypes.c_int32(number), size(values), values, quotients, remainders
+    )
+    assert_same(quotients.view(np.uint32), (values // number).view(np.uint32), 1 << 32)
+    assert_same(remainders.view(np.uint32), (values % number).view(np.uint32), 1 << 32)
