@@ -42,8 +42,8 @@ struct NodeTerms {
 
     DEEPCOMM_DEVICE int32_t of(const LowLatencyParams& params, int32_t rank) const {
         const Divisor num_local = params.map.ranks_per_node;
-        const int32_t node = rank / num_local;
         if (rank < 0) return -1;
+        const int32_t node = rank / num_local;
         if (node == params.node_idx) return rank % num_local;
         return num_local + node - (node > params.node_idx ? 1 : 0);
     }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "kernels/low_latency/dispatch_spec.cuh"
-#include "kernels/low_latency/peers.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -34,25 +33,39 @@ struct CountedIds {
     }
 };
 
+DEEPCOMM_DEVICE int64_t id_at(const LowLatencyDispatchParams& params, int32_t index) {
+    return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
+                                    : static_cast<const int32_t*>(params.topk_idx)[index];
+}
+
+/// The last of a token's ids that are the same as one: of those, any may have been the first to be marked.
+DEEPCOMM_DEVICE int32_t last_alike(const LowLatencyDispatchParams& params, int32_t index) {
+    const int64_t id = id_at(params, index);
+    int32_t last = index - index % params.base.num_topk + params.base.num_topk - 1;
+    DEEPCOMM_NO_UNROLL
+    while (id_at(params, last) != id) --last;
+    return last;
+}
+
 /// Tells this rank's host of a thread's first wrong id, which raises InvalidArgument, and all ranks by the
 /// header; a bit each for ids that are no experts, and for those that are repeated.
 template <typename Shared>
 DEEPCOMM_DEVICE void report_wrong(const LowLatencyDispatchParams& params, const CountedIds& ids,
                                   uint32_t strange, uint32_t repeated, Shared& shared) {
     if ((strange | repeated) == 0) return;
-    const int32_t first = device::lowest_bit(strange | repeated), index = ids.index(first);
+    const int32_t first = device::lowest_bit(strange | repeated);
     const bool is_twice = (repeated >> first & 1u) != 0;
     const auto kind = is_twice ? layout::RefusalKind::kIdTwice : layout::RefusalKind::kIdRange;
     device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
     if (!claim_status(params.base)) return;
+    const int32_t index = is_twice ? last_alike(params, ids.index(first)) : ids.index(first);
     layout::LowLatencyStatus* status = params.base.status;
     status->kind = kind;
     status->operation = static_cast<int32_t>(Operation::kLowLatencyDispatch);
     status->culprit = params.base.comm.rank;
     status->token = index / params.base.num_topk;
     status->topk = index % params.base.num_topk;
-    status->value = params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[index]
-                                             : static_cast<const int32_t*>(params.topk_idx)[index];
+    status->value = id_at(params, index);
     release_status(params.base);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/low_latency/dispatch_count.cuh"
+#include "kernels/low_latency/peers.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
@@ -57,9 +58,9 @@ DEEPCOMM_DEVICE HeaderPlace header_place(const LowLatencyParams& params, const L
 
 template <typename Shared>
 DEEPCOMM_DEVICE void store_headers(const LowLatencyDispatchParams& params,
-                                   const device::Block& block, const LowLatencyTurn& turn,
-                                   const Shared& shared) {
+                                   const device::Block& block, const Shared& shared) {
     const layout::LowLatencyLayout& map = params.base.map;
+    const LowLatencyTurn& turn = shared.peers.turn;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < map.num_ranks * map.header_packets;
          i += block.size()) {

@@ -47,7 +47,7 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t num_copies = shared.num_copies;
-    constexpr int32_t kStride = Spec::kNumThreads - device::kWarpSize;
+    constexpr int32_t kStride = Spec::kStagers;
     // The next row's packets are held meanwhile: those of longer rows leave fewer registers.
     constexpr int32_t kCount = Spec::kPacketsOfThread <= 4 ? 2 : 1;
     DEEPCOMM_NO_UNROLL
@@ -78,9 +78,9 @@ template <typename Shared>
 DEEPCOMM_DEVICE void write_scales(const LowLatencyDispatchParams& params,
                                   const device::Block& block, const Shared& shared) {
     using Spec = typename Shared::Spec;
-    const int32_t num_copies = shared.num_copies, stride = block.size() - device::kWarpSize;
+    const int32_t num_copies = shared.num_copies;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += stride) {
+    for (int32_t i = block.thread_idx(); i < num_copies * Spec::kScaleWords; i += Spec::kStagers) {
         const int32_t copy = i / Spec::kScaleWords, word = i % Spec::kScaleWords;
         const int64_t at = shared.scales_at[copy] + word * params.scale_word_stride;
         params.out_scales[at] = shared.row[Spec::kRowWords + word];

@@ -47,7 +47,7 @@ DEEPCOMM_DEVICE void find_destinations(const LowLatencyDispatchParams& params,
     if (warp.is_leader()) shared.num_destinations = device::popcount(firsts);
 }
 
-constexpr int32_t kCountBits = 8;  ///< of a column: a warp compares at most 128 ids with it at once
+constexpr int32_t kCountBits = 8;  ///< of a column: a warp compares at most 160 ids with it at once
 static_assert(kColumnsAtOnce * kCountBits == 32, "one sum of a warp for all of them");
 
 /// How many of the lanes' experts are those in columns begin, begin + 1, ...: kCountBits each; mine: the expert
@@ -180,9 +180,9 @@ DEEPCOMM_DEVICE void stage_row(const LowLatencyDispatchParams& params, const dev
     stage_tail(params, block, input.token, shared);
 }
 
-/// One token, whose input is on its way; then that of the block's next one is. All but the stores is done
-/// before the block meets, so the peers need not be open until then. is_last: of the block; has_peers: they are
-/// open, as far as this thread knows. False: leave.
+/// One token, whose input is on its way; then that of the block's next one is. Only the last warp needs the peers
+/// before the block meets, and has opened them. is_last: of the block; has_peers: they are open, as far as this
+/// thread knows. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_token(const LowLatencyDispatchParams& params, const device::Block& block,
                                 TokenInput<Shared>& input, bool is_last, bool has_peers,
@@ -246,7 +246,7 @@ DEEPCOMM_DEVICE bool send_dispatch(const LowLatencyDispatchParams& params,
                                                         early, &shared.peers);
     if (sends_headers) {
         if (!block.sync_and(has_peers)) return false;  // ORDER: counts, turn and credits, to all
-        store_headers(params, block, shared.peers.turn, shared);
+        store_headers(params, block, shared);
         record_send(base, block, shared.peers.turn, shared);
     }
     if (round < 0) return block.sync_and(has_peers);  // as one

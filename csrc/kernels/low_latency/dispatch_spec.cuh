@@ -67,7 +67,7 @@ struct LowLatencyDispatchShared {
         uint32_t marks[kMarks];                        ///< before: by expert, a bit a token
     };
     low_latency::Peers peers;
-    /// Sent: tokens of each expert. Received, [R][L]: those of sources before this one.
+    /// Tokens of each expert: sent, [E]; received, [R][L], of each source.
     uint32_t counts[layout::kMaxLowLatencyExperts];
     uint32_t totals[layout::kMaxLowLatencyExperts];         ///< [L]
     uint32_t token_bits[layout::kMaxLowLatencyTokenWords];  ///< [R][ceil(T / 32)]
