@@ -167,6 +167,8 @@ def lose_a_peer(group: dist.ProcessGroup, memory_type: int, how: str) -> float:
     """Rank 1 dies, closes or stalls; requests to it fail, those to rank 2 do not."""
     player = Player(group, memory_type)
     inbox, (signals, words) = player.register(BIG), player.register_signals(1)
+    if player.rank == 1:
+        player.stall()  # else it might do what it is asked for before it is gone
     player.barrier()
     if player.rank == 1:
         if how == "die":
@@ -174,7 +176,6 @@ def lose_a_peer(group: dist.ProcessGroup, memory_type: int, how: str) -> float:
         if how == "close":
             player.close()
             return 0.0
-        player.stall()
         player.barrier()
         player.close()
         return 0.0
