@@ -18,8 +18,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 /// but for `/` and `%` of values n >= 0 with n * number <= 2^31, which multiply by the inverse.
 struct Divisor {
     int32_t number;
-    uint32_t
-        inverse;  ///< 2^31 / number, rounded up: n times it is too large by less than 1 / number
+    /// 2^31 / number, rounded up: n times it is too large by less than 1 / number.
+    uint32_t inverse;
 
     static constexpr Divisor of(int32_t number) {
         return {number, static_cast<uint32_t>(ceil_div(int64_t{1} << 31, number))};

@@ -15,7 +15,7 @@ from collective.session import Oracle, Session
 from emulated.cluster import RankStopped, Settings
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
-from deepcomm import Buffer, reference
+from deepcomm import Buffer, RecvLayout, reference
 from deepcomm.backends.cuda import functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.low_latency_slots import is_carried
@@ -37,6 +37,16 @@ TIMEOUT_S = 1.0  # of virtual time
 COMPLETE = 2
 PEER_OFFSET = 20  # layout/error_record.hpp
 RECORD_BYTES = 64
+COUNTED_IN_TURNS = Case(
+    num_ranks=2,
+    num_tokens=70,  # there is room for 64 at once of so many experts
+    hidden=8,
+    num_topk=2,
+    experts_per_rank=256,
+    even=True,
+    layout=RecvLayout.EXPERT_PADDED,
+    routing="uniform",
+)
 
 
 class Failure:

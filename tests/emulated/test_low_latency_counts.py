@@ -8,30 +8,19 @@ from dataclasses import replace
 import pytest
 from collective.case import Case
 from emulated.cluster import Settings
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import COUNTED_IN_TURNS, LowLatencySession, play, use_small_blocks
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 
 pytestmark = pytest.mark.emulated_backend
 
 TOKEN, _, PADDED = RecvLayout
-# There is room for 64 tokens at once of so many experts.
-TURNS = Case(
-    num_ranks=2,
-    num_tokens=70,
-    hidden=8,
-    num_topk=2,
-    experts_per_rank=256,
-    even=True,
-    layout=PADDED,
-    routing="uniform",
-)
 CASES = [
-    TURNS,
-    replace(TURNS, layout=TOKEN),
-    replace(TURNS, num_tokens=64),
-    replace(TURNS, num_tokens=5, num_topk=12, experts_per_rank=8),
-    replace(TURNS, num_tokens=37, num_topk=3, experts_per_rank=7),
+    COUNTED_IN_TURNS,
+    replace(COUNTED_IN_TURNS, layout=TOKEN),
+    replace(COUNTED_IN_TURNS, num_tokens=64),
+    replace(COUNTED_IN_TURNS, num_tokens=5, num_topk=12, experts_per_rank=8),
+    replace(COUNTED_IN_TURNS, num_tokens=37, num_topk=3, experts_per_rank=7),
 ]
 
 
@@ -66,4 +55,4 @@ def test_wrong_ids_are_named_whichever_turn_counts_them(token: int) -> None:
             session.buffer.low_latency_dispatch(inputs.xs[session.rank], ids)
         session.low_latency_combine(session.low_latency_dispatch(2))
 
-    play(TURNS, body)
+    play(COUNTED_IN_TURNS, body)

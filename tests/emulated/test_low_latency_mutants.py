@@ -13,6 +13,7 @@ from collective.case import Case
 from emulated.build import Variant
 from emulated.cluster import Settings
 from emulated.low_latency import (
+    COUNTED_IN_TURNS,
     LowLatencySession,
     combine_what_cancels,
     fly_beside,
@@ -223,19 +224,7 @@ SCENES = {
     "beside": Scene(CASE, fly_beside, has_streams=True),
     "refusal": Scene(CASE, refusal),
     "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
-    "words": Scene(
-        Case(
-            num_ranks=2,
-            num_tokens=70,
-            hidden=8,
-            num_topk=2,
-            experts_per_rank=256,
-            even=True,
-            layout=PADDED,
-            routing="uniform",
-        ),
-        count_in_turns,
-    ),
+    "words": Scene(COUNTED_IN_TURNS, count_in_turns),
 }
 NODES = Case(
     **{**SMALL, "num_ranks": 4, "num_tokens": 3},

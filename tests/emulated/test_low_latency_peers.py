@@ -68,14 +68,19 @@ def test_hook_of_a_send_that_has_failed_reads_no_turn(nodes: dict[str, int]) -> 
     play(Case(**SMALL, **nodes, layout=PADDED), body)
 
 
+def dispatch_on_all(session: LowLatencySession) -> None:
+    """One operation, after which a rank may stay away."""
+    session.low_latency_dispatch(0, return_hook=True).actual.hook()
+    session.backend.runtime.flush()
+    session.group.barrier()
+
+
 def test_send_behind_a_failure_takes_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be that of an operation that peers may still wait for."""
     monkeypatch.setattr(EmulatedBackend, "settle", lambda _: None)  # the host runs ahead
 
     def body(session: LowLatencySession) -> None:
-        session.low_latency_dispatch(0, return_hook=True).actual.hook()
-        session.backend.runtime.flush()
-        session.group.barrier()
+        dispatch_on_all(session)
         slots = session.backend.low_latency._open("test").slots
         sends = ctypes.c_uint64.from_address(slots._state.address)
         if session.rank == 0:
@@ -95,9 +100,7 @@ def test_combine_behind_a_failed_dispatch_reads_no_rows(monkeypatch: pytest.Monk
     monkeypatch.setattr(EmulatedBackend, "settle", lambda _: None)  # the host runs ahead
 
     def body(session: LowLatencySession) -> None:
-        session.low_latency_dispatch(0, return_hook=True).actual.hook()
-        session.backend.runtime.flush()
-        session.group.barrier()
+        dispatch_on_all(session)
         if session.rank == 1:
             session.group.barrier()
             return

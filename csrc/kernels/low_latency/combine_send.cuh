@@ -176,15 +176,7 @@ struct SummedWalk {
 
     DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, const device::Block& block,
                                Shared& in)
-        : params(of), shared(in) {
-        int32_t most = 0;
-        DEEPCOMM_NO_UNROLL
-        for (int32_t source = 0; source < params.base.map.num_ranks; ++source) {
-            const int32_t num = shared.num_tokens[source];
-            most = num > most ? num : most;
-        }
-        cursor = summed_cursor<Spec>(block, most);
-    }
+        : params(of), shared(in), cursor(summed_cursor<Spec>(block, most_tokens(of.base, in))) {}
 
     /// Comes to the next part, whose entry is not loaded yet.
     DEEPCOMM_DEVICE void advance(const device::Block& block) {

@@ -25,8 +25,6 @@ struct CountedIds {
         if (params.topk_idx_is_int64) high.load_high(params, range);
     }
 
-    DEEPCOMM_DEVICE int32_t index(int32_t i) const { return range.first + i * range.stride; }
-
     /// Words that differ from these of -1 are an expert, or wrong.
     DEEPCOMM_DEVICE int32_t high_word(const LowLatencyDispatchParams& params, int32_t i) const {
         return params.topk_idx_is_int64 ? high.ids[i] : low.ids[i] >> 31;
@@ -58,7 +56,8 @@ DEEPCOMM_DEVICE void report_wrong(const LowLatencyDispatchParams& params, const 
     const auto kind = is_twice ? layout::RefusalKind::kIdTwice : layout::RefusalKind::kIdRange;
     device::atom_or_relaxed_block(&shared.refusal, refusal_flag(kind));
     if (!claim_status(params.base)) return;
-    const int32_t index = is_twice ? last_alike(params, ids.index(first)) : ids.index(first);
+    const int32_t index =
+        is_twice ? last_alike(params, ids.range.index(first)) : ids.range.index(first);
     layout::LowLatencyStatus* status = params.base.status;
     status->kind = kind;
     status->operation = static_cast<int32_t>(Operation::kLowLatencyDispatch);
@@ -92,7 +91,7 @@ DEEPCOMM_DEVICE void mark_ids(const LowLatencyDispatchParams& params, const Coun
     for (int32_t i = 0; i < kCount; ++i) {
         const int32_t low = ids.low.ids[i], high = ids.high_word(params, i);
         const int32_t expert = high == 0 ? expert_of(params, low) : -1;
-        const int32_t token = ids.index(i) / params.base.num_topk;
+        const int32_t token = ids.range.index(i) / params.base.num_topk;
         const int32_t word = words.index(expert, token / kTokenBits);
         bits[i] = expert >= 0 ? 1u << token % kTokenBits : 0;
         found[i] = device::atom_or_relaxed_block(&shared.marks[expert >= 0 ? word : 0], bits[i]);

@@ -90,17 +90,6 @@ DEEPCOMM_DEVICE void record_receive(const LowLatencyParams& params, const device
     if (block.is_leader()) params.record[params.record_map.is_void] = is_void ? 1 : 0;
 }
 
-/// Tokens of the source that has most of them.
-template <typename Shared>
-DEEPCOMM_DEVICE int32_t most_tokens(const LowLatencyParams& params, const Shared& shared) {
-    int32_t most = 0;
-    DEEPCOMM_NO_UNROLL
-    for (int32_t source = 0; source < params.map.num_ranks; ++source) {
-        most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
-    }
-    return most;
-}
-
 /// Where a cursor is: rows of this rank's own tokens come first, since they are here before those of the
 /// peers.
 DEEPCOMM_DEVICE Pair pair_at(const LowLatencyParams& params, const PairCursor& cursor) {

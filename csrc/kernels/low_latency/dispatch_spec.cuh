@@ -118,30 +118,36 @@ struct IdRange {
     int32_t first;
     int32_t stride;
     int32_t num;
+
+    DEEPCOMM_DEVICE int32_t index(int32_t i) const { return first + i * stride; }
 };
 
-/// Ids of a range from its first on, or their low words where they have 64 bits, which is all that an expert
-/// has: all loads fly before the first is used.
+/// Ids of a range from its first on, or one word of each where they have 64 bits: all loads fly before the first
+/// is used.
 template <int kCount>
 struct IdBatch {
     int32_t ids[kCount];
 
+    /// The low words, which are all that an expert has.
     DEEPCOMM_DEVICE void load(const LowLatencyDispatchParams& params, const IdRange& range) {
-        const auto* words = static_cast<const int32_t*>(params.topk_idx);
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = range.first + i * range.stride;
-            ids[i] = index < range.num ? words[index << params.topk_idx_is_int64] : -1;
-        }
+        load_words<0>(params, range);
     }
 
-    /// The high words of the same ids.
+    /// The high words, of ids that have them.
     DEEPCOMM_DEVICE void load_high(const LowLatencyDispatchParams& params, const IdRange& range) {
+        load_words<1>(params, range);
+    }
+
+  private:
+    template <int kWord>
+    DEEPCOMM_DEVICE void load_words(const LowLatencyDispatchParams& params, const IdRange& range) {
         const auto* words = static_cast<const int32_t*>(params.topk_idx);
+        // Who asks for high words knows that there are two of each.
+        const int32_t shift = kWord == 1 ? 1 : params.topk_idx_is_int64;
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = range.first + i * range.stride;
-            ids[i] = index < range.num ? words[2 * index + 1] : -1;
+            const int32_t index = range.index(i);
+            ids[i] = index < range.num ? words[(index << shift) + kWord] : -1;
         }
     }
 };

@@ -6,6 +6,17 @@
 
 namespace deepcomm::kernels::low_latency {
 
+/// Tokens of the source that has most of them.
+template <typename Shared>
+DEEPCOMM_DEVICE int32_t most_tokens(const LowLatencyParams& params, const Shared& shared) {
+    int32_t most = 0;
+    DEEPCOMM_NO_UNROLL
+    for (int32_t source = 0; source < params.map.num_ranks; ++source) {
+        most = shared.num_tokens[source] > most ? shared.num_tokens[source] : most;
+    }
+    return most;
+}
+
 /// Items of a rank after those of another, the first rank's first; a block takes those from its index on that are
 /// num_blocks apart. Without divisions, which rows would wait for.
 struct PairCursor {
