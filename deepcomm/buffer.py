@@ -280,6 +280,8 @@ class Buffer:
     ) -> DispatchOutput:
         """Dispatch without a count exchange, in two phases: send now, receive in the hook.
 
+        Rows arrive bit for bit, but for NaN: on GPUs one may arrive with other bits.
+
         Args:
             x: [T, H] as for ``dispatch``, or ``ScaledTensor``.
             topk_idx: [T, K] as for ``dispatch``.
@@ -350,7 +352,7 @@ class Buffer:
             apply_weights: Multiply each expert's row by its weight, given here or at dispatch
                 (``EXPERT_PADDED``; rows of ``TOKEN`` are always summed plainly).
             bias: [T, H] in ``y``'s dtype, added last.
-            out: [T, H] to receive into.
+            out: [T, H] to receive into; on GPUs it begins at a multiple of 16 bytes.
             return_hook: As for ``low_latency_dispatch``.
             async_op: Return an event. On CPUs the work is complete when the call returns.
             previous_event: Wait for it first.

@@ -121,6 +121,7 @@ void bind_base(py::module_& module) {
     def_address(base, "turn", &LowLatencyParams::turn);
     def_address(base, "rank_mask", &LowLatencyParams::rank_mask);
     def_address(base, "decisions", &LowLatencyParams::decisions);
+    def_address(base, "unread", &LowLatencyParams::unread);
     def_address(base, "late_ranks", &LowLatencyParams::late_ranks);
     def_address(base, "status", &LowLatencyParams::status);
     def_address(base, "wait_us", &LowLatencyParams::wait_us);

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Byte map of the symmetric memory of the low-latency operations on GPUs, and of the records they
-// leave. Everything that crosses ranks is in packets: 16 bytes stored at once, 12 of payload and the
-// number of the operation, so that data and arrival flag are one.
+// leave. Everything that crosses ranks is in packets: 16 bytes stored at once, which say themselves that they
+// are here. Tagged ones bring 12 bytes and the number of the operation; dense ones, rows on one node, 16 bytes
+// that are not there yet where they are zero.
 //
 //   0                     slot 0                       slot 1
 //   +-------------------------+----------------------------+------------------------+
 //   | credits uint64 [S][R]   | headers | weights | rows   | ...                    |
 //   +-------------------------+----------------------------+------------------------+
-//     credit [s][p]: the last operation in slot s that peer p has read
+//     credit [s][p]: the last operation in slot s that peer p has ended, and whether it has left rows unread
 //
 //   one slot, each part by peer:
 //     headers  [R][header_packets]    what the peer announces: a dispatch its counts, or why not
@@ -20,9 +21,10 @@
 //     rail rows    [N][T] of row_stride    combine: this rank's own part of what it sums for others
 //
 //   header (dispatch):  signature | tokens and flags | extra || counts[L] | token bits[ceil(T/32)]
-//   row:                head [K] packets || payload: row words, then scale words, 3 a packet
+//   row:                head [K] packets, of the buffer's K || payload: row words, then scale words
 //     head, dispatch:   packet k: local expert or kNoExpert | position at its source | weight
 //     head, combine:    the K weights carried back, 3 a packet
+//     payload, packets: of 4 words on one node, else of 3 and the tag
 //     payload, combine: row_parts(H) parts, each with part_packets(H) packets of its own
 //
 //   Where a network carries the rails (PROTOCOLS.md: low latency over carried rails), what one rank
@@ -30,10 +32,10 @@
 //     region [R], mirror [N - 1]:  header | rail headers [G] | weights [T] | rail heads [T] | rows [T]
 //     rail rows [N][T]
 //
-//   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 1195 packets, of
-//   a combine 8 + 2 * 598, in 19328 bytes; one slot 19,843,200 bytes, four of them and the credits
-//   79,373,056. As two nodes of four ranks, each slot has 4,982,912 bytes more; carried, regions of
-//   2,635,776 bytes, 9 a slot.
+//   Example: R=8, L=32, T=128, K=8, H=7168: header 17 packets, weights 3, row 8 + 896 packets in 14464
+//   bytes; one slot 14,862,464 bytes, four of them and the credits 59,450,112. As two nodes of four ranks
+//   rows have 8 + 1195 packets, of a combine 8 + 2 * 598, in 19328 bytes, and a slot has 24,826,112; carried,
+//   regions of 2,635,776 bytes, 9 a slot.
 #pragma once
 
 #include "common/types.hpp"
@@ -42,7 +44,8 @@
 namespace deepcomm::layout {
 
 constexpr int64_t kPacketBytes = 16;
-constexpr int64_t kPacketWords = 3;    ///< of payload
+constexpr int64_t kPacketWords = 3;    ///< of payload, beside a tag
+constexpr int64_t kDenseWords = 4;     ///< of payload, without one: rows on one node
 constexpr int64_t kHeaderWords = 3;    ///< before the counts: one packet
 constexpr int64_t kMessageWords = 48;  ///< of a refusal's text, in the packets after the first
 constexpr int64_t kLowLatencyAlign = 128;
@@ -54,7 +57,9 @@ constexpr int64_t kMaxLowLatencyExperts = 1024;
 constexpr int64_t kMaxLowLatencyTokenWords = 1024;  ///< ranks * ceil(tokens of a rank / 32)
 constexpr int64_t kMaxLowLatencyHidden = 32768;
 
-constexpr int64_t packets_of(int64_t num_words) { return ceil_div(num_words, kPacketWords); }
+constexpr int64_t packets_of(int64_t num_words, int64_t packet_words = kPacketWords) {
+    return ceil_div(num_words, packet_words);
+}
 
 // A block of a combine sums, and receives, a part of a row: 16-byte vectors, as many in each part; the
 // last may have fewer, and zeros behind them in its packets.
@@ -66,8 +71,8 @@ constexpr int64_t row_parts(int64_t hidden) { return ceil_div(hidden, kMaxPartHi
 constexpr int64_t part_vectors(int64_t hidden) {
     return ceil_div(ceil_div(hidden, kVectorHidden), row_parts(hidden));
 }
-constexpr int64_t part_packets(int64_t hidden) {
-    return packets_of(part_vectors(hidden) * kVectorWords);
+constexpr int64_t part_packets(int64_t hidden, int64_t packet_words) {
+    return packets_of(part_vectors(hidden) * kVectorWords, packet_words);
 }
 
 struct LowLatencyShape {
@@ -83,13 +88,15 @@ struct LowLatencyShape {
     constexpr int64_t num_local_experts() const { return num_experts / num_ranks; }
     constexpr int64_t token_words() const { return ceil_div(max_tokens, kTokenBits); }
     constexpr int32_t num_nodes() const { return num_ranks / ranks_per_node; }
+    /// Words of a row's packet.
+    constexpr int64_t packet_words() const { return num_nodes() == 1 ? kDenseWords : kPacketWords; }
     /// Bytes of a row whose payload has so many packets.
     constexpr int64_t row_bytes(int64_t num_packets) const {
         return round_up((num_topk + num_packets) * kPacketBytes, kLowLatencyAlign);
     }
     /// Of a BF16 row of a combine, the longest: a dispatch's is not cut into parts.
     constexpr int64_t bf16_row_bytes() const {
-        return row_bytes(row_parts(hidden) * part_packets(hidden));
+        return row_bytes(row_parts(hidden) * part_packets(hidden, packet_words()));
     }
     /// Of an FP8 row with FP32 scales, the longest of those.
     constexpr int64_t fp8_row_bytes() const {
@@ -259,13 +266,14 @@ constexpr LowLatencyLayout kExampleLayout = LowLatencyLayout::make(kExampleShape
 static_assert(kExampleLayout.header_packets == 17, "example above");
 static_assert(kExampleLayout.weight_packets == 3, "example above");
 static_assert(packets_of(7168 / 2) == 1195, "example above");
-static_assert(row_parts(7168) == 2 && part_packets(7168) == 598, "example above");
-static_assert(kExampleLayout.row_stride == 19328, "example above");
-static_assert(kExampleLayout.slot_stride == 19843200, "example above");
-static_assert(kExampleLayout.total_bytes == 79373056, "example above");
+static_assert(row_parts(7168) == 2 && part_packets(7168, kPacketWords) == 598, "example above");
+static_assert(kExampleLayout.row_stride == 14464, "example above");
+static_assert(kExampleLayout.slot_stride == 14862464, "example above");
+static_assert(kExampleLayout.total_bytes == 59450112, "example above");
 constexpr LowLatencyShape kNodesShape = {8, 256, 8, 7168, 128, 4, 4, 0};
 constexpr LowLatencyLayout kNodesLayout = LowLatencyLayout::make(kNodesShape);
-static_assert(kNodesLayout.slot_stride == 19843200 + 2176 + 32768 + 4947968, "example above");
+static_assert(kNodesLayout.slot_stride == 24826112, "example above");
+static_assert(kNodesLayout.row_stride == 19328, "example above");
 constexpr LowLatencyShape kCarriedShape = {8, 256, 8, 7168, 128, 4, 4, 1};
 constexpr LowLatencyLayout kCarriedLayout = LowLatencyLayout::make(kCarriedShape);
 static_assert(kCarriedLayout.header_step * kPacketBytes == 2635776, "example above");
@@ -296,6 +304,9 @@ static_assert(turn_of(0x100000000u, 3).tag == 1 && turn_of(0x100000000u, 3).slot
 static_assert(turn_of(0x100000002u, 3).tag == 3 && turn_of(0x100000002u, 3).slot == 2, "again");
 
 constexpr int32_t kMaxLowLatencySlots = 64;
+
+/// Of a credit: rows have been left unread, and must not be written over yet.
+constexpr uint64_t kUnread = uint64_t{1} << 63;
 
 /// What the blocks of a launch that sends add to `LowLatencyState.sends`, all together: a block that has not
 /// added its part sees by whole units how many launches there were before.

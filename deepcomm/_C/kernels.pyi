@@ -288,6 +288,7 @@ class LowLatencyParams:
     state: int
     status: int
     turn: int
+    unread: int
     wait_us: int
     def __init__(self, *args, **kwargs) -> None: ...
     def set_timeouts(self, timeouts_ns) -> None: ...

@@ -59,8 +59,8 @@ NUM_ORIGINS = SpecParameter("num_origins", (1, 2))
 BY_EXPERT = SpecParameter("by_expert", (False, True))
 PHASES = SpecParameter("phases", (1, 2, 3, 5, 6))
 """Of a low-latency launch: send, receive, both; over several nodes send, receive."""
-COMBINE_PHASES = SpecParameter("phases", (*PHASES.values, 13, 14, 28, 44))
-"""The same, and where a network carries the rails send, receive, announce, pass on."""
+COMBINE_PHASES = SpecParameter("phases", (*PHASES.values, 67, 13, 14, 28, 44))
+"""The same, both where sums are kept; over carried rails send, receive, announce, pass on."""
 NUM_THREADS = SpecParameter("num_threads", (256,))
 
 KERNELS: tuple[Kernel, ...] = (

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from collective.case import Case
 from collective.session import Oracle, Session
@@ -20,7 +21,7 @@ from deepcomm.backends.cuda import functions
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.low_latency_slots import is_carried
 from deepcomm.config import BufferConfig
-from deepcomm.errors import CommTimeout, Error
+from deepcomm.errors import CommError, CommTimeout, Error, InvalidArgument
 from deepcomm.group import SubGroup
 from deepcomm.testing.oracle import assert_combine_equal, assert_dispatch_equal
 from deepcomm.topology import Topology
@@ -231,6 +232,90 @@ def go_apart(session: LowLatencySession, others: list[int]) -> None:
         session.buffer.set_rank_mask(rank, False)
     session.group.barrier()
     for round_idx in range(4, 10):
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
+def leave_unread(session: LowLatencySession, cut: int, num_apart: int, loses_sums: bool) -> None:
+    """Mask a rank that does not know of it and sends, until it finds nobody there; take it back.
+
+    Args:
+        session: Of a rank.
+        cut: The rank.
+        num_apart: Operations until it is taken back, at least one.
+        loses_sums: Whether what it sends in vain are sums of a combine, else rows of a dispatch.
+    """
+    one = session.low_latency_dispatch(0)
+    others = [rank for rank in range(session.group.size) if (rank == cut) != (session.rank == cut)]
+    if session.rank != cut:
+        session.buffer.set_rank_mask(cut, True)
+    buffer, inputs = session.buffer, session.inputs(1)
+    x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
+    if loses_sums:
+        y = torch.ones(one.actual.x.shape, dtype=torch.bfloat16)
+        buffer.low_latency_combine(y, one.actual.handle, on_timeout="mask")
+    else:
+        buffer.low_latency_dispatch(x, ids, on_timeout="mask")
+    masked = session.buffer.rank_mask().tolist()
+    assert [rank for rank, is_masked in enumerate(masked) if is_masked] == others
+    for _ in range(num_apart - 1):
+        buffer.low_latency_dispatch(x, ids)
+    for rank in others:
+        buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in range(2, 6):
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
+def refuse_in_flight(session: LowLatencySession, cut: int | None) -> None:
+    """Call off an operation, with all slots in flight, and use its slot next.
+
+    Args:
+        session: Of a rank.
+        cut: A rank that the others have masked meanwhile, as it has them.
+    """
+    session.low_latency_combine(session.low_latency_dispatch(0))
+    ranks = range(session.group.size)
+    others = [rank for rank in ranks if cut is not None and (rank == cut) != (session.rank == cut)]
+    for rank in others:
+        session.buffer.set_rank_mask(rank, True)
+    buffer, inputs = session.buffer, session.inputs(1)
+    x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
+    wrong = ids.clone()
+    wrong[0] = 99 if session.rank in (0, cut) else wrong[0]
+    flying = [buffer.low_latency_dispatch(x, wrong, return_hook=True)]
+    for _ in range(1, session.backend.config.num_low_latency_slots):
+        flying.append(buffer.low_latency_dispatch(x, ids, return_hook=True))
+    with pytest.raises((InvalidArgument, CommError)):
+        flying[0].hook()
+    flying.append(buffer.low_latency_dispatch(x, ids, return_hook=True))
+    for output in flying[1:]:
+        output.hook()
+        session.backend.settle()
+    for rank in others:
+        buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in range(2, 6):
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
+def take_back_beside(session: LowLatencySession, cut: int) -> None:
+    """Receive on one stream while a later operation is sent on another, both without a rank."""
+    session.low_latency_combine(session.low_latency_dispatch(0))
+    buffer, runtime, inputs = session.buffer, session.backend.runtime, session.inputs(1)
+    x, ids = inputs.xs[session.rank], inputs.ids[session.rank]
+    if session.rank != cut:
+        buffer.set_rank_mask(cut, True)
+    one = buffer.low_latency_dispatch(x, ids, on_timeout="mask", return_hook=True)
+    runtime.order_side()
+    with runtime.on_side():
+        one.hook()
+    for _ in range(session.backend.config.num_low_latency_slots + 1):
+        buffer.low_latency_dispatch(x, ids, on_timeout="mask")
+    session.backend.settle()
+    for rank in range(session.group.size):
+        buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in range(2, 8):
         session.low_latency_combine(session.low_latency_dispatch(round_idx))
 
 

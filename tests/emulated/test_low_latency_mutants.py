@@ -17,7 +17,9 @@ from emulated.low_latency import (
     LowLatencySession,
     combine_what_cancels,
     fly_beside,
+    leave_unread,
     play,
+    refuse_in_flight,
     use_small_blocks,
 )
 from emulated.mutants import LOW_LATENCY as FOLDER
@@ -46,17 +48,41 @@ TWINS = [
         "gives credit for its own turn only at home",
         case="flights",
         path=FOLDER + "common.cuh",
-        find="unsigned char* base = params.credit_bases[peer];\n        if (base == nullptr)",
+        find="unsigned char* base = params.credit_bases[peer];\n    if (base == nullptr)",
         part="params.credit_bases[peer]",
         replace="params.local + 0 * peer",
     ),
     Twin(
         "takes a packet of any turn",
         case="flights",
-        path=FOLDER + "common.cuh",
-        find="range.num && packets[i].words[3] != tag",
-        part="packets[i].words[3] != tag",
+        path=FOLDER + "packets.cuh",
+        find="range.num && Format::observe(packets[i], tag) != tag",
+        part="Format::observe(packets[i], tag) != tag",
         replace="packets[i].words[3] == 0",
+    ),
+    Twin(
+        "leaves packets that it has read",
+        case="flights",
+        path=FOLDER + "packets.cuh",
+        find="if (index < range.num) Format::clear(range.packets + index);",
+        part="index < range.num",
+        replace="index > range.num",
+    ),
+    Twin(
+        "leaves rows that nobody has read",
+        case="apart",
+        path=FOLDER + "unread.cuh",
+        find="for (int64_t i = warp.thread_idx(); i < num; i += warp.size())",
+        part="i < num",
+        replace="i < 0",
+    ),
+    Twin(
+        "gives credit for rows that nobody has read",
+        case="refusal",
+        path=FOLDER + "common.cuh",
+        find="has_unread && is_unread(peer) ? layout::kUnread : 0",
+        part="has_unread && is_unread(peer)",
+        replace="false",
     ),
     Twin(
         "counts a source's own tokens before it",
@@ -69,9 +95,9 @@ TWINS = [
     Twin(
         "trusts a header of any turn",
         case="flights",
-        path=FOLDER + "common.cuh",
+        path=FOLDER + "packets.cuh",
         find="*packet = device::ld_relaxed_sys(address);\n        return {packet->words[3], "
-        "packet->words[3] == tag};\n    });\n}\n\n/// A row of packets",
+        "packet->words[3] == tag};\n    });\n}\n\n/// Packets that bring",
         part="packet->words[3] == tag",
         replace="packet->words[3] != 0",
     ),
@@ -82,7 +108,7 @@ NODES_TWINS = [
         "gives no credit along the rail",
         case="nodes",
         path=FOLDER + "common.cuh",
-        find="if (base == nullptr) continue;\n        device::st_relaxed_sys(reinterpret_cast",
+        find="if (base == nullptr) return;\n    const int64_t offset = params.map.credit",
         part="base == nullptr",
         replace="peer / params.map.ranks_per_node != params.node_idx",
     ),
@@ -106,24 +132,24 @@ NODES_TWINS = [
 
 # Mutants that nothing can see, and why.
 FOR_THE_HOST = "the host reads after the kernel's end, which publishes as well"
-NO_STORE_OVERTAKES = (
-    "only stores follow, and the model lets none overtake the look that decides on it"
-)
 NO_LOAD_COMES_LATER = (
     "slots are read by loads, which the model never performs later than they are written"
 )
+OWN_STORES_IN_ORDER = "the model performs a thread's stores to memory of its rank in their order"
 IN_A_HOOK_BESIDE = (
     "it takes a hook, on a stream of its own, of an operation that is refused, and whose sender "
     "has come to the slot's next operation before one thread has copied 191 bytes"
 )
 SURVIVORS: dict[str, str] = {
-    f"{FOLDER}peers.cuh: pairs with the release in store_credits: the peer's reads before our "
-    "stores: ld_acquire_sys -> ld_relaxed_sys": NO_STORE_OVERTAKES,
-    f"{FOLDER}common.cuh: releases what the claim has acquired: delete": NO_LOAD_COMES_LATER,
+    f"{FOLDER}unread.cuh: cleared rows before the peer's new ones: delete": OWN_STORES_IN_ORDER,
+    f"{FOLDER}unread.cuh: cleared rows, to the blocks that wait: "
+    "st_release_gpu -> st_relaxed_gpu": OWN_STORES_IN_ORDER,
     f"{FOLDER}common.cuh: what a lane has acquired, to the lanes that tell of it: "
     "delete": NO_LOAD_COMES_LATER,
-    f"{FOLDER}combine_receive.cuh: the refusal's text has been read: delete": IN_A_HOOK_BESIDE,
-    f"{FOLDER}dispatch_receive.cuh: the refusal's text has been read: delete": IN_A_HOOK_BESIDE,
+    f"{FOLDER}combine_receive.cuh: the refusal's text has been read, and what is left unread is "
+    "noted: delete": IN_A_HOOK_BESIDE,
+    f"{FOLDER}dispatch_receive.cuh: the refusal's text has been read, and what is left unread is "
+    "noted: delete": IN_A_HOOK_BESIDE,
 } | {
     f"{FOLDER}refusal.cuh: the fields; pairs with the host's acquire of kComplete: "
     f"st_release_sys -> {weaker}": FOR_THE_HOST
@@ -138,6 +164,8 @@ OF_A_NETWORK = (FOLDER + "combine_carried.cuh", FOLDER + "refuse_carried.cuh")
 NOTES_OF_NODES = {
     "the peers are found",
     "who is masked, to all",
+    "the staged part is free again",
+    "the staged part before its packets",
     "who is masked has been read, and may change",
     "who takes part, and what they say, to all",
     "what the headers say, to all",
@@ -206,6 +234,12 @@ def late_in_nodes(session: LowLatencySession) -> None:
     session.group.barrier()
 
 
+def apart(session: LowLatencySession) -> None:
+    """One rank sends in vain to the others, and is taken back where they come to the same slot."""
+    for loses_sums in (False, True):
+        leave_unread(session, 1, 3, loses_sums)
+
+
 @dataclass(frozen=True)
 class Scene:
     """What mutants are tried on.
@@ -224,6 +258,11 @@ SCENES = {
     "beside": Scene(CASE, fly_beside, has_streams=True),
     "refusal": Scene(CASE, refusal),
     "late": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), late),
+    "apart": Scene(Case(num_ranks=3, num_tokens=4, hidden=64, layout=PADDED), apart),
+    "in-flight": Scene(
+        Case(num_ranks=3, num_tokens=4, even=True, hidden=64, layout=PADDED),
+        lambda session: refuse_in_flight(session, None),
+    ),
     "words": Scene(COUNTED_IN_TURNS, count_in_turns),
 }
 NODES = Case(

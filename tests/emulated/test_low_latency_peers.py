@@ -16,7 +16,10 @@ from emulated.low_latency import (
     EmulatedBackend,
     LowLatencySession,
     go_apart,
+    leave_unread,
     play,
+    refuse_in_flight,
+    take_back_beside,
     use_small_blocks,
 )
 
@@ -107,9 +110,9 @@ def test_combine_behind_a_failed_dispatch_reads_no_rows(monkeypatch: pytest.Monk
         sent = session.low_latency_dispatch(1, return_hook=True).actual
         session.backend.runtime.flush()
         record = sent.handle.records
-        entries = record.map.record.entries
-        record.words[entries - session.group.size :] = (1 << 26) - 1
-        record.words[: entries - session.group.size] = 0
+        places = record.map.record
+        record.words[places.entries - session.group.size :] = (1 << 26) - 1
+        record.words[places.turn + 4 : places.entries - session.group.size] = 0
         sent.hook()
         session.buffer.low_latency_combine(sent.x, sent.handle)
         session.backend.runtime.flush()
@@ -219,6 +222,37 @@ def test_rank_can_be_taken_back(seed: int) -> None:
         go_apart(session, [rank for rank in range(3) if (rank == cut) != (session.rank == cut)])
 
     play(case, body, Settings(seed))
+
+
+@pytest.mark.parametrize("loses_sums", [False, True], ids=["rows", "sums"])
+@pytest.mark.parametrize("num_apart", [1, 2, 4, 6])  # of 4 slots
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+def test_rows_that_nobody_has_read_are_not_those_of_a_later_turn(
+    wire: Any, num_apart: int, loses_sums: bool
+) -> None:
+    case = Case(num_ranks=3, num_tokens=6, hidden=64, layout=PADDED, num_topk=4, wire=wire)
+
+    def body(session: LowLatencySession) -> None:
+        leave_unread(session, 1, num_apart, loses_sums)
+
+    for seed in range(3):
+        play(case, body, Settings(seed))
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_an_operation_is_called_off_with_all_slots_in_flight(seed: int, cut: int | None) -> None:
+    case = Case(
+        num_ranks=3, num_tokens=6, even=True, hidden=64, layout=PADDED, num_topk=4, wire="fp8"
+    )
+    play(case, lambda session: refuse_in_flight(session, cut), Settings(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_is_taken_back_after_hooks_on_another_stream(seed: int) -> None:
+    case = Case(num_ranks=3, num_tokens=6, hidden=64, layout=PADDED, num_topk=4)
+    settings = Settings(seed, has_network=True)  # which has a stream of its own
+    play(case, lambda session: take_back_beside(session, 1), settings)
 
 
 # ---- statistics ------------------------------------------------------------------------------

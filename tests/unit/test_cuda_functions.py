@@ -47,7 +47,7 @@ def names(asked: list[str]) -> dict[str, int]:
 
 
 HIGH_THROUGHPUT = {"dispatch_count": 1, "dispatch_send": 6, "dispatch_scales": 1, "combine": 2}
-LOW_LATENCY = {"low_latency_dispatch": 13, "low_latency_combine": 3, "low_latency_refuse": 1}
+LOW_LATENCY = {"low_latency_dispatch": 13, "low_latency_combine": 4, "low_latency_refuse": 1}
 
 
 def test_construction_loads_every_kernel_once() -> None:
@@ -65,7 +65,7 @@ def test_construction_loads_every_kernel_once() -> None:
             # Rows that are cast travel, and are received, as what they have become.
             rows = kind - 2 if phase == 2 and kind > 2 else kind
             assert f"'rows': {rows}, 'phases': {phase}" in str(function)
-    assert all(f"'phases': {phase}" in str(low_latency.combine[phase]) for phase in (1, 2, 3))
+    assert all(f"'phases': {phase}" in str(low_latency.combine[phase]) for phase in (1, 2, 3, 67))
 
 
 def test_construction_over_nodes_loads_phases_that_pass_on() -> None:

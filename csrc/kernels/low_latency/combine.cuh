@@ -17,16 +17,17 @@ __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
         return low_latency::combine_carried<kPhases>(params, block, shared);
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
-    layout::LowLatencyTurn turn;
+    layout::LowLatencyTurn found;
+    const layout::LowLatencyTurn& turn = kSends ? shared.peers.turn : found;
     if constexpr (kSends) {
-        if (!low_latency::send_combine(params, block, &turn, shared)) return;
+        if (!low_latency::send_combine(params, block, shared)) return;
         low_latency::finish_send<kPhases>(params.base, block, turn);
     } else {
-        turn = *params.base.turn;  // meanwhile, as loads take long
+        found = *params.base.turn;  // meanwhile, as loads take long
         if (!low_latency::may_receive(params.base, block)) return;
         if (low_latency::is_void(params.base)) return;
         low_latency::read_record(params, block, shared);
-        low_latency::find_peers(params.base, block, &shared.peers);
+        low_latency::find_peers<Shared::kHasNodes>(params.base, block, turn, &shared.peers);
     }
     if constexpr (kReceives) {
         low_latency::receive_combine<kPhases>(params, block, turn, shared);

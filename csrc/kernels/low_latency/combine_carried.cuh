@@ -82,12 +82,13 @@ DEEPCOMM_DEVICE void combine_carried(const LowLatencyCombineParams& params,
     if constexpr ((kPhases & kAnnouncePhase) != 0) {
         announce_combine(params, block, shared);
     } else if constexpr ((kPhases & kSendPhase) != 0) {
-        LowLatencyTurn turn;
-        if (send_combine(params, block, &turn, shared)) finish_send<kPhases>(base, block, turn);
+        if (send_combine(params, block, shared)) {
+            finish_send<kPhases>(base, block, shared.peers.turn);
+        }
     } else {
         const LowLatencyTurn turn = *base.turn;
         read_record(params, block, shared);
-        find_peers(base, block, &shared.peers);
+        find_peers<true>(base, block, turn, &shared.peers);
         if constexpr ((kPhases & kPassOnPhase) != 0) {
             pass_on_sums(params, block, turn, shared);
         } else {

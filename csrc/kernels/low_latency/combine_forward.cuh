@@ -27,6 +27,9 @@ struct RelayTerms {
         const int32_t rank = node * params.map.ranks_per_node + term;
         return params.map.row_offset(turn.slot, rank, token);
     }
+    DEEPCOMM_DEVICE const uint32_t* find_kept(const LowLatencyParams&, int32_t) const {
+        return nullptr;
+    }
     template <typename Sum>
     DEEPCOMM_DEVICE void come_to(const LowLatencyParams&, int32_t, Sum*) {}
 };
@@ -58,6 +61,10 @@ struct NodeTerms {
     DEEPCOMM_DEVICE int64_t offset(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                    int32_t term, int32_t token) const {
         return params.map.row_offset(turn.slot, rank_of(params, term), token);
+    }
+
+    DEEPCOMM_DEVICE const uint32_t* find_kept(const LowLatencyParams&, int32_t) const {
+        return nullptr;
     }
 
     template <typename Sum>
@@ -108,18 +115,19 @@ struct NodeTerms {
     }
 };
 
-template <bool kHasNodes>
+template <typename Shared, bool kHasNodes>
 struct TermsAtHome {
-    using Type = RankTerms;
+    using Type = RankTerms<Shared::kKeepsSum>;
 };
 
-template <>
-struct TermsAtHome<true> {
+template <typename Shared>
+struct TermsAtHome<Shared, true> {
     using Type = NodeTerms;
 };
 
 template <typename Shared>
-using AwaitedToken = Awaited<typename Shared::Spec, typename TermsAtHome<Shared::kHasNodes>::Type>;
+using AwaitedToken =
+    Awaited<typename Shared::Spec, typename TermsAtHome<Shared, Shared::kHasNodes>::Type>;
 
 /// Stores a thread's packets of a sum, rounded: first, first + threads, ...
 template <typename Spec>
@@ -173,7 +181,7 @@ DEEPCOMM_DEVICE bool forward_sum(const LowLatencyCombineParams& params, const de
     if (awaited.at.part == 0 && params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
         arrival = forward_carried(base, warp, turn, awaited, head);
     }
-    Vec128* packets = head + base.num_topk + awaited.at.part * Spec::kPartPackets;
+    Vec128* packets = head + base.map.num_topk + awaited.at.part * Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;

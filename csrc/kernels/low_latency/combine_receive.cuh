@@ -85,7 +85,10 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
     if (culprit != layout::kNoPeer && block.block_idx() == 0 && block.is_leader()) {
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
-    if (culprit != layout::kNoPeer) block.sync();  // ORDER: the refusal's text has been read
+    if (culprit != layout::kNoPeer) {
+        leave_all_unread(base, block, turn);
+        block.sync();  // ORDER: the refusal's text has been read, and what is left unread is noted
+    }
     *num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;
     if constexpr (Shared::kHasNodes && !Shared::kIsCarried) {
         return culprit != layout::kNoPeer || forward_sums(params, block, turn, shared);
@@ -110,6 +113,7 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
     AwaitedToken<Shared> awaited{};
     awaited.come_to(block.block_idx());
     if constexpr (!Shared::kHasNodes) {
+        awaited.terms.kept = Shared::kKeepsSum ? shared.row : nullptr;
         await_token(params, block, turn, shared.experts[warp.thread_idx()], awaited, shared);
     } else {
         awaited.terms.parked = shared.parked;
@@ -127,6 +131,9 @@ DEEPCOMM_DEVICE void receive_combine(const LowLatencyCombineParams& params,
         if (!is_loaded) {
             awaited.come_to(i);
             const int32_t own = load_expert(params, warp, awaited.at.token);
+            if constexpr (Shared::kKeepsSum) {
+                if (i >= block.num_blocks()) awaited.terms.kept = nullptr;
+            }
             await_token(params, block, turn, own, awaited, shared);
         }
         if (!receive_part<kPhases>(params, block, turn, awaited, is_last)) return;

@@ -121,20 +121,25 @@ DEEPCOMM_DEVICE PartialPlace place_of(const LowLatencyParams& params, const LowL
     return {rank, map.row_offset(turn.slot, rail_rank(params, node), token)};
 }
 
-/// Stores the packets of a staged part, and with a row's first one what the row brings back.
+/// What becomes of the part in shared memory.
+enum class Staged { kNothing, kToSend, kToKeep };
+
+/// Stores the packets of a staged part, unless the block keeps it, and with a row's first one what the row
+/// brings back.
 template <typename Shared>
 DEEPCOMM_DEVICE void store_partial(const LowLatencyCombineParams& params,
                                    const device::Block& block, const LowLatencyTurn& turn,
-                                   const Summed& summed, Shared& shared) {
+                                   const Summed& summed, Staged staged, Shared& shared) {
     using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
     const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
     Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
-    Vec128* packets = head + base.num_topk + summed.part * Spec::kPartPackets;
+    Vec128* packets = head + base.map.num_topk + summed.part * Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = block.thread_idx(); i < Spec::kPartPackets; i += block.size()) {
-        const uint32_t* words = shared.row + i * layout::kPacketWords;
-        device::st_relaxed_sys(packets + i, {{words[0], words[1], words[2], turn.tag}});
+    for (int32_t i = block.thread_idx(); i < Spec::kPartPackets && staged == Staged::kToSend;
+         i += block.size()) {
+        const uint32_t* words = shared.row + i * Spec::Format::kWords;
+        device::st_relaxed_sys(packets + i, Spec::Format::pack(words, turn.tag));
     }
     if (params.carried == nullptr || summed.part != 0) return;
     const int64_t index = static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token;
@@ -147,6 +152,21 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     using Spec = typename Shared::Spec;
     const int32_t word = Spec::kPartWords + block.thread_idx();
     if (word < Spec::kStagedWords) shared.row[word] = 0;
+}
+
+/// The part of this rank's own rows that a block keeps, if there is one: what it receives first.
+template <typename Spec>
+DEEPCOMM_DEVICE Summed kept_of(const LowLatencyParams& params, const device::Block& block) {
+    return {params.comm.rank, block.block_idx() / Spec::kNumParts,
+            block.block_idx() % Spec::kNumParts};
+}
+
+/// Whether a part is what its block receives first, which then keeps the sum of this rank's own rows.
+template <typename Shared>
+DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams& params, const device::Block& block,
+                             const Summed& summed) {
+    return Shared::kKeepsSum && summed.source == params.comm.rank &&
+           summed.token * Shared::Spec::kNumParts + summed.part < block.num_blocks();
 }
 
 /// A block's way through what is summed; most: tokens of any source.
@@ -170,6 +190,7 @@ struct SummedWalk {
     const LowLatencyCombineParams& params;
     Shared& shared;
     PairCursor cursor;
+    bool has_ended = false;
     bool has_part = false;
     Summed summed = {0, 0, 0};  ///< the part to come
     Entry entry = {};           ///< of its token
@@ -184,12 +205,25 @@ struct SummedWalk {
         while (!has_part && cursor.find(params.base)) {
             summed = summed_at<Spec>(params.base, cursor);
             cursor.item += block.num_blocks();
-            has_part = summed.token < shared.num_tokens[summed.source] &&
-                       !cut_sources(shared)[summed.source];
+            has_part = takes_part() && !is_kept<Shared>(params.base, block, summed);
         }
+        if (has_part || has_ended || !Shared::kKeepsSum) return;
+        has_ended = true;  // but for what the block keeps
+        summed = kept_of<Spec>(params.base, block);
+        has_part = takes_part();
     }
 
-    DEEPCOMM_DEVICE void load() { entry = load_entry(params, device::Warp{}, summed); }
+    DEEPCOMM_DEVICE bool takes_part() const {
+        return summed.token < shared.num_tokens[summed.source] &&
+               !cut_sources(shared)[summed.source];
+    }
+
+    DEEPCOMM_DEVICE void load() {
+        const device::Warp warp;
+        const int32_t lane = warp.thread_idx();
+        entry = has_ended ? Entry{shared.kept_entries[lane], shared.kept_weights[lane]}
+                          : load_entry(params, warp, summed);
+    }
 
     /// Begins with the part whose entry has been loaded early, if that was a good guess.
     DEEPCOMM_DEVICE void begin(const device::Block& block, const Summed& guess,
@@ -202,14 +236,19 @@ struct SummedWalk {
 };
 
 /// Whether the weights of a token are here, if they are awaited. False: leave.
+template <typename Shared>
 DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, const Summed& summed,
                                   ExpertRows* rows, bool* is_here) {
+    *is_here = true;
+    if (Shared::Spec::kSendsVectors && params.source_weights == nullptr) return true;
     const Arrival arrival = await_weight(params, turn, summed, &rows->mine);
     // ORDER: the staged part is free again
     if (!block.sync_and(arrival != Arrival::kFailed)) return false;
     *is_here = !params.base.mask_late || block.sync_and(arrival == Arrival::kHere);
-    if (!*is_here && block.is_leader()) mask_late_peer(params.base, summed.source);
+    if (!*is_here && block.is_leader()) {
+        mask_late_peer<Shared::kHasNodes>(params.base, turn, summed.source);
+    }
     return true;
 }
 
@@ -222,7 +261,7 @@ DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const dev
     using Spec = typename Shared::Spec;
     PartTerms<Spec> terms = {};
     Summed current = {0, 0, 0};
-    bool is_staged = false;
+    Staged staged = Staged::kNothing;
     DEEPCOMM_NO_UNROLL
     while (true) {
         const bool has_part = walk.has_part;
@@ -231,20 +270,25 @@ DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const dev
             rows = rows_of<Spec>(params, walk.entry, walk.summed.part);
             terms.load(rows, 0, block.thread_idx());
         }
-        if (is_staged) store_partial(params, block, turn, current, shared);
+        if (staged != Staged::kNothing) {
+            store_partial(params, block, turn, current, staged, shared);
+        }
         if (!has_part) return true;
+        const Staged next = walk.has_ended ? Staged::kToKeep : Staged::kToSend;
         current = walk.summed;
         walk.advance(block);
         if (walk.has_part) walk.load();
-        is_staged = false;
+        staged = Staged::kNothing;
         // The first part's source may have been found to be absent since the walk began.
         if (cut_sources(shared)[current.source]) continue;
         bool is_here;
-        if (!take_weights(params, block, turn, current, &rows, &is_here)) return false;
-        is_staged = is_here && rows.num > 0;
-        if (!is_staged) continue;
+        if (!take_weights<Shared>(params, block, turn, current, &rows, &is_here)) return false;
+        if (!is_here || rows.num == 0) continue;
+        staged = next;
         sum_part(rows, params.apply_weights != 0, block, terms, shared);
-        block.sync();  // ORDER: the staged part before its packets
+        if constexpr (!Spec::kSendsVectors) {
+            block.sync();  // ORDER: the staged part before its packets
+        }
     }
 }
 
@@ -259,7 +303,7 @@ DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device
 /// included, are on their way together. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
-                                  LowLatencyTurn* turn, Shared& shared) {
+                                  Shared& shared) {
     using Spec = typename Shared::Spec;
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
@@ -268,6 +312,14 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     const Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
     EarlyTurn early(base, block);
     read_record(params, block, shared);
+    if (Shared::kKeepsSum && warp.warp_idx() == 0) {
+        const Summed own = kept_of<Spec>(base, block);
+        if (own.token < base.num_tokens) {
+            const Entry kept = load_entry(params, warp, own);
+            shared.kept_entries[warp.thread_idx()] = kept.bits;
+            shared.kept_weights[warp.thread_idx()] = kept.weight;
+        }
+    }
     early.load_credits(base);
     if (is_refused) return false;
     const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
@@ -275,17 +327,17 @@ DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const d
     clear_tail(block, shared);
     // ORDER: what the record says, and the credits before all that is sent, to all
     if (!block.sync_and(has_peers)) return false;
-    *turn = shared.peers.turn;
+    const LowLatencyTurn& turn = shared.peers.turn;
     find_cut_sources(base, block, shared);
     SummedWalk<Shared> walk(params, block, shared);
     walk.begin(block, guess, entry);
     const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
     if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
-        send_combine_headers(base, block, *turn, shared);
+        send_combine_headers(base, block, turn, shared);
     }
     bool has_ended;
-    if (!exchange_weights(params, block, *turn, shared, &has_ended)) return false;
-    return has_ended || send_parts(params, block, *turn, walk, shared);
+    if (!exchange_weights(params, block, turn, shared, &has_ended)) return false;
+    return has_ended || send_parts(params, block, turn, walk, shared);
 }
 
 }  // namespace deepcomm::kernels::low_latency

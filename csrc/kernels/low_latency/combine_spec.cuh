@@ -7,22 +7,26 @@
 
 namespace deepcomm::kernels {
 
-template <int kHidden, int kThreads>
+template <int kHidden, bool kHasNodes, int kThreads>
 struct LowLatencyCombineSpec {
+    using Format = typename low_latency::PayloadFormat<kHasNodes>::Type;
+    static constexpr bool kIsOfNodes = kHasNodes;
     static constexpr int kNumThreads = kThreads;
     static constexpr int kVectorWords = static_cast<int>(layout::kVectorWords);
     static constexpr int kRowWords = kHidden / 2;
+    /// Whether a packet is a vector of its part: the thread that sums it sends it, and receives it alone.
+    static constexpr bool kSendsVectors = Format::kWords == kVectorWords;
     static constexpr int kNumParts = static_cast<int>(layout::row_parts(kHidden));
     static constexpr int kPartVectors = static_cast<int>(layout::part_vectors(kHidden));
     static constexpr int kPartWords = kPartVectors * kVectorWords;
-    static constexpr int kPartPackets = static_cast<int>(layout::part_packets(kHidden));
+    static constexpr int kPartPackets =
+        static_cast<int>(layout::part_packets(kHidden, Format::kWords));
     static constexpr int kStagedWords =
-        static_cast<int>(round_up(kPartPackets * layout::kPacketWords, kVectorWords));
+        static_cast<int>(round_up(kPartPackets * Format::kWords, kVectorWords));
     static constexpr int kPacketsOfThread = (kPartPackets + kThreads - 1) / kThreads;
     /// That it adds up at once: in blocks of 256 all.
     static constexpr int kSumPackets = kPacketsOfThread < 3 ? kPacketsOfThread : 3;
-    static constexpr int kParkedFloats =
-        kSumPackets * static_cast<int>(layout::kPacketWords) * 2 * kThreads;
+    static constexpr int kParkedFloats = kSumPackets * Format::kWords * 2 * kThreads;
 
     /// Vectors of a part that are of the row: the last part may have fewer.
     static DEEPCOMM_DEVICE int32_t num_vectors(int32_t part) {
@@ -47,8 +51,8 @@ struct LowLatencyNodesShared<true, kNumFloats> {
 
 template <int kHidden, int kPhases, int kThreads>
 struct LowLatencyCombineConfig {
-    using Spec = LowLatencyCombineSpec<kHidden, kThreads>;
     static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
+    using Spec = LowLatencyCombineSpec<kHidden, kHasNodes, kThreads>;
     static constexpr bool kIsCarried = (kPhases & kCarried) != 0;
     static constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
     using OfNodes = LowLatencyNodesShared<kHasNodes, kReceives ? Spec::kParkedFloats : 1>;
@@ -60,6 +64,8 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     using Spec = typename Config::Spec;
     static constexpr bool kHasNodes = Config::kHasNodes;
     static constexpr bool kIsCarried = Config::kIsCarried;
+    /// Whether the sum of this rank's own rows stays staged for what a block receives first.
+    static constexpr bool kKeepsSum = (kPhases & kKeepSums) != 0;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< a part of a sum that is sent
     low_latency::Peers peers;
@@ -67,6 +73,8 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     int32_t num_tokens[layout::kMaxLowLatencyRanks];  ///< of each source, of the record
     int32_t connected[layout::kMaxLowLatencyRanks];   ///< of the record
     int32_t experts[device::kWarpSize];  ///< of the first token that the block receives a part of
+    int32_t kept_entries[device::kWarpSize];  ///< likewise, of this rank's own rows
+    float kept_weights[device::kWarpSize];
 };
 
 namespace low_latency {
@@ -166,7 +174,7 @@ DEEPCOMM_DEVICE void note_absence(const LowLatencyParams& params, int32_t source
     const bool is_told = Shared::kHasNodes && packet.words[3] == turn.tag;
     const int32_t last = last_rank_from<Shared::kHasNodes>(params, source);
     const int32_t late = is_told ? source : last;
-    mask_late_peer(params, late);
+    mask_late_peer<Shared::kHasNodes>(params, turn, late);
     cut_sources(shared)[source] = 1;
     if (late == source) shared.peers.masked[source] = 1;
 }

@@ -14,7 +14,9 @@ struct TokenSum {
     static constexpr int kNumThreads = Spec::kNumThreads;
     static constexpr int kAll = Spec::kPacketsOfThread;
     static constexpr int kCount = Spec::kSumPackets;
-    static constexpr int kWords = static_cast<int>(layout::kPacketWords);
+    using Format = typename Spec::Format;
+    using Batch = PacketBatch<Format, kCount>;
+    static constexpr int kWords = Format::kWords;
 
     float low[kCount][kWords];
     float high[kCount][kWords];
@@ -32,20 +34,33 @@ struct TokenSum {
         high[i][part] = device::fadd_rn(high[i][part], device::bf16x2_high(pair));
     }
 
-    DEEPCOMM_DEVICE void add(const PacketBatch<kCount>& batch) {
+    DEEPCOMM_DEVICE void add(const Batch& batch) {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             DEEPCOMM_UNROLL
             for (int32_t part = 0; part < kWords; ++part) {
-                add_word(i, part, batch.packets[i].words[part]);
+                add_word(i, part, Format::word(batch.packets[i], part));
             }
         }
     }
 
+    /// Adds what lies in shared memory as the thread has staged it.
+    DEEPCOMM_DEVICE void add_staged(const uint32_t* staged, int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * Spec::kNumThreads;
+            if (index >= Spec::kPartPackets) continue;
+            const Vec128 vector = reinterpret_cast<const Vec128*>(staged)[index];
+            DEEPCOMM_UNROLL
+            for (int32_t part = 0; part < kWords; ++part) add_word(i, part, vector.words[part]);
+        }
+    }
+
     /// Adds the bias, if there is one, and writes the words of packets first, first + threads, ...; of
-    /// num_words words of the part.
+    /// num_words words of the part, which are whole vectors.
     DEEPCOMM_DEVICE void store(const uint32_t* bias, uint32_t* out, int32_t num_words,
                                int32_t first) {
+        if constexpr (Spec::kSendsVectors) return store_vectors(bias, out, num_words, first);
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < kCount; ++i) {
             DEEPCOMM_UNROLL
@@ -57,11 +72,32 @@ struct TokenSum {
             }
         }
     }
+
+  private:
+    DEEPCOMM_DEVICE void store_vectors(const uint32_t* bias, uint32_t* out, int32_t num_words,
+                                       int32_t first) {
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t word = (first + i * Spec::kNumThreads) * kWords;
+            if (word >= num_words) continue;
+            Vec128 vector{};
+            if (bias != nullptr) vector = *reinterpret_cast<const Vec128*>(bias + word);
+            DEEPCOMM_UNROLL
+            for (int32_t part = 0; part < kWords; ++part) {
+                if (bias != nullptr) add_word(i, part, vector.words[part]);
+                vector.words[part] = device::bf16x2_from_floats(low[i][part], high[i][part]);
+            }
+            *reinterpret_cast<Vec128*>(out + word) = vector;
+        }
+    }
 };
 
 /// The terms of a token's sum on one node: what its ranks have summed, by rank.
+template <bool kKeepsSum>
 struct RankTerms {
     static constexpr device::Role kRole = device::Role::kReceive;
+
+    const uint32_t* kept;  ///< this rank's own, where the block has kept it in shared memory
 
     /// That of a rank, -1 for none.
     DEEPCOMM_DEVICE int32_t of(const LowLatencyParams&, int32_t rank) const { return rank; }
@@ -73,6 +109,10 @@ struct RankTerms {
     DEEPCOMM_DEVICE int64_t offset(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                    int32_t term, int32_t token) const {
         return params.map.row_offset(turn.slot, term, token);
+    }
+    /// A term that is not awaited, or null.
+    DEEPCOMM_DEVICE const uint32_t* find_kept(const LowLatencyParams& params, int32_t term) const {
+        return kKeepsSum && term == params.comm.rank ? kept : nullptr;
     }
     /// Called before a term is added, and after the last one.
     template <typename Sum>
@@ -89,7 +129,7 @@ struct TokenPart {
 /// order.
 template <typename Spec>
 struct TermPair {
-    using Batch = PacketBatch<TokenSum<Spec>::kCount>;
+    using Batch = typename TokenSum<Spec>::Batch;
 
     int32_t terms[2];  ///< ascending; num: none
     Batch batches[2];
@@ -99,7 +139,7 @@ struct TermPair {
                                                   const LowLatencyTurn& turn, const Terms& of,
                                                   int32_t term, const TokenPart& at) {
         const int64_t offset = of.offset(params, turn, term, at.token);
-        const Vec128* payload = packets_at(params.local, offset) + params.num_topk;
+        Vec128* payload = packets_at(params.local, offset) + params.map.num_topk;
         return {payload + at.part * Spec::kPartPackets, Spec::kNumThreads, Spec::kPartPackets};
     }
 
@@ -120,6 +160,10 @@ struct TermPair {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < 2; ++i) {
             if (terms[i] >= of.num(params)) continue;
+            if (const uint32_t* kept = of.find_kept(params, terms[i]); kept != nullptr) {
+                sum->add_staged(kept, first);
+                continue;
+            }
             const PacketRange range = packets_of(params, turn, of, terms[i], at);
             const int32_t rank = of.rank_of(params, terms[i]);
             const device::WaitSite site = {Operation::kLowLatencyCombine, Terms::kRole, rank,
@@ -128,9 +172,10 @@ struct TermPair {
             if (one == Arrival::kHere) {
                 of.come_to(params, terms[i], sum);
                 sum->add(batches[i]);
+                batches[i].clear(range, first);
             } else {
                 arrival = arrival == Arrival::kFailed ? arrival : one;
-                if (one == Arrival::kAbsent) mask_late_peer(params, rank);
+                if (one == Arrival::kAbsent) mask_late_peer<Spec::kIsOfNodes>(params, turn, rank);
             }
         }
         return arrival;
@@ -161,7 +206,9 @@ struct Awaited {
         DEEPCOMM_UNROLL
         for (int32_t i = 0; i < 2; ++i) {
             pair.terms[i] = term = pair.term_after(terms.num(params), mine, term);
-            if (term >= terms.num(params)) continue;
+            const bool is_awaited =
+                term < terms.num(params) && terms.find_kept(params, term) == nullptr;
+            if (!is_awaited) continue;
             pair.batches[i].load(pair.packets_of(params, turn, terms, term, at), first);
         }
     }

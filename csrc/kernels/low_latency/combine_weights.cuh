@@ -130,7 +130,7 @@ DEEPCOMM_DEVICE bool forward_weights(const LowLatencyParams& params, const devic
         arrival = wait_packet(params, site, packets_at(params.local, offset), turn.tag, &packet);
         if (arrival == Arrival::kFailed) break;
         if (arrival == Arrival::kAbsent) {
-            mask_late_peer(params, source);
+            mask_late_peer<true>(params, turn, source);
             late = source;
             continue;
         }

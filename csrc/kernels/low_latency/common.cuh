@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both low-latency operations share: waits, packets, and how a phase ends; see also peers.cuh.
+// What both low-latency operations share: waits, credits, and how a phase ends; see also peers.cuh.
 // PROTOCOLS.md: low latency.
 #pragma once
 
@@ -48,8 +48,35 @@ DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params,
     return {comm.record, timeout_ns, comm.rank, comm.names, comm.failed};
 }
 
+/// Where it is noted that a turn has left rows of a peer unread: there is its number then; behind those of the ranks,
+/// of any. The slot's next turn has words of its own, as its blocks make notes while some still look at these.
+DEEPCOMM_DEVICE uint64_t* unread_of(const LowLatencyParams& params, uint64_t number, int32_t peer) {
+    const int32_t of_turn = layout::turn_of(number, 2 * params.map.num_slots).slot;
+    return params.unread + static_cast<int64_t>(of_turn) * (params.map.num_ranks + 1) + peer;
+}
+
+/// Notes that nobody reads the rows of a peer that have come in a turn, or may come yet.
+DEEPCOMM_DEVICE void leave_unread(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                  int32_t peer) {
+    if (params.unread == nullptr) return;
+    device::st_relaxed_gpu(unread_of(params, turn.number, peer), turn.number);
+    device::st_relaxed_gpu(unread_of(params, turn.number, params.map.num_ranks), turn.number);
+}
+
+/// The same of all peers. A block meets before it ends the phase, unless the launch does both.
+DEEPCOMM_DEVICE void leave_all_unread(const LowLatencyParams& params, const device::Block& block,
+                                      const LowLatencyTurn& turn) {
+    DEEPCOMM_NO_UNROLL
+    for (int32_t peer = block.thread_idx(); peer < params.map.num_ranks; peer += block.size()) {
+        leave_unread(params, turn, peer);
+    }
+}
+
 /// Skips a peer from now on, because it is late.
-DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, int32_t peer) {
+template <bool kHasNodes>
+DEEPCOMM_DEVICE void mask_late_peer(const LowLatencyParams& params, const LowLatencyTurn& turn,
+                                    int32_t peer) {
+    if constexpr (!kHasNodes) leave_unread(params, turn, peer);
     device::st_relaxed_gpu(&params.rank_mask[peer], 1u);
     device::st_relaxed_sys(&params.late_ranks[peer], 1u);
 }
@@ -65,126 +92,15 @@ DEEPCOMM_DEVICE Arrival wait_for(const LowLatencyParams& params, const device::W
     return params.mask_late ? Arrival::kAbsent : Arrival::kFailed;
 }
 
-// ---- packets
-
-DEEPCOMM_DEVICE Vec128* packets_at(unsigned char* base, int64_t offset) {
-    return reinterpret_cast<Vec128*>(base + offset);
-}
-
-/// Word part of a packet, without an array in memory.
-DEEPCOMM_DEVICE uint32_t payload_word(const Vec128& packet, int32_t part) {
-    return part == 0 ? packet.words[0] : part == 1 ? packet.words[1] : packet.words[2];
-}
-
-/// Polls one packet until it carries the tag.
-DEEPCOMM_DEVICE Arrival wait_packet(const LowLatencyParams& params, const device::WaitSite& site,
-                                    const Vec128* address, uint32_t tag, Vec128* packet) {
-    return wait_for(params, site, tag, address, [&]() -> device::Observed {
-        *packet = device::ld_relaxed_sys(address);
-        return {packet->words[3], packet->words[3] == tag};
-    });
-}
-
-/// The same for a packet without which the operation fails in any case. False: leave.
-DEEPCOMM_DEVICE bool must_arrive(const LowLatencyParams& params, const device::WaitSite& site,
-                                 const Vec128* address, uint32_t tag, Vec128* packet) {
-    const device::WaitContext context = wait_context(params, site.role);
-    return device::wait_until(context, site, tag, address, [&]() -> device::Observed {
-        *packet = device::ld_relaxed_sys(address);
-        return {packet->words[3], packet->words[3] == tag};
-    });
-}
-
-/// A row of packets that threads take in turns, stride apart.
-struct PacketRange {
-    const Vec128* packets;
-    int32_t stride;
-    int32_t num;
-};
-
-/// Packets first, first + stride, ... of a range: all loads fly before the first is tested.
-template <int kCount>
-struct PacketBatch {
-    Vec128 packets[kCount];
-
-    DEEPCOMM_DEVICE void load(const PacketRange& range, int32_t first) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const int32_t index = first + i * range.stride;
-            if (index < range.num) packets[i] = device::ld_relaxed_sys(range.packets + index);
-        }
-    }
-
-    /// Whether packet i, which a load has brought, is not of this turn yet.
-    DEEPCOMM_DEVICE bool is_missing(int32_t i, const PacketRange& range, int32_t first,
-                                    uint32_t tag) const {
-        return first + i * range.stride < range.num && packets[i].words[3] != tag;
-    }
-
-    /// Loads those again that had not arrived: all loads fly before the first is tested.
-    DEEPCOMM_DEVICE void reload(const PacketRange& range, int32_t first, uint32_t tag) {
-        DEEPCOMM_UNROLL
-        for (int32_t i = 0; i < kCount; ++i) {
-            const Vec128* packet = range.packets + first + i * range.stride;
-            if (is_missing(i, range, first, tag)) packets[i] = device::ld_relaxed_sys(packet);
-        }
-    }
-
-    /// Polls those that had not arrived, all of them together: one after the other, each would cost
-    /// the latency of a load, although it has arrived meanwhile.
-    DEEPCOMM_DEVICE Arrival wait(const LowLatencyParams& params, const device::WaitSite& site,
-                                 const PacketRange& range, int32_t first, uint32_t tag) {
-        DEEPCOMM_NO_UNROLL
-        while (true) {
-            int32_t awaited = kCount;
-            DEEPCOMM_UNROLL
-            for (int32_t i = kCount - 1; i >= 0; --i) {
-                if (is_missing(i, range, first, tag)) awaited = i;
-            }
-            if (awaited == kCount) return Arrival::kHere;
-            const Vec128* address = range.packets + first + awaited * range.stride;
-            const Arrival arrival = wait_for(params, site, tag, address, [&]() -> device::Observed {
-                reload(range, first, tag);
-                uint32_t observed = tag;
-                DEEPCOMM_UNROLL
-                for (int32_t i = 0; i < kCount; ++i) {
-                    if (i == awaited) observed = packets[i].words[3];
-                }
-                return {observed, observed == tag};
-            });
-            if (arrival != Arrival::kHere) return arrival;
-        }
-    }
-};
-
-/// Fills packets first, first + threads, ... of a row with words that are staged in shared memory.
-template <typename Spec, int kCount>
-DEEPCOMM_DEVICE void fill_packets(const uint32_t* staged, int32_t first, uint32_t tag,
-                                  PacketBatch<kCount>* batch) {
-    DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kCount; ++i) {
-        const int32_t index = first + i * Spec::kNumThreads;
-        if (index >= Spec::kPackets) continue;
-        const uint32_t* words = staged + index * layout::kPacketWords;
-        batch->packets[i] = {{words[0], words[1], words[2], tag}};
-    }
-}
-
-/// Stores them.
-template <typename Spec, int kCount>
-DEEPCOMM_DEVICE void store_packets(const PacketBatch<kCount>& batch, int32_t first,
-                                   Vec128* packets) {
-    DEEPCOMM_UNROLL
-    for (int32_t i = 0; i < kCount; ++i) {
-        const int32_t index = first + i * Spec::kNumThreads;
-        if (index < Spec::kPackets) device::st_relaxed_sys(packets + index, batch.packets[i]);
-    }
-}
-
 // ---- ends
 
 /// Of `num_receive_finished`, once all blocks have added to it: the first adds what then makes this.
 constexpr uint32_t kAllFinished = 0x80000000u;
+
+/// The thread that ends a receive phase for its block: of the warp that has the fewest packets.
+DEEPCOMM_DEVICE bool ends_receive(const device::Block& block) {
+    return block.thread_idx() == block.size() - 1;
+}
 
 /// A block's end of a receive phase, once all of its threads have met after their last read of the
 /// operation. Nothing is awaited here, nor are the peers told: a kernel would end later for it. What a
@@ -192,7 +108,7 @@ constexpr uint32_t kAllFinished = 0x80000000u;
 template <int kPhases>
 DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device::Block& block,
                                     const LowLatencyTurn& turn) {
-    if (block.thread_idx() != block.size() - 1) return;  // of the warp that has the fewest packets
+    if (!ends_receive(block)) return;
     uint32_t num = 1;
     if (block.block_idx() == 0) {
         device::st_relaxed_gpu(&params.state->received[turn.slot], turn.number);
@@ -220,18 +136,50 @@ DEEPCOMM_DEVICE uint64_t claim_received(const LowLatencyParams& params, int32_t 
     return device::ld_relaxed_gpu(&params.state->received[slot]);
 }
 
-/// Tells every peer, masked ones too, what this rank has read in a slot. Over several nodes those that
-/// this rank shares neither node nor rail with have no address.
+/// What a peer has read so far in a slot.
+DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, int32_t slot,
+                                          int32_t peer) {
+    return reinterpret_cast<const uint64_t*>(params.local + params.map.credit_offset(slot, peer));
+}
+
+DEEPCOMM_DEVICE uint64_t read_credit(const uint64_t* credit) {
+    // ORDER: pairs with the fence in store_credits: the peer's reads before our stores
+    const uint64_t received = device::ld_acquire_sys(credit);
+    return received;
+}
+
+/// Tells a peer, unless it has no address.
+DEEPCOMM_DEVICE void store_credit(const LowLatencyParams& params, int32_t slot, int32_t peer,
+                                  uint64_t credit) {
+    unsigned char* base = params.credit_bases[peer];
+    if (base == nullptr) return;
+    const int64_t offset = params.map.credit_offset(slot, params.comm.rank);
+    device::st_relaxed_sys(reinterpret_cast<uint64_t*>(base + offset), credit);
+}
+
+/// Tells every peer, masked ones too, what this rank has read in a slot, and whether it has left rows of it unread.
+/// Over several nodes those that this rank shares neither node nor rail with have no address.
 template <typename Group>
 DEEPCOMM_DEVICE void store_credits(const LowLatencyParams& params, const Group& group, int32_t slot,
                                    uint64_t number) {
-    const int64_t offset = params.map.credit_offset(slot, params.comm.rank);
+    const int32_t num_ranks = params.map.num_ranks;
+    const auto is_unread = [&](int32_t peer) {
+        return device::ld_relaxed_gpu(unread_of(params, number, peer)) == number;
+    };
     device::fence_acq_rel_sys();  // ORDER: releases what the claim has acquired
+    const bool has_unread = params.unread != nullptr && is_unread(num_ranks);
     DEEPCOMM_NO_UNROLL
-    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
-        unsigned char* base = params.credit_bases[peer];
-        if (base == nullptr) continue;
-        device::st_relaxed_sys(reinterpret_cast<uint64_t*>(base + offset), number);
+    for (int32_t peer = group.thread_idx(); peer < num_ranks; peer += group.size()) {
+        if (has_unread && peer == params.comm.rank) continue;
+        const uint64_t bit = has_unread && is_unread(peer) ? layout::kUnread : 0;
+        store_credit(params, slot, peer, number | bit);
+    }
+    if (!has_unread) return;
+    // Its own one lets this rank's blocks clear those rows, and tell the peers of it.
+    device::fence_acq_rel_sys();  // ORDER: what peers are told now before what they are told then
+    group.sync();
+    if (group.is_leader()) {
+        store_credit(params, slot, params.comm.rank, number | layout::kUnread);
     }
 }
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, k
     } else {
         found = *params.base.turn;  // meanwhile, as loads take long
         if (!low_latency::may_receive(params.base, block)) return;
-        low_latency::find_peers(params.base, block, &shared.peers);
+        low_latency::find_peers<Shared::kHasNodes>(params.base, block, turn, &shared.peers);
     }
     if constexpr (kReceives && Shared::kHasNodes) {
         if (!low_latency::forward_dispatch(params, block, turn, shared)) return;

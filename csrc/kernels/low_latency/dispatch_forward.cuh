@@ -129,16 +129,17 @@ DEEPCOMM_DEVICE Arrival forward_head(const LowLatencyDispatchParams& params,
 
 /// Stores payload packets that have arrived to each rank of the node that the token goes to.
 template <typename Shared, int kCount>
-DEEPCOMM_DEVICE void forward_packets(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                                     const Pair& pair, const PacketBatch<kCount>& batch,
-                                     int32_t first, const Shared& shared) {
+DEEPCOMM_DEVICE void forward_packets(
+    const LowLatencyParams& params, const LowLatencyTurn& turn, const Pair& pair,
+    const PacketBatch<typename Shared::Spec::Format, kCount>& batch, int32_t first,
+    const Shared& shared) {
     const int64_t offset = params.map.row_offset(turn.slot, pair.source, pair.token);
     DEEPCOMM_NO_UNROLL
     for (int32_t local = 0; local < params.map.ranks_per_node; ++local) {
         const int32_t dst = node_rank(params, local);
         if (local == params.rail_idx || shared.peers.masked[dst]) continue;
         if (!goes_to(params, shared, pair, local)) continue;
-        Vec128* packets = packets_at(shared.peers.bases[dst], offset) + params.num_topk;
+        Vec128* packets = packets_at(shared.peers.bases[dst], offset) + params.map.num_topk;
         store_packets<typename Shared::Spec>(batch, first, packets);
     }
 }
@@ -154,13 +155,13 @@ DEEPCOMM_DEVICE Arrival forward_row(const LowLatencyDispatchParams& params,
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kForward,
                                    pair.source, pair.token};
     const int64_t offset = base.map.row_offset(turn.slot, pair.source, pair.token);
-    const PacketRange payload = {packets_at(base.local, offset) + base.num_topk, Spec::kNumThreads,
-                                 Spec::kPackets};
+    const PacketRange payload = {packets_at(base.local, offset) + base.map.num_topk,
+                                 Spec::kNumThreads, Spec::kPackets};
     Arrival arrival = Arrival::kHere;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < kAll && arrival == Arrival::kHere; i += kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
-        PacketBatch<kCount> batch;
+        PacketBatch<typename Spec::Format, kCount> batch;
         batch.load(payload, first);
         arrival = batch.wait(base, site, payload, first, turn.tag);
         if (arrival == Arrival::kHere) forward_packets(base, turn, pair, batch, first, shared);
@@ -193,7 +194,7 @@ DEEPCOMM_DEVICE bool forward_dispatch(const LowLatencyDispatchParams& params,
             forward_row(params, block, turn, pair, walk.routes_of(pair), shared);
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
         if (!base.mask_late || block.sync_and(arrival == Arrival::kHere)) continue;
-        if (block.is_leader()) mask_late_peer(base, pair.source);
+        if (block.is_leader()) mask_late_peer<true>(base, turn, pair.source);
         walk.lost_source = pair.source;
     }
     return true;

@@ -103,7 +103,14 @@ DEEPCOMM_DEVICE bool await_sources(const LowLatencyParams& params, const device:
         goes_on = goes_on && arrival != Arrival::kFailed;
         if (!params.mask_late) continue;
         const bool is_present = takes_part(params, turn, source, arrival == Arrival::kHere);
-        if (!is_present && !was_masked) mask_late_peer(params, late);
+        if (!is_present && !was_masked) mask_late_peer<Shared::kHasNodes>(params, turn, late);
+        if constexpr (!Shared::kHasNodes) {
+            // This block has not seen to its rows of the slot's last turn; those that know of it have.
+            const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kCount,
+                                           source, turn.slot};
+            const bool is_back = is_present && was_masked;
+            if (is_back && !await_cleared(params, site, last_of(params, turn))) goes_on = false;
+        }
         shared.peers.masked[source] = is_present ? 0 : 1;
     }
     return block.sync_and(goes_on);  // ORDER: the decisions before the block acts on them

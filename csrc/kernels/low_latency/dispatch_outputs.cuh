@@ -28,16 +28,12 @@ DEEPCOMM_DEVICE void store_id(const LowLatencyDispatchParams& params, int64_t in
 
 /// Puts the payload of packets that have arrived in its place in shared memory.
 template <typename Spec, int kCount, typename Shared>
-DEEPCOMM_DEVICE void stage_packets(const PacketBatch<kCount>& batch, int32_t first,
-                                   Shared& shared) {
+DEEPCOMM_DEVICE void stage_packets(const PacketBatch<typename Spec::Format, kCount>& batch,
+                                   int32_t first, Shared& shared) {
     DEEPCOMM_UNROLL
     for (int32_t i = 0; i < kCount; ++i) {
         const int32_t index = first + i * Spec::kNumThreads;
-        if (index >= Spec::kPackets) continue;
-        uint32_t* words = shared.row + index * layout::kPacketWords;
-        words[0] = batch.packets[i].words[0];
-        words[1] = batch.packets[i].words[1];
-        words[2] = batch.packets[i].words[2];
+        if (index < Spec::kPackets) stage_packet<Spec>(batch.packets[i], index, shared.row);
     }
 }
 
@@ -49,7 +45,7 @@ DEEPCOMM_DEVICE void write_copies(const LowLatencyDispatchParams& params,
     const int32_t num_copies = shared.num_copies;
     constexpr int32_t kStride = Spec::kStagers;
     // The next row's packets are held meanwhile: those of longer rows leave fewer registers.
-    constexpr int32_t kCount = Spec::kPacketsOfThread <= 4 ? 2 : 1;
+    constexpr int32_t kCount = Spec::kPacketsOfThread < 4 ? 2 : 1;
     DEEPCOMM_NO_UNROLL
     for (int32_t first = block.thread_idx(); first < Spec::kRowVectors; first += kCount * kStride) {
         Vec128 vectors[kCount];
@@ -205,6 +201,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       int32_t culprit, const Shared& shared) {
+    leave_all_unread(params.base, block, turn);
     if (block.block_idx() != 0) return;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < params.base.map.num_local_experts; i += block.size()) {

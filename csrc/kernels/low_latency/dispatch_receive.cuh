@@ -32,7 +32,7 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kReceive,
                                    row.pair.source, row.pair.token};
     // Larger rows leave no register for it while their packets are held.
-    constexpr bool kIsPlacedFirst = Row::kCount <= 4;
+    constexpr bool kIsPlacedFirst = Row::kCount < 4;
     const bool places = is_in_last_warp(block);
     Arrival arrival = Arrival::kHere;
     if (kIsPlacedFirst && places) {
@@ -43,6 +43,7 @@ DEEPCOMM_DEVICE Arrival take_row(const LowLatencyDispatchParams& params, const d
         if (i > 0) row.payload.load(payload, first);
         if (arrival == Arrival::kHere) {
             arrival = row.payload.wait(base, site, payload, first, turn.tag);
+            if (arrival == Arrival::kHere) row.payload.clear(payload, first);
         }
         stage_packets<Spec>(row.payload, first, shared);
     }
@@ -66,8 +67,11 @@ DEEPCOMM_DEVICE RowEnd await_row(const LowLatencyDispatchParams& params, const d
     // ORDER: the row, to all
     if (!block.sync_and(arrival != Arrival::kFailed)) return RowEnd::kFailed;
     if (!params.base.mask_late || block.sync_and(arrival == Arrival::kHere)) return RowEnd::kStaged;
-    // Its source was lost between its header and this row, which stays as it is.
-    if (block.is_leader()) mask_late_peer(params.base, row.pair.source);
+    // Its source was lost between its header and this row.
+    // By the thread that ends the phase for the block.
+    if (ends_receive(block)) {
+        mask_late_peer<Shared::kHasNodes>(params.base, turn, row.pair.source);
+    }
     return RowEnd::kLost;
 }
 
@@ -175,7 +179,7 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
 template <typename Shared>
 DEEPCOMM_DEVICE void write_counts(const LowLatencyDispatchParams& params,
                                   const device::Block& block, Shared& shared) {
-    constexpr int32_t kMostForOne = 64;  ///< blocks whose share a block does
+    constexpr int32_t kMostForOne = 8;  ///< blocks whose share a block does
     const int32_t num_blocks = block.num_blocks();
     const int32_t num_pairs = most_tokens(params.base, shared) * params.base.map.num_ranks;
     const int32_t first_block =
@@ -197,7 +201,8 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       Shared& shared) {
     RowPackets<Shared> row;
-    guess_row<Shared>(params.base, block, turn, &row);
+    // Not of a source that this block has skipped so far: where late ones are masked, others may know more.
+    if (!params.base.mask_late) guess_row<Shared>(params.base, block, turn, &row);
     if (!receive_headers(params, block, turn, shared)) return;
     row.reload(params.base, block, turn);
     const int32_t culprit = find_culprit(params.base, shared.refusals);
@@ -205,7 +210,7 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
     record_receive(params.base, block, is_void, shared);
     if (is_void) {
         end_without_rows(params, block, turn, culprit, shared);
-        block.sync();  // ORDER: the refusal's text has been read
+        block.sync();  // ORDER: the refusal's text has been read, and what is left unread is noted
         finish_receive<kPhases>(params.base, block, turn);
         return;
     }

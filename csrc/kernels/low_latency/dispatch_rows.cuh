@@ -119,8 +119,8 @@ struct RowPackets {
 
     Pair pair = {0, -1};  ///< none yet
     bool is_kept = false;
-    PacketBatch<kCount> payload;
-    PacketBatch<1> head;  ///< in the last warp
+    PacketBatch<typename Spec::Format, kCount> payload;
+    PacketBatch<Tagged, 1> head;  ///< in the last warp
 
     static DEEPCOMM_DEVICE PacketRange heads(const LowLatencyParams& params,
                                              const device::Block& block, const LowLatencyTurn& turn,
@@ -132,7 +132,7 @@ struct RowPackets {
 
     static DEEPCOMM_DEVICE PacketRange payload_after(const LowLatencyParams& params,
                                                      const PacketRange& heads) {
-        return {heads.packets + params.num_topk, Spec::kNumThreads, Spec::kPackets};
+        return {heads.packets + params.map.num_topk, Spec::kNumThreads, Spec::kPackets};
     }
 
     DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const device::Block& block,

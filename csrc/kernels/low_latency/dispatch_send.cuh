@@ -154,12 +154,17 @@ DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const dev
     DEEPCOMM_NO_UNROLL
     for (int32_t first = block.thread_idx(); first < Spec::kPackets;
          first += kCount * Spec::kNumThreads) {
-        PacketBatch<kCount> batch;
-        fill_packets<Spec>(shared.row, first, turn.tag, &batch);
+        PacketBatch<typename Spec::Format, kCount> batch;
+        DEEPCOMM_UNROLL
+        for (int32_t i = 0; i < kCount; ++i) {
+            const int32_t index = first + i * Spec::kNumThreads;
+            if (index >= Spec::kPackets) continue;
+            batch.packets[i] = packet_of<Spec>(shared.row, index, turn.tag);
+        }
         DEEPCOMM_NO_UNROLL
         for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
             unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
-            store_packets<Spec>(batch, first, packets_at(base, offset) + num_topk);
+            store_packets<Spec>(batch, first, packets_at(base, offset) + params.base.map.num_topk);
         }
     }
 }

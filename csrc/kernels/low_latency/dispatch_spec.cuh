@@ -8,8 +8,9 @@
 namespace deepcomm::kernels {
 
 /// What a kernel is compiled for. Its receive phase sees only what travels.
-template <int kHidden, int kRows, int kThreads>
+template <int kHidden, int kRows, bool kHasNodes, int kThreads>
 struct LowLatencyDispatchSpec {
+    using Format = typename low_latency::PayloadFormat<kHasNodes>::Type;
     static constexpr auto kKind = static_cast<LowLatencyRows>(kRows);
     static constexpr bool kCasts =
         kKind == LowLatencyRows::kCastFp32 || kKind == LowLatencyRows::kCastUe8m0;
@@ -28,10 +29,15 @@ struct LowLatencyDispatchSpec {
     static constexpr int kScaleWords = kScaleFormat == ScaleFormat::kNone   ? 0
                                        : kScaleFormat == ScaleFormat::kFp32 ? kTiles
                                                                             : (kTiles + 3) / 4;
-    static constexpr int kPackets = static_cast<int>(layout::packets_of(kRowWords + kScaleWords));
+    /// Whether scale words travel as halves: four exponents of NaN look like none in a dense packet.
+    static constexpr bool kHasHalves =
+        Format::kWords == layout::kDenseWords && kScaleFormat == ScaleFormat::kUe8m0;
+    static constexpr int kSentWords = kRowWords + kScaleWords * (kHasHalves ? 2 : 1);
+    static constexpr int kPackets =
+        static_cast<int>(layout::packets_of(kSentWords, Format::kWords));
     static constexpr int kPacketsOfThread = (kPackets + kThreads - 1) / kThreads;
-    static constexpr int kStagedWords =
-        static_cast<int>(round_up(kPackets * layout::kPacketWords, 4));
+    static constexpr int kStagedWords = static_cast<int>(round_up(
+        kHasHalves ? kRowWords + kScaleWords : kPackets * Format::kWords, layout::kVectorWords));
     static constexpr int kInputVectors = (kCasts ? 2 * kHidden : kRowBytes) / 16;
     static constexpr int kRowVectors = kRowBytes / 16;
 
@@ -55,7 +61,7 @@ struct LowLatencyDispatchShared {
     static constexpr bool kHasNodes = (kPhases & kOverNodes) != 0;
     /// Whether the row that a block sends last is delivered here as it is staged, by that block.
     static constexpr bool kKeepsRow = (kPhases & kBothPhases) == kBothPhases;
-    using Spec = LowLatencyDispatchSpec<kHidden, kRows, kThreads>;
+    using Spec = LowLatencyDispatchSpec<kHidden, kRows, kHasNodes, kThreads>;
 
     /// Room for marks of a word of tokens at least.
     static constexpr int32_t kMarks = Spec::kStagedWords > layout::kMaxLowLatencyExperts
@@ -93,6 +99,35 @@ constexpr uint32_t kNoExpert = 0xFFFFFFFFu;
 template <typename Shared>
 DEEPCOMM_DEVICE bool keeps_row(const device::Block& block, int32_t token) {
     return Shared::kKeepsRow && token == block.block_idx();
+}
+
+/// A packet of the row that is staged in shared memory.
+template <typename Spec>
+DEEPCOMM_DEVICE Vec128 packet_of(const uint32_t* staged, int32_t index, uint32_t tag) {
+    constexpr int32_t kRowPackets = Spec::kRowWords / Spec::Format::kWords;
+    if (!Spec::kHasHalves || index < kRowPackets) {
+        return Spec::Format::pack(staged + index * Spec::Format::kWords, tag);
+    }
+    const uint32_t* scales = staged + Spec::kRowWords + (index - kRowPackets) * 2;
+    const uint32_t halves[] = {scales[0] & 0xFFFFu, scales[0] >> 16, scales[1] & 0xFFFFu,
+                               scales[1] >> 16};
+    return Spec::Format::pack(halves, tag);
+}
+
+/// Stages what a packet brings.
+template <typename Spec>
+DEEPCOMM_DEVICE void stage_packet(const Vec128& packet, int32_t index, uint32_t* staged) {
+    using Format = typename Spec::Format;
+    constexpr int32_t kRowPackets = Spec::kRowWords / Format::kWords;
+    if (Spec::kHasHalves && index >= kRowPackets) {
+        uint32_t* scales = staged + Spec::kRowWords + (index - kRowPackets) * 2;
+        scales[0] = Format::word(packet, 0) | Format::word(packet, 1) << 16;
+        scales[1] = Format::word(packet, 2) | Format::word(packet, 3) << 16;
+        return;
+    }
+    uint32_t* words = staged + index * Format::kWords;
+    DEEPCOMM_UNROLL
+    for (int32_t part = 0; part < Format::kWords; ++part) words[part] = Format::word(packet, part);
 }
 
 constexpr int32_t kColumnsAtOnce = 4;  ///< of a token, that instructions are unrolled for

@@ -66,7 +66,7 @@ DEEPCOMM_DEVICE bool await_rail(const LowLatencyParams& params, const device::Bl
         bool is_here = arrival == Arrival::kHere;
         if (params.mask_late && !takes_part(params, headers.turn, source, is_here)) {
             peers->masked[source] = 1;
-            mask_late_peer(params, source);
+            mask_late_peer<true>(params, headers.turn, source);
             continue;
         }
         // Late here, but another block has seen it.

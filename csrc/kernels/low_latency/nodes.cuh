@@ -4,7 +4,7 @@
 // low latency over nodes.
 #pragma once
 
-#include "kernels/low_latency/common.cuh"
+#include "kernels/low_latency/packets.cuh"
 
 namespace deepcomm::kernels::low_latency {
 

@@ -19,7 +19,8 @@ enum LowLatencyPhase : int32_t {
     kOverNodes = 4,
     kCarried = 8,
     kAnnouncePhase = 16,  ///< before the send phase, where weights are given at the sources
-    kPassOnPhase = 32     ///< behind it: sums for other nodes
+    kPassOnPhase = 32,    ///< behind it: sums for other nodes
+    kKeepSums = 64  ///< of a combine that does both: a block keeps a sum of this rank's own rows
 };
 
 constexpr int32_t kNumLowLatencyRoles = static_cast<int32_t>(layout::Role::kMeet);
@@ -44,6 +45,7 @@ struct LowLatencyParams {
     layout::LowLatencyTurn* turn;  ///< of this operation: the send phase tells the receive phase
     uint32_t* rank_mask;           ///< [R] 1: the peer is skipped
     uint64_t* decisions;           ///< [slots, R] who takes part, where a late source is masked
+    uint64_t* unread;              ///< [2 * slots, R + 1] see unread_of; null over nodes
     uint32_t* late_ranks;          ///< [R] in memory shared with the host: 1 once masked as late
     layout::LowLatencyStatus* status;
     int64_t* wait_us;    ///< [R] statistics to add to, or null

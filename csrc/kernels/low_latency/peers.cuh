@@ -4,35 +4,32 @@
 #pragma once
 
 #include "kernels/low_latency/nodes.cuh"
+#include "kernels/low_latency/unread.cuh"
 
 namespace deepcomm::kernels::low_latency {
 
-/// Finds the peers and whether they are masked; the group's threads share the work. The block meets
-/// before others use them.
-template <typename Group>
-DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& group, Peers* peers) {
+/// Finds the peers of a turn that another launch has sent, and whether they are masked; the group's threads share
+/// the work. The block meets before others use them.
+template <bool kHasNodes, typename Group>
+DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& group,
+                                const LowLatencyTurn& turn, Peers* peers) {
     for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
         peers->bases[peer] = params.comm.bases[peer];
         // Another block may mask a late peer at this moment.
         peers->masked[peer] = device::ld_relaxed_gpu(&params.rank_mask[peer]);
+        if constexpr (!kHasNodes) {
+            // Whom the other launch has skipped stays skipped: its rows may be those of an earlier turn.
+            const uint64_t skipped = device::ld_relaxed_gpu(unread_of(params, turn.number, peer));
+            peers->masked[peer] |= skipped == turn.number ? 1u : 0u;
+            if (peers->masked[peer]) leave_unread(params, turn, peer);
+        }
     }
 }
 
-/// What a peer has read so far in a slot.
-DEEPCOMM_DEVICE const uint64_t* credit_of(const LowLatencyParams& params, int32_t slot,
-                                          int32_t peer) {
-    return reinterpret_cast<const uint64_t*>(params.local + params.map.credit_offset(slot, peer));
-}
-
-DEEPCOMM_DEVICE uint64_t read_credit(const uint64_t* credit) {
-    // ORDER: pairs with the release in store_credits: the peer's reads before our stores
-    const uint64_t received = device::ld_acquire_sys(credit);
-    return received;
-}
-
-/// Whether the turn's slot may be written, by what the peer has read in it.
+/// Whether a peer has ended the last turn of the turn's slot, by its credit.
 DEEPCOMM_DEVICE bool is_free(const LowLatencyParams& params, const LowLatencyTurn& turn,
-                             uint64_t received) {
+                             uint64_t credit) {
+    const uint64_t received = credit & ~layout::kUnread;
     return received + static_cast<uint64_t>(params.map.num_slots) >= turn.number;
 }
 
@@ -43,7 +40,7 @@ struct EarlyPeer {
     int32_t slot = -1;
     unsigned char* base = nullptr;
     uint32_t masked = 0;
-    uint64_t received = 0;  ///< what the peer has read in the slot
+    uint64_t received = 0;  ///< its credit
 
     DEEPCOMM_DEVICE void load(const LowLatencyParams& params, int32_t item) {
         slot = item / params.map.num_ranks;
@@ -75,7 +72,7 @@ DEEPCOMM_DEVICE LowLatencyTurn turn_of_launch(const LowLatencyParams& params) {
 /// has_failed: nobody waits any more.
 template <bool kHasNodes>
 DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operation,
-                               const LowLatencyTurn& turn, const EarlyPeer& early, bool has_failed,
+                               const LowLatencyTurn& turn, EarlyPeer& early, bool has_failed,
                                Peers* peers) {
     uint32_t masked = early.masked;
     bool goes_on = !has_failed;
@@ -86,17 +83,18 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
         const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
         const auto poll = [&]() -> device::Observed {
             give_credits_of(params, turn.slot);
-            const uint64_t received = read_credit(credit);
-            return {received, is_free(params, turn, received)};
+            early.received = read_credit(credit);
+            return {early.received, is_free(params, turn, early.received)};
         };
         const uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
         const Arrival arrival = wait_for(params, site, expected, credit, poll, num_finished);
         goes_on = arrival != Arrival::kFailed;
         if (arrival == Arrival::kAbsent) {
-            mask_late_peer(params, early.peer);
+            mask_late_peer<kHasNodes>(params, turn, early.peer);
             masked = 1;
         }
     }
+    if (!kHasNodes && masked) leave_unread(params, turn, early.peer);
     peers->bases[early.peer] = early.base;
     peers->masked[early.peer] = masked;
     return goes_on;
@@ -128,7 +126,7 @@ DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operati
     EarlyPeer early = found.peer;
     const LowLatencyTurn turn = turn_of_launch(params, found.sends);
     if (lane == 0) peers->turn = turn;
-    bool goes_on = true;
+    bool goes_on = true, has_settled = true;
     DEEPCOMM_NO_UNROLL
     for (int32_t item = lane; item < params.map.num_ranks * params.map.num_slots;
          item += device::kWarpSize) {
@@ -140,9 +138,11 @@ DEEPCOMM_DEVICE bool open_turn(const LowLatencyParams& params, Operation operati
         if (early.slot != turn.slot) continue;
         goes_on = open_peer<kHasNodes>(params, operation, turn, early, found.failed != 0, peers) &&
                   goes_on;
+        has_settled = has_settled && is_settled(params, turn, early.received);
     }
-    device::Warp{}.sync();  // ORDER: turn and peers, to all lanes
-    return goes_on;
+    // ORDER: turn, peers and what credits have acquired, to all lanes
+    if (device::Warp{}.sync_and(kHasNodes || has_settled)) return goes_on;
+    return device::Warp{}.sync_and(goes_on) && settle_turn(params, operation, turn, peers);
 }
 
 /// Where late sources are masked, all blocks must agree on who takes part: the first to know says.

@@ -3,7 +3,7 @@
 // host is told.
 #pragma once
 
-#include "kernels/low_latency/common.cuh"
+#include "kernels/low_latency/packets.cuh"
 
 namespace deepcomm::kernels::low_latency {
 

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     }
     if (!may_receive(base, block)) return;
     const LowLatencyTurn turn = turn_of_launch(base);
-    find_peers(base, block, &shared.peers);
+    find_peers<true>(base, block, turn, &shared.peers);
     block.sync();  // ORDER: the peers are found; the turn is read by all before it is counted
     if (params.step == RefuseStep::kEnd) {
         finish_send<kBothPhases>(base, block, turn);

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from deepcomm.backends.cuda.low_latency_slots import (
     ANNOUNCE,
     BOTH,
+    BOTH_KEEPING,
     CARRIED,
     OVER_NODES,
     PASS_ON,
@@ -179,7 +180,8 @@ def combine_phases(config: BufferConfig, topology: Topology) -> tuple[int, ...]:
     """Return the parts of a low-latency combine that are launched by themselves."""
     if is_carried(config, topology):
         return ANNOUNCE, SEND, PASS_ON, RECEIVE
-    return (SEND, RECEIVE) if has_nodes(config, topology) else (SEND, RECEIVE, BOTH)
+    alone = (SEND, RECEIVE, BOTH, BOTH_KEEPING)
+    return (SEND, RECEIVE) if has_nodes(config, topology) else alone
 
 
 def dispatches_of(loaded: Loaded, kind: int) -> dict[int, Function]:

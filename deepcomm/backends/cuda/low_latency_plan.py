@@ -17,6 +17,8 @@ from deepcomm._C import kernels
 from deepcomm.backends.cuda.low_latency_slots import (
     ANNOUNCE,
     BOTH,
+    BOTH_KEEPING,
+    MAX_BLOCKS_PER_SM,
     PASS_ON,
     RECEIVE,
     SEND,
@@ -25,6 +27,7 @@ from deepcomm.backends.cuda.low_latency_slots import (
 )
 from deepcomm.backends.cuda.low_latency_status import pack_signature
 from deepcomm.backends.cuda.low_latency_tensors import (
+    ALIGN,
     Outputs,
     address_of,
     aligned,
@@ -293,8 +296,8 @@ def _check_combine(context: Context, request: CombineRequest) -> CheckedCombine:
     if checked.rows.dtype != torch.bfloat16:
         dtype = str(checked.rows.dtype).removeprefix("torch.")
         raise InvalidArgument(f"y: expected bfloat16, got {dtype}")
-    if request.out is not None and request.out.data_ptr() % 4:
-        raise InvalidArgument("out: expected it to begin at a multiple of 4 bytes")
+    if request.out is not None and request.out.data_ptr() % ALIGN:
+        raise InvalidArgument(f"out: expected it to begin at a multiple of {ALIGN} bytes")
     Record.of(request.handle, context.buffer_id)
     return checked
 
@@ -314,13 +317,18 @@ def _plan_combine(
         ANNOUNCE: num_tokens,
         PASS_ON: num_passed_on,
     }
+    functions = context.functions.combine
+    if BOTH in functions:
+        num_blocks = context.num_sms * min(functions[BOTH].blocks_per_sm, MAX_BLOCKS_PER_SM)
+        has_many = num_tokens * num_parts * sizes.num_ranks > num_blocks
+        functions = {**functions, BOTH: functions[BOTH_KEEPING if has_many else BOTH]}
     device = sizes.device
     carried = None
     if checked.carried is not None:
         carried = empty((num_tokens, words.num_topk), torch.float32, device)
     return CombinePlan(
         params=_fill_combine(context, request, checked, inputs),
-        launches=Launches(context.functions.combine, num_wanted, context.num_sms),
+        launches=Launches(functions, num_wanted, context.num_sms),
         x=empty((num_tokens, sizes.hidden), torch.bfloat16, device),
         topk_weights=carried,
         turn=empty((TURN_WORDS,), torch.int32, device),

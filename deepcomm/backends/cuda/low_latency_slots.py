@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ANNOUNCE",
     "BOTH",
+    "BOTH_KEEPING",
     "CARRIED",
+    "MAX_BLOCKS_PER_SM",
     "OVER_NODES",
     "PASS_ON",
     "RECEIVE",
@@ -48,6 +50,8 @@ OVER_NODES: Final = 4
 """Added to them in a kernel's template argument: the operation spans several nodes."""
 CARRIED: Final = 8
 """Likewise: a network is between these."""
+BOTH_KEEPING: Final = 67
+"""Both phases of a combine, whose blocks keep sums of own rows: faster where each has several."""
 
 PATIENCE: Final = (2, 4, 4, 3, 1)
 """Over several nodes, how many ``timeout_s`` a wait may take, by layout::Role.
@@ -243,6 +247,7 @@ class Slots:
         self._state = runtime.memory(kernels.LOW_LATENCY_STATE_BYTES)
         num_decisions = topology.num_ranks * config.num_low_latency_slots
         self._decisions = runtime.memory(8 * num_decisions)
+        self._unread = runtime.memory(8 * 2 * (num_decisions + config.num_low_latency_slots))
 
     def _bases_of_peers(self) -> Iterator[bytes]:
         """Yield where the memory of each rank is; 0 for ranks that this one never stores to."""
@@ -275,6 +280,7 @@ class Slots:
         base.state = self._state.address
         base.rank_mask, base.late_ranks = addresses
         base.decisions = self._decisions.address
+        base.unread = 0 if has_nodes(self._config, topology) else self._unread.address
         base.status = self.status.device_address
 
     # ---- operations in flight
