@@ -80,9 +80,9 @@ TWINS = [
         "gives credit for rows that nobody has read",
         case="refusal",
         path=FOLDER + "common.cuh",
-        find="has_unread && is_unread(peer) ? layout::kUnread : 0",
-        part="has_unread && is_unread(peer)",
-        replace="false",
+        find="if (noted == number) credit |= layout::kUnread;",
+        part="noted == number",
+        replace="noted == number + 1",
     ),
     Twin(
         "counts a source's own tokens before it",
@@ -136,6 +136,9 @@ NO_LOAD_COMES_LATER = (
     "slots are read by loads, which the model never performs later than they are written"
 )
 OWN_STORES_IN_ORDER = "the model performs a thread's stores to memory of its rank in their order"
+CLEARED_IN_BETWEEN = (
+    "rows are cleared in between, while a store is on its way for less in the model"
+)
 IN_A_HOOK_BESIDE = (
     "it takes a hook, on a stream of its own, of an operation that is refused, and whose sender "
     "has come to the slot's next operation before one thread has copied 191 bytes"
@@ -144,6 +147,10 @@ SURVIVORS: dict[str, str] = {
     f"{FOLDER}unread.cuh: cleared rows before the peer's new ones: delete": OWN_STORES_IN_ORDER,
     f"{FOLDER}unread.cuh: cleared rows, to the blocks that wait: "
     "st_release_gpu -> st_relaxed_gpu": OWN_STORES_IN_ORDER,
+    f"{FOLDER}unread.cuh: pairs with the release in settle_rows: cleared rows before new ones: "
+    "ld_acquire_gpu -> ld_relaxed_gpu": OWN_STORES_IN_ORDER,
+    f"{FOLDER}common.cuh: what peers are told now before what they are told then: "
+    "delete": CLEARED_IN_BETWEEN,
     f"{FOLDER}common.cuh: what a lane has acquired, to the lanes that tell of it: "
     "delete": NO_LOAD_COMES_LATER,
     f"{FOLDER}combine_receive.cuh: the refusal's text has been read, and what is left unread is "

@@ -49,18 +49,22 @@ DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params,
 }
 
 /// Where it is noted that a turn has left rows of a peer unread: there is its number then; behind those of the ranks,
-/// of any. The slot's next turn has words of its own, as its blocks make notes while some still look at these.
-DEEPCOMM_DEVICE uint64_t* unread_of(const LowLatencyParams& params, uint64_t number, int32_t peer) {
-    const int32_t of_turn = layout::turn_of(number, 2 * params.map.num_slots).slot;
-    return params.unread + static_cast<int64_t>(of_turn) * (params.map.num_ranks + 1) + peer;
+/// of any. A slot's turns take two words each in turn, as blocks make notes of one while others still look at those
+/// of the one before. Their numbers are num_slots apart: the bit above its zeros changes from one to the next.
+DEEPCOMM_DEVICE uint64_t* unread_of(const LowLatencyParams& params, int32_t slot, uint64_t number,
+                                    int32_t peer) {
+    const int32_t zeros = device::lowest_bit(static_cast<uint32_t>(params.map.num_slots));
+    const auto index = slot * 2 + static_cast<int32_t>(number >> zeros & 1);
+    return params.unread + index * (params.map.num_ranks + 1) + peer;
 }
 
 /// Notes that nobody reads the rows of a peer that have come in a turn, or may come yet.
 DEEPCOMM_DEVICE void leave_unread(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                   int32_t peer) {
     if (params.unread == nullptr) return;
-    device::st_relaxed_gpu(unread_of(params, turn.number, peer), turn.number);
-    device::st_relaxed_gpu(unread_of(params, turn.number, params.map.num_ranks), turn.number);
+    device::st_relaxed_gpu(unread_of(params, turn.slot, turn.number, peer), turn.number);
+    device::st_relaxed_gpu(unread_of(params, turn.slot, turn.number, params.map.num_ranks),
+                           turn.number);
 }
 
 /// The same of all peers. A block meets before it ends the phase, unless the launch does both.
@@ -124,16 +128,28 @@ DEEPCOMM_DEVICE void finish_receive(const LowLatencyParams& params, const device
     }
 }
 
-/// The number of the operation that this rank has read in a slot and told nobody of, 0 for none. Who gets
-/// it tells the peers; the slot's next operation cannot come before that.
-DEEPCOMM_DEVICE uint64_t claim_received(const LowLatencyParams& params, int32_t slot) {
+/// An operation that this rank has read and told nobody of.
+struct Received {
+    uint64_t number;  ///< 0: none
+    bool has_unread;  ///< rows of it, of any peer
+};
+
+/// Who gets that of a slot tells the peers; the slot's next operation cannot come before that.
+DEEPCOMM_DEVICE Received claim_received(const LowLatencyParams& params, int32_t slot) {
     uint32_t* num_finished = &params.state->num_receive_finished[slot];
     // ORDER: pairs with the release in finish_receive: all blocks' reads before the credits
     const uint32_t found = device::ld_acquire_gpu(num_finished);
-    if (found != kAllFinished) return 0;
+    if (found != kAllFinished) return {0, false};
     // Blocks that wait for credits look for it, too.
-    if (device::atom_cas_relaxed_gpu(num_finished, found, 0u) != found) return 0;
-    return device::ld_relaxed_gpu(&params.state->received[slot]);
+    if (device::atom_cas_relaxed_gpu(num_finished, found, 0u) != found) return {0, false};
+    const uint64_t number = device::ld_relaxed_gpu(&params.state->received[slot]);
+    if (params.unread == nullptr) return {number, false};
+    // Both words of the slot, beside the number that says which.
+    const int32_t num_ranks = params.map.num_ranks;
+    const uint64_t* words = params.unread + slot * 2 * (num_ranks + 1) + num_ranks;
+    const uint64_t first = device::ld_relaxed_gpu(words);
+    const uint64_t second = device::ld_relaxed_gpu(words + num_ranks + 1);
+    return {number, first == number || second == number};
 }
 
 /// What a peer has read so far in a slot.
@@ -161,20 +177,20 @@ DEEPCOMM_DEVICE void store_credit(const LowLatencyParams& params, int32_t slot, 
 /// Over several nodes those that this rank shares neither node nor rail with have no address.
 template <typename Group>
 DEEPCOMM_DEVICE void store_credits(const LowLatencyParams& params, const Group& group, int32_t slot,
-                                   uint64_t number) {
-    const int32_t num_ranks = params.map.num_ranks;
-    const auto is_unread = [&](int32_t peer) {
-        return device::ld_relaxed_gpu(unread_of(params, number, peer)) == number;
-    };
+                                   const Received& received) {
+    const uint64_t number = received.number;
     device::fence_acq_rel_sys();  // ORDER: releases what the claim has acquired
-    const bool has_unread = params.unread != nullptr && is_unread(num_ranks);
     DEEPCOMM_NO_UNROLL
-    for (int32_t peer = group.thread_idx(); peer < num_ranks; peer += group.size()) {
-        if (has_unread && peer == params.comm.rank) continue;
-        const uint64_t bit = has_unread && is_unread(peer) ? layout::kUnread : 0;
-        store_credit(params, slot, peer, number | bit);
+    for (int32_t peer = group.thread_idx(); peer < params.map.num_ranks; peer += group.size()) {
+        uint64_t credit = number;
+        if (received.has_unread) {
+            if (peer == params.comm.rank) continue;
+            const uint64_t noted = device::ld_relaxed_gpu(unread_of(params, slot, number, peer));
+            if (noted == number) credit |= layout::kUnread;
+        }
+        store_credit(params, slot, peer, credit);
     }
-    if (!has_unread) return;
+    if (!received.has_unread) return;
     // Its own one lets this rank's blocks clear those rows, and tell the peers of it.
     device::fence_acq_rel_sys();  // ORDER: what peers are told now before what they are told then
     group.sync();
@@ -185,8 +201,8 @@ DEEPCOMM_DEVICE void store_credits(const LowLatencyParams& params, const Group& 
 
 /// A thread gives the credits of a slot, if they are due.
 DEEPCOMM_DEVICE void give_credits_of(const LowLatencyParams& params, int32_t slot) {
-    const uint64_t number = claim_received(params, slot);
-    if (number != 0) store_credits(params, device::Thread{}, slot, number);
+    const Received received = claim_received(params, slot);
+    if (received.number != 0) store_credits(params, device::Thread{}, slot, received);
 }
 
 /// A warp gives the credits of all slots that are due.
@@ -194,13 +210,17 @@ DEEPCOMM_DEVICE void give_credits(const LowLatencyParams& params, const device::
     DEEPCOMM_NO_UNROLL
     for (int32_t begin = 0; begin < params.map.num_slots; begin += warp.size()) {
         const int32_t slot = begin + warp.thread_idx();
-        const uint64_t number = slot < params.map.num_slots ? claim_received(params, slot) : 0;
-        uint32_t due = device::warp_ballot(number != 0);
+        Received mine = {0, false};
+        if (slot < params.map.num_slots) mine = claim_received(params, slot);
+        const uint32_t unread = device::warp_ballot(mine.has_unread);
+        uint32_t due = device::warp_ballot(mine.number != 0);
         warp.sync();  // ORDER: what a lane has acquired, to the lanes that tell of it
         DEEPCOMM_NO_UNROLL
         for (; due != 0; due &= due - 1) {
             const int32_t lane = device::lowest_bit(due);
-            store_credits(params, warp, begin + lane, device::warp_shuffle(number, lane));
+            const Received received = {device::warp_shuffle(mine.number, lane),
+                                       (unread >> lane & 1) != 0};
+            store_credits(params, warp, begin + lane, received);
         }
     }
 }

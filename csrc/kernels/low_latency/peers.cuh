@@ -19,7 +19,8 @@ DEEPCOMM_DEVICE void find_peers(const LowLatencyParams& params, const Group& gro
         peers->masked[peer] = device::ld_relaxed_gpu(&params.rank_mask[peer]);
         if constexpr (!kHasNodes) {
             // Whom the other launch has skipped stays skipped: its rows may be those of an earlier turn.
-            const uint64_t skipped = device::ld_relaxed_gpu(unread_of(params, turn.number, peer));
+            const uint64_t skipped =
+                device::ld_relaxed_gpu(unread_of(params, turn.slot, turn.number, peer));
             peers->masked[peer] |= skipped == turn.number ? 1u : 0u;
             if (peers->masked[peer]) leave_unread(params, turn, peer);
         }

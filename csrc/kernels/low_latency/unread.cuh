@@ -43,7 +43,7 @@ DEEPCOMM_DEVICE void clear_rows(const LowLatencyParams& params, const device::Wa
 /// for it. False: leave.
 DEEPCOMM_DEVICE bool await_cleared(const LowLatencyParams& params, const device::WaitSite& site,
                                    uint64_t last) {
-    const uint64_t* entry = unread_of(params, last, site.peer);
+    const uint64_t* entry = unread_of(params, site.slot, last, site.peer);
     return device::wait_until(wait_context(params, site.role), site, 0, entry,
                               [&]() -> device::Observed {
                                   // ORDER: pairs with the release in settle_rows: cleared rows before new ones
@@ -57,7 +57,7 @@ DEEPCOMM_DEVICE bool await_cleared(const LowLatencyParams& params, const device:
 DEEPCOMM_DEVICE bool settle_rows(const LowLatencyParams& params, const device::Warp& warp,
                                  const device::WaitSite& site, const LowLatencyTurn& turn) {
     const uint64_t last = last_of(params, turn);
-    uint64_t* entry = unread_of(params, last, site.peer);
+    uint64_t* entry = unread_of(params, site.slot, last, site.peer);
     bool clears = false, goes_on = true;
     if (warp.is_leader()) {
         clears = device::atom_cas_relaxed_gpu(entry, last, last | kClearing) == last;
@@ -97,8 +97,9 @@ DEEPCOMM_DEVICE bool settle_turn(const LowLatencyParams& params, Operation opera
     for (int32_t begin = 0; begin < num_ranks; begin += warp.size()) {
         const int32_t mine = begin + warp.thread_idx();
         const bool is_there = mine < num_ranks && !peers->masked[mine];
+        const uint64_t* entry = unread_of(params, turn.slot, last, is_there ? mine : 0);
         // ORDER: pairs with the release in settle_rows: cleared rows before new ones
-        const uint64_t found = is_there ? device::ld_acquire_gpu(unread_of(params, last, mine)) : 0;
+        const uint64_t found = device::ld_acquire_gpu(entry);
         DEEPCOMM_NO_UNROLL
         for (uint32_t due = device::warp_ballot(is_there && is_due(found, last)); due != 0;
              due &= due - 1) {
@@ -107,7 +108,6 @@ DEEPCOMM_DEVICE bool settle_turn(const LowLatencyParams& params, Operation opera
             goes_on = settle_rows(params, warp, site, turn) && goes_on;
         }
     }
-    warp.sync();  // ORDER: what each lane has found to be cleared, to all
     DEEPCOMM_NO_UNROLL
     for (int32_t peer = warp.thread_idx(); peer < num_ranks; peer += warp.size()) {
         if (peers->masked[peer] || peer == params.comm.rank) continue;
