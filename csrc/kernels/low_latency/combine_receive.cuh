@@ -86,7 +86,7 @@ DEEPCOMM_DEVICE bool open_receive(const LowLatencyCombineParams& params, const d
         report_refusal(base, Operation::kLowLatencyCombine, turn, culprit, shared.refusals);
     }
     if (culprit != layout::kNoPeer) {
-        leave_all_unread(base, block, turn);
+        if constexpr (!Shared::kHasNodes) leave_all_unread(base, block, turn);
         block.sync();  // ORDER: the refusal's text has been read, and what is left unread is noted
     }
     *num_tokens = culprit == layout::kNoPeer ? base.num_tokens : 0;

@@ -61,7 +61,6 @@ DEEPCOMM_DEVICE uint64_t* unread_of(const LowLatencyParams& params, int32_t slot
 /// Notes that nobody reads the rows of a peer that have come in a turn, or may come yet.
 DEEPCOMM_DEVICE void leave_unread(const LowLatencyParams& params, const LowLatencyTurn& turn,
                                   int32_t peer) {
-    if (params.unread == nullptr) return;
     device::st_relaxed_gpu(unread_of(params, turn.slot, turn.number, peer), turn.number);
     device::st_relaxed_gpu(unread_of(params, turn.slot, turn.number, params.map.num_ranks),
                            turn.number);

@@ -201,7 +201,7 @@ template <typename Shared>
 DEEPCOMM_DEVICE void end_without_rows(const LowLatencyDispatchParams& params,
                                       const device::Block& block, const LowLatencyTurn& turn,
                                       int32_t culprit, const Shared& shared) {
-    leave_all_unread(params.base, block, turn);
+    if constexpr (!Shared::kHasNodes) leave_all_unread(params.base, block, turn);
     if (block.block_idx() != 0) return;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < params.base.map.num_local_experts; i += block.size()) {

@@ -202,7 +202,9 @@ DEEPCOMM_DEVICE void receive_dispatch(const LowLatencyDispatchParams& params,
                                       Shared& shared) {
     RowPackets<Shared> row;
     // Not of a source that this block has skipped so far: where late ones are masked, others may know more.
-    if (!params.base.mask_late) guess_row<Shared>(params.base, block, turn, &row);
+    if (Shared::kHasNodes || !params.base.mask_late) {
+        guess_row<Shared>(params.base, block, turn, &row);
+    }
     if (!receive_headers(params, block, turn, shared)) return;
     row.reload(params.base, block, turn);
     const int32_t culprit = find_culprit(params.base, shared.refusals);

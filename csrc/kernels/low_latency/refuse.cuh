@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(256, 1)
             return;
         }
     }
-    leave_all_unread(base, block, turn);
+    if constexpr (!kHasNodes) leave_all_unread(base, block, turn);
     finish_send<kBothPhases>(base, block, turn);
     finish_receive<kBothPhases>(base, block, turn);
 }
