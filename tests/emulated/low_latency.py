@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -219,6 +219,20 @@ def fly_beside(session: LowLatencySession) -> None:
     one.finish()
 
 
+def other_side(session: LowLatencySession, cut: int) -> list[int]:
+    """Return the ranks that a rank is apart from, where one is cut off."""
+    return [rank for rank in range(session.group.size) if (rank == cut) != (session.rank == cut)]
+
+
+def take_back(session: LowLatencySession, ranks: Iterable[int], rounds: Iterable[int]) -> None:
+    """Take ranks back, which do the same, and compare rounds of all."""
+    for rank in ranks:
+        session.buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in rounds:
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
 def go_apart(session: LowLatencySession, others: list[int]) -> None:
     """Mask the ranks of the other side, which does the same, and take them back."""
     session.low_latency_combine(session.low_latency_dispatch(0))
@@ -228,11 +242,7 @@ def go_apart(session: LowLatencySession, others: list[int]) -> None:
         inputs = session.inputs(round_idx)
         got = session.buffer.low_latency_dispatch(inputs.xs[session.rank], inputs.ids[session.rank])
         session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-    for rank in others:
-        session.buffer.set_rank_mask(rank, False)
-    session.group.barrier()
-    for round_idx in range(4, 10):
-        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+    take_back(session, others, range(4, 10))
 
 
 def leave_unread(session: LowLatencySession, cut: int, num_apart: int, loses_sums: bool) -> None:
@@ -245,7 +255,7 @@ def leave_unread(session: LowLatencySession, cut: int, num_apart: int, loses_sum
         loses_sums: Whether what it sends in vain are sums of a combine, else rows of a dispatch.
     """
     one = session.low_latency_dispatch(0)
-    others = [rank for rank in range(session.group.size) if (rank == cut) != (session.rank == cut)]
+    others = other_side(session, cut)
     if session.rank != cut:
         session.buffer.set_rank_mask(cut, True)
     buffer, inputs = session.buffer, session.inputs(1)
@@ -259,11 +269,7 @@ def leave_unread(session: LowLatencySession, cut: int, num_apart: int, loses_sum
     assert [rank for rank, is_masked in enumerate(masked) if is_masked] == others
     for _ in range(num_apart - 1):
         buffer.low_latency_dispatch(x, ids)
-    for rank in others:
-        buffer.set_rank_mask(rank, False)
-    session.group.barrier()
-    for round_idx in range(2, 6):
-        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+    take_back(session, others, range(2, 6))
 
 
 def refuse_in_flight(session: LowLatencySession, cut: int | None) -> None:
@@ -274,8 +280,7 @@ def refuse_in_flight(session: LowLatencySession, cut: int | None) -> None:
         cut: A rank that the others have masked meanwhile, as it has them.
     """
     session.low_latency_combine(session.low_latency_dispatch(0))
-    ranks = range(session.group.size)
-    others = [rank for rank in ranks if cut is not None and (rank == cut) != (session.rank == cut)]
+    others = [] if cut is None else other_side(session, cut)
     for rank in others:
         session.buffer.set_rank_mask(rank, True)
     buffer, inputs = session.buffer, session.inputs(1)
@@ -291,11 +296,7 @@ def refuse_in_flight(session: LowLatencySession, cut: int | None) -> None:
     for output in flying[1:]:
         output.hook()
         session.backend.settle()
-    for rank in others:
-        buffer.set_rank_mask(rank, False)
-    session.group.barrier()
-    for round_idx in range(2, 6):
-        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+    take_back(session, others, range(2, 6))
 
 
 def take_back_beside(session: LowLatencySession, cut: int) -> None:
@@ -312,11 +313,7 @@ def take_back_beside(session: LowLatencySession, cut: int) -> None:
     for _ in range(session.backend.config.num_low_latency_slots + 1):
         buffer.low_latency_dispatch(x, ids, on_timeout="mask")
     session.backend.settle()
-    for rank in range(session.group.size):
-        buffer.set_rank_mask(rank, False)
-    session.group.barrier()
-    for round_idx in range(2, 8):
-        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+    take_back(session, range(session.group.size), range(2, 8))
 
 
 CANCELLING = torch.tensor([1.0, -1.0, 2.0**-10, -(2.0**-10), 2.0**25, -(2.0**25)])

@@ -17,6 +17,7 @@ from emulated.low_latency import (
     LowLatencySession,
     go_apart,
     leave_unread,
+    other_side,
     play,
     refuse_in_flight,
     take_back_beside,
@@ -219,7 +220,7 @@ def test_rank_can_be_taken_back(seed: int) -> None:
     case = Case(num_ranks=3, num_tokens=6, hidden=64, layout=PADDED, num_topk=4, routing="uniform")
 
     def body(session: LowLatencySession) -> None:
-        go_apart(session, [rank for rank in range(3) if (rank == cut) != (session.rank == cut)])
+        go_apart(session, other_side(session, cut))
 
     play(case, body, Settings(seed))
 

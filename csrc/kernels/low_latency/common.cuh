@@ -49,13 +49,18 @@ DEEPCOMM_DEVICE device::WaitContext wait_context(const LowLatencyParams& params,
 }
 
 /// Where it is noted that a turn has left rows of a peer unread: there is its number then; behind those of the ranks,
-/// of any. A slot's turns take two words each in turn, as blocks make notes of one while others still look at those
-/// of the one before. Their numbers are num_slots apart: the bit above its zeros changes from one to the next.
+/// of any. A slot's turns take two words each in turn, 0 and 1, as blocks make notes of one while others still look at
+/// those of the one before.
+DEEPCOMM_DEVICE uint64_t* unread_word(const LowLatencyParams& params, int32_t slot, int32_t word,
+                                      int32_t peer) {
+    return params.unread + (slot * 2 + word) * (params.map.num_ranks + 1) + peer;
+}
+
+/// That of a turn. Numbers in a slot are num_slots apart: the bit above its zeros changes from one to the next.
 DEEPCOMM_DEVICE uint64_t* unread_of(const LowLatencyParams& params, int32_t slot, uint64_t number,
                                     int32_t peer) {
     const int32_t zeros = device::lowest_bit(static_cast<uint32_t>(params.map.num_slots));
-    const auto index = slot * 2 + static_cast<int32_t>(number >> zeros & 1);
-    return params.unread + index * (params.map.num_ranks + 1) + peer;
+    return unread_word(params, slot, static_cast<int32_t>(number >> zeros & 1), peer);
 }
 
 /// Notes that nobody reads the rows of a peer that have come in a turn, or may come yet.
@@ -144,10 +149,9 @@ DEEPCOMM_DEVICE Received claim_received(const LowLatencyParams& params, int32_t 
     const uint64_t number = device::ld_relaxed_gpu(&params.state->received[slot]);
     if (params.unread == nullptr) return {number, false};
     // Both words of the slot, beside the number that says which.
-    const int32_t num_ranks = params.map.num_ranks;
-    const uint64_t* words = params.unread + slot * 2 * (num_ranks + 1) + num_ranks;
-    const uint64_t first = device::ld_relaxed_gpu(words);
-    const uint64_t second = device::ld_relaxed_gpu(words + num_ranks + 1);
+    const int32_t any = params.map.num_ranks;
+    const uint64_t first = device::ld_relaxed_gpu(unread_word(params, slot, 0, any));
+    const uint64_t second = device::ld_relaxed_gpu(unread_word(params, slot, 1, any));
     return {number, first == number || second == number};
 }
 

@@ -81,21 +81,21 @@ DEEPCOMM_DEVICE bool open_peer(const LowLatencyParams& params, Operation operati
     if (goes_on && is_written && !is_free(params, turn, early.received) && !masked) {
         const uint64_t* credit = credit_of(params, turn.slot, early.peer);
         const device::WaitSite site = {operation, device::Role::kSend, early.peer, turn.slot};
-        const uint64_t expected = turn.number - static_cast<uint64_t>(params.map.num_slots);
         const auto poll = [&]() -> device::Observed {
             give_credits_of(params, turn.slot);
             early.received = read_credit(credit);
             return {early.received, is_free(params, turn, early.received)};
         };
         const uint32_t* num_finished = &params.state->num_receive_finished[turn.slot];
-        const Arrival arrival = wait_for(params, site, expected, credit, poll, num_finished);
+        const Arrival arrival =
+            wait_for(params, site, last_of(params, turn), credit, poll, num_finished);
         goes_on = arrival != Arrival::kFailed;
         if (arrival == Arrival::kAbsent) {
             mask_late_peer<kHasNodes>(params, turn, early.peer);
             masked = 1;
         }
     }
-    if (!kHasNodes && masked) leave_unread(params, turn, early.peer);
+    if (!kHasNodes && early.masked) leave_unread(params, turn, early.peer);
     peers->bases[early.peer] = early.base;
     peers->masked[early.peer] = masked;
     return goes_on;
