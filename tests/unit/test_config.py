@@ -132,8 +132,8 @@ def test_low_latency_bytes_on_gpus_are_those_of_the_layouts_example() -> None:
         every = {**sizes, "ranks_per_node": ranks_per_node}
         return deepcomm.buffer_bytes(num_ranks=8, device="cuda", **every).low_latency
 
-    assert low_latency(None) == low_latency(8) == low_latency(1) == 79_373_056
-    assert low_latency(4) == 79_373_056 + 4 * 4_982_912
+    assert low_latency(None) == low_latency(8) == low_latency(1) == 59_450_112
+    assert low_latency(4) == 99_304_704
 
 
 def test_buffer_on_an_unknown_device_is_refused() -> None:
