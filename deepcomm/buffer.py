@@ -385,8 +385,9 @@ class Buffer:
 
         Both phases skip a masked peer: nothing is sent to it or awaited from it, and its tokens and
         expert outputs count as absent. With several nodes the pairs of ranks whose tokens it
-        forwards are cut with it. Replays of CUDA graphs are not seen: take no rank back between the
-        replay of a send and that of its hook.
+        forwards are cut with it. On GPUs the mask changes on the current stream, after asynchronous
+        operations: a hook that runs on another one has to come before or after it. Replays of CUDA
+        graphs are not seen: take no rank back between the replay of a send and that of its hook.
 
         Raises:
             InvalidArgument: It is no peer; or it would be taken back while operations, sent without

@@ -333,6 +333,7 @@ class CudaBackend:
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead or alive."""
         check_peer("rank", rank, self.topology.rank, self.topology.num_ranks)
+        self._order_on_current_stream()
         self._low_latency.set_masked(rank, masked)
 
     def rank_mask(self) -> torch.Tensor:
