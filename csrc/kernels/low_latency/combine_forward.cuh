@@ -181,7 +181,7 @@ DEEPCOMM_DEVICE bool forward_sum(const LowLatencyCombineParams& params, const de
     if (awaited.at.part == 0 && params.out_topk_weights != nullptr && warp.warp_idx() == 0) {
         arrival = forward_carried(base, warp, turn, awaited, head);
     }
-    Vec128* packets = head + base.map.num_topk + awaited.at.part * Spec::kPartPackets;
+    Vec128* packets = payload_of(base, head) + awaited.at.part * Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Sum::kAll; i += Sum::kCount) {
         const int32_t first = block.thread_idx() + i * Spec::kNumThreads;

@@ -134,7 +134,7 @@ DEEPCOMM_DEVICE void store_partial(const LowLatencyCombineParams& params,
     const LowLatencyParams& base = params.base;
     const PartialPlace place = place_of<Shared::kHasNodes>(base, turn, summed);
     Vec128* head = packets_at(shared.peers.bases[place.rank], place.offset);
-    Vec128* packets = head + base.map.num_topk + summed.part * Spec::kPartPackets;
+    Vec128* packets = payload_of(base, head) + summed.part * Spec::kPartPackets;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = block.thread_idx(); i < Spec::kPartPackets && staged == Staged::kToSend;
          i += block.size()) {

@@ -139,7 +139,7 @@ struct TermPair {
                                                   const LowLatencyTurn& turn, const Terms& of,
                                                   int32_t term, const TokenPart& at) {
         const int64_t offset = of.offset(params, turn, term, at.token);
-        Vec128* payload = packets_at(params.local, offset) + params.map.num_topk;
+        Vec128* payload = payload_of(params, packets_at(params.local, offset));
         return {payload + at.part * Spec::kPartPackets, Spec::kNumThreads, Spec::kPartPackets};
     }
 

@@ -139,7 +139,7 @@ DEEPCOMM_DEVICE void forward_packets(
         const int32_t dst = node_rank(params, local);
         if (local == params.rail_idx || shared.peers.masked[dst]) continue;
         if (!goes_to(params, shared, pair, local)) continue;
-        Vec128* packets = packets_at(shared.peers.bases[dst], offset) + params.map.num_topk;
+        Vec128* packets = payload_of(params, packets_at(shared.peers.bases[dst], offset));
         store_packets<typename Shared::Spec>(batch, first, packets);
     }
 }
@@ -155,7 +155,7 @@ DEEPCOMM_DEVICE Arrival forward_row(const LowLatencyDispatchParams& params,
     const device::WaitSite site = {Operation::kLowLatencyDispatch, device::Role::kForward,
                                    pair.source, pair.token};
     const int64_t offset = base.map.row_offset(turn.slot, pair.source, pair.token);
-    const PacketRange payload = {packets_at(base.local, offset) + base.map.num_topk,
+    const PacketRange payload = {payload_of(base, packets_at(base.local, offset)),
                                  Spec::kNumThreads, Spec::kPackets};
     Arrival arrival = Arrival::kHere;
     DEEPCOMM_NO_UNROLL

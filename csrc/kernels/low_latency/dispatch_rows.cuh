@@ -132,7 +132,7 @@ struct RowPackets {
 
     static DEEPCOMM_DEVICE PacketRange payload_after(const LowLatencyParams& params,
                                                      const PacketRange& heads) {
-        return {heads.packets + params.map.num_topk, Spec::kNumThreads, Spec::kPackets};
+        return {payload_of(params, heads.packets), Spec::kNumThreads, Spec::kPackets};
     }
 
     DEEPCOMM_DEVICE void load(const LowLatencyParams& params, const device::Block& block,

@@ -164,7 +164,8 @@ DEEPCOMM_DEVICE void store_row(const LowLatencyDispatchParams& params, const dev
         DEEPCOMM_NO_UNROLL
         for (int32_t dst_idx = 0; dst_idx < num_destinations; ++dst_idx) {
             unsigned char* base = shared.peers.bases[shared.destinations[dst_idx]];
-            store_packets<Spec>(batch, first, packets_at(base, offset) + params.base.map.num_topk);
+            Vec128* heads = packets_at(base, offset);
+            store_packets<Spec>(batch, first, payload_of(params.base, heads));
         }
     }
 }

@@ -11,6 +11,11 @@ DEEPCOMM_DEVICE Vec128* packets_at(unsigned char* base, int64_t offset) {
     return reinterpret_cast<Vec128*>(base + offset);
 }
 
+/// Where a row's payload begins, of the heads before it: one for each of a token's columns.
+DEEPCOMM_DEVICE Vec128* payload_of(const LowLatencyParams& params, Vec128* heads) {
+    return heads + params.map.num_topk;
+}
+
 /// Word part of a packet with a tag, without an array in memory.
 DEEPCOMM_DEVICE uint32_t payload_word(const Vec128& packet, int32_t part) {
     return part == 0 ? packet.words[0] : part == 1 ? packet.words[1] : packet.words[2];
