@@ -13,6 +13,8 @@ from collective.session import Session
 from deepcomm import InvalidArgument, RecvLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from collective.case import Case
     from collective.session import Oracle
 
@@ -87,6 +89,32 @@ def low_latency_exchange(group: Any, case: Case, oracle: Oracle | None = None) -
         for operation in (bare, *returning):
             operation.finish()
         session.low_latency_combine(bare, apply_weights=False)
+
+
+def other_side(session: Session, cut: int) -> list[int]:
+    """Return the ranks that a rank is apart from, where one is cut off."""
+    return [rank for rank in range(session.group.size) if (rank == cut) != (session.rank == cut)]
+
+
+def take_back(session: Session, ranks: Iterable[int], rounds: Iterable[int]) -> None:
+    """Take ranks back, which do the same, and compare rounds of all."""
+    for rank in ranks:
+        session.buffer.set_rank_mask(rank, False)
+    session.group.barrier()
+    for round_idx in rounds:
+        session.low_latency_combine(session.low_latency_dispatch(round_idx))
+
+
+def go_apart(session: Session, others: list[int]) -> None:
+    """Mask the ranks of the other side, which does the same, and take them back."""
+    session.low_latency_combine(session.low_latency_dispatch(0))
+    for rank in others:
+        session.buffer.set_rank_mask(rank, True)
+    for round_idx in range(1, 4):  # both sides go on by themselves
+        own = session.inputs(round_idx)
+        got = session.buffer.low_latency_dispatch(session._own(own.xs), session._own(own.ids))
+        session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
+    take_back(session, others, range(4, 10))
 
 
 def take_back_in_flight(session: Session) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case, case_params
-from collective.scenario import lose_after_dispatch, take_back_in_flight
+from collective.scenario import go_apart, lose_after_dispatch, other_side, take_back_in_flight
 from collective.session import Oracle, Session
 
 from deepcomm import InvalidArgument, RecvLayout
@@ -70,24 +70,7 @@ def test_mask_set_between_dispatch_and_combine(case: Case) -> None:
 def test_rank_can_be_taken_back(case: Case) -> None:
     cut = 1
 
-    def body(session: Session) -> None:
-        session.low_latency_combine(session.low_latency_dispatch(0))
-        others = [rank for rank in range(4) if (rank == cut) != (session.rank == cut)]
-        for rank in others:
-            session.buffer.set_rank_mask(rank, True)
-        for round_idx in range(1, 4):  # both sides go on by themselves
-            inputs = session.inputs(round_idx)
-            got = session.buffer.low_latency_dispatch(
-                inputs.xs[session.rank], inputs.ids[session.rank]
-            )
-            session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-        for rank in others:
-            session.buffer.set_rank_mask(rank, False)
-        session.group.barrier()
-        for round_idx in range(4, 10):
-            session.low_latency_combine(session.low_latency_dispatch(round_idx))
-
-    run(case, body)
+    run(case, lambda session: go_apart(session, other_side(session, cut)))
 
 
 @pytest.mark.parametrize("use_hook", [False, True])

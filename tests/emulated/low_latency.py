@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from collective.case import Case
+from collective.scenario import other_side, take_back
 from collective.session import Oracle, Session
 from emulated.cluster import RankStopped, Settings
 from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
@@ -217,32 +218,6 @@ def fly_beside(session: LowLatencySession) -> None:
         session.low_latency_combine(one)
         one = session.low_latency_dispatch(round_idx, return_hook=True)
     one.finish()
-
-
-def other_side(session: LowLatencySession, cut: int) -> list[int]:
-    """Return the ranks that a rank is apart from, where one is cut off."""
-    return [rank for rank in range(session.group.size) if (rank == cut) != (session.rank == cut)]
-
-
-def take_back(session: LowLatencySession, ranks: Iterable[int], rounds: Iterable[int]) -> None:
-    """Take ranks back, which do the same, and compare rounds of all."""
-    for rank in ranks:
-        session.buffer.set_rank_mask(rank, False)
-    session.group.barrier()
-    for round_idx in rounds:
-        session.low_latency_combine(session.low_latency_dispatch(round_idx))
-
-
-def go_apart(session: LowLatencySession, others: list[int]) -> None:
-    """Mask the ranks of the other side, which does the same, and take them back."""
-    session.low_latency_combine(session.low_latency_dispatch(0))
-    for rank in others:
-        session.buffer.set_rank_mask(rank, True)
-    for round_idx in range(1, 4):  # both sides go on by themselves
-        inputs = session.inputs(round_idx)
-        got = session.buffer.low_latency_dispatch(inputs.xs[session.rank], inputs.ids[session.rank])
-        session.buffer.low_latency_combine(got.x, got.handle, apply_weights=False)
-    take_back(session, others, range(4, 10))
 
 
 def leave_unread(session: LowLatencySession, cut: int, num_apart: int, loses_sums: bool) -> None:

@@ -10,12 +10,11 @@ import pytest
 import torch
 from collective.case import Case
 from collective.nodes import LOW_LATENCY_TWO_BY_TWO
-from collective.scenario import lose_after_dispatch
+from collective.scenario import go_apart, lose_after_dispatch
 from emulated.cluster import Settings
 from emulated.host_api import Faults
 from emulated.low_latency import (
     LowLatencySession,
-    go_apart,
     outcome_of_rounds,
     play,
     use_small_blocks,

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
-from collective.scenario import take_back_in_flight
+from collective.scenario import go_apart, other_side, take_back_in_flight
 from emulated.cluster import RankStopped, Settings
 from emulated.host_api import Faults
 from emulated.low_latency import (
     EmulatedBackend,
     LowLatencySession,
-    go_apart,
     leave_unread,
-    other_side,
     play,
     refuse_in_flight,
     take_back_beside,
