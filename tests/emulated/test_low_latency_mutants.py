@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from collective.case import Case
-from emulated.build import Variant
+from emulated.build import CSRC, Variant
 from emulated.cluster import Settings
 from emulated.low_latency import (
     COUNTED_IN_TURNS,
@@ -23,7 +23,7 @@ from emulated.low_latency import (
     use_small_blocks,
 )
 from emulated.mutants import LOW_LATENCY as FOLDER
-from emulated.mutants import Mutant, Twin, mutate
+from emulated.mutants import MARKER, Mutant, Twin, mutate
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 
@@ -177,6 +177,14 @@ NOTES_OF_NODES = {
     "who takes part, and what they say, to all",
     "what the headers say, to all",
 }
+
+# Files with lines that one node has a use for.
+MARKED = [
+    path
+    for path in sorted(str(file.relative_to(CSRC)) for file in (CSRC / FOLDER).glob("*.cuh"))
+    if path not in OF_A_NETWORK
+    and not NOTES_OF_NODES.issuperset(MARKER.findall((CSRC / path).read_text()))
+]
 
 
 def flights(session: LowLatencySession) -> None:
@@ -339,23 +347,29 @@ def test_a_twin_depends_on_the_schedule() -> None:
     assert any(0 < rate < len(RATE_SEEDS) for rate in rates), rates
 
 
-def test_every_order_line_matters() -> None:
+@pytest.mark.parametrize("path", MARKED)
+def test_every_order_line_matters(path: str, survivor_rounds: int) -> None:
     names = {twin.name for twin in TWINS + NODES_TWINS}
     attacked = [
         mutant
         for mutant in build_mutated()[1]
-        if mutant.path.startswith(FOLDER)
-        and mutant.change not in names
-        and mutant.note not in NOTES_OF_NODES
-        and mutant.path not in OF_A_NETWORK
+        if mutant.path == path and mutant.change not in names and mutant.note not in NOTES_OF_NODES
     ]
     survivors = {
         mutant.name: f"line {mutant.line}"
         for mutant in attacked
-        if not any(fails(name, mutant.number, seed) for seed in range(MAX_SEEDS) for name in SCENES)
+        if not any(
+            fails(name, mutant.number, seed)
+            for seed in range(survivor_rounds if mutant.name in SURVIVORS else MAX_SEEDS)
+            for name in SCENES
+        )
     }
-    assert set(survivors) == set(SURVIVORS), survivors
-    assert len(attacked) >= 25, "the markers were not found"
+    assert set(survivors) == {name for name in SURVIVORS if name.startswith(path)}, survivors
+    assert attacked, "the markers were not found"
+
+
+def test_survivors_are_of_marked_files() -> None:
+    assert {name.partition(":")[0] for name in SURVIVORS} <= set(MARKED)
 
 
 @pytest.mark.slow  # kernels of several nodes, mutated
