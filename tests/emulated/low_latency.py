@@ -206,6 +206,40 @@ def receive_beside(session: LowLatencySession, one: Any) -> Callable[[], None]:
     return finish
 
 
+def flights(session: LowLatencySession) -> None:
+    """More operations than slots, in flight together; ranks may be a slot's turn apart."""
+    for round_idx in range(3):
+        flying = [session.low_latency_dispatch(round_idx, return_hook=True) for _ in range(3)]
+        for one in flying:
+            one.finish()
+    one = session.low_latency_dispatch(0, return_hook=True)
+    for round_idx in range(1, 5):
+        two = session.low_latency_dispatch(round_idx, return_hook=True)
+        one.finish()
+        back = session.low_latency_combine(one, override=round_idx % 2 == 0, return_hook=True)
+        two.finish()
+        back.finish()
+        session.low_latency_combine(two, carried=True, apply_weights=False)
+        session.low_latency_combine(two, override=True)
+        one = session.low_latency_dispatch(round_idx, return_hook=True)
+    one.finish()
+
+
+def refusal(session: LowLatencySession) -> None:
+    """Refuse operations, by the device and by the host; the next ones are right."""
+    inputs = session.inputs(0)
+    x, ids = inputs.xs[session.rank], inputs.ids[session.rank].clone()
+    if session.rank == 0:
+        ids[0] = 99
+    with pytest.raises((InvalidArgument, CommError)):
+        session.buffer.low_latency_dispatch(x, ids)
+    if session.rank == 0:
+        x = x[:, 1:]
+    with pytest.raises((InvalidArgument, CommError)):
+        session.buffer.low_latency_dispatch(x, inputs.ids[session.rank])
+    session.low_latency_combine(session.low_latency_dispatch(0))
+
+
 def fly_beside(session: LowLatencySession) -> None:
     """Receive on one stream what later operations, on another one, need the slot of."""
     num_slots = session.backend.config.num_low_latency_slots

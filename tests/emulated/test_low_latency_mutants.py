@@ -16,16 +16,18 @@ from emulated.low_latency import (
     COUNTED_IN_TURNS,
     LowLatencySession,
     combine_what_cancels,
+    flights,
     fly_beside,
     leave_unread,
     play,
+    refusal,
     refuse_in_flight,
     use_small_blocks,
 )
 from emulated.mutants import LOW_LATENCY as FOLDER
 from emulated.mutants import MARKER, Mutant, Twin, mutate
 
-from deepcomm import CommError, InvalidArgument, RecvLayout
+from deepcomm import RecvLayout
 
 pytestmark = pytest.mark.emulated_backend
 
@@ -185,39 +187,6 @@ MARKED = [
     if path not in OF_A_NETWORK
     and not NOTES_OF_NODES.issuperset(MARKER.findall((CSRC / path).read_text()))
 ]
-
-
-def flights(session: LowLatencySession) -> None:
-    """More operations than slots, in flight together; ranks may be a slot's turn apart."""
-    for round_idx in range(3):
-        flying = [session.low_latency_dispatch(round_idx, return_hook=True) for _ in range(3)]
-        for one in flying:
-            one.finish()
-    one = session.low_latency_dispatch(0, return_hook=True)
-    for round_idx in range(1, 5):
-        two = session.low_latency_dispatch(round_idx, return_hook=True)
-        one.finish()
-        back = session.low_latency_combine(one, override=round_idx % 2 == 0, return_hook=True)
-        two.finish()
-        back.finish()
-        session.low_latency_combine(two, carried=True, apply_weights=False)
-        session.low_latency_combine(two, override=True)
-        one = session.low_latency_dispatch(round_idx, return_hook=True)
-    one.finish()
-
-
-def refusal(session: LowLatencySession) -> None:
-    inputs = session.inputs(0)
-    x, ids = inputs.xs[session.rank], inputs.ids[session.rank].clone()
-    if session.rank == 0:
-        ids[0] = 99
-    with pytest.raises((InvalidArgument, CommError)):
-        session.buffer.low_latency_dispatch(x, ids)
-    if session.rank == 0:
-        x = x[:, 1:]
-    with pytest.raises((InvalidArgument, CommError)):
-        session.buffer.low_latency_dispatch(x, inputs.ids[session.rank])
-    session.low_latency_combine(session.low_latency_dispatch(0))
 
 
 def count_in_turns(session: LowLatencySession) -> None:

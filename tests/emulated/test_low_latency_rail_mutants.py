@@ -11,11 +11,11 @@ import pytest
 from collective.case import Case
 from emulated.build import PLAIN, Variant
 from emulated.cluster import Settings
-from emulated.low_latency import LowLatencySession, use_small_blocks
+from emulated.low_latency import LowLatencySession, flights, refusal, use_small_blocks
 from emulated.mutants import LOW_LATENCY as FOLDER
 from emulated.mutants import Mutant, Twin, mutate
 from emulated.test_low_latency import combine_unaware
-from emulated.test_low_latency_mutants import flights, goes_wrong, refusal
+from emulated.test_low_latency_mutants import goes_wrong
 
 from deepcomm import CommError, InvalidArgument, RecvLayout
 from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier

@@ -21,13 +21,13 @@ from emulated.host_api import Faults
 from emulated.low_latency import (
     LowLatencySession,
     combine_what_cancels,
+    flights,
     outcome_of_rounds,
     play,
     use_small_blocks,
 )
 from emulated.runtime import run_emulated
 from emulated.test_low_latency import all_operations
-from emulated.test_low_latency_mutants import flights
 from emulated.test_low_latency_nodes import fly
 from emulated.test_low_latency_nodes_peers import WAYS, come_alone
 
