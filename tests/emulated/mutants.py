@@ -136,6 +136,16 @@ class Mutator:
         return self.next_number - 1
 
 
+def marked_files(folder: str) -> dict[str, set[str]]:
+    """Return the files of a folder that have marked lines, and what their markers say."""
+    texts = {
+        str(path.relative_to(CSRC)): path.read_text()
+        for path in sorted((CSRC / folder).glob("*.cuh"))
+    }
+    notes = {path: set(MARKER.findall(text)) for path, text in texts.items()}
+    return {path: found for path, found in notes.items() if found}
+
+
 def statement_of_marker(text: str, marker: int) -> tuple[int, int]:
     """Range of the statement that a marker belongs to: before it on its line, or after it."""
     line_begin = text.rfind("\n", 0, marker) + 1

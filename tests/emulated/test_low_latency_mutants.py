@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from collective.case import Case
-from emulated.build import CSRC, Variant
+from emulated.build import Variant
 from emulated.cluster import Settings
 from emulated.low_latency import (
     COUNTED_IN_TURNS,
@@ -25,7 +25,7 @@ from emulated.low_latency import (
     use_small_blocks,
 )
 from emulated.mutants import LOW_LATENCY as FOLDER
-from emulated.mutants import MARKER, Mutant, Twin, mutate
+from emulated.mutants import Mutant, Twin, marked_files, mutate
 
 from deepcomm import RecvLayout
 
@@ -183,9 +183,8 @@ NOTES_OF_NODES = {
 # Files with lines that one node has a use for.
 MARKED = [
     path
-    for path in sorted(str(file.relative_to(CSRC)) for file in (CSRC / FOLDER).glob("*.cuh"))
-    if path not in OF_A_NETWORK
-    and not NOTES_OF_NODES.issuperset(MARKER.findall((CSRC / path).read_text()))
+    for path, notes in marked_files(FOLDER).items()
+    if path not in OF_A_NETWORK and not notes <= NOTES_OF_NODES
 ]
 
 
@@ -316,29 +315,36 @@ def test_a_twin_depends_on_the_schedule() -> None:
     assert any(0 < rate < len(RATE_SEEDS) for rate in rates), rates
 
 
-@pytest.mark.parametrize("path", MARKED)
-def test_every_order_line_matters(path: str, survivor_rounds: int) -> None:
+@cache
+def attacked_lines() -> list[Mutant]:
+    """Return the mutants of lines that one node has a use for."""
     names = {twin.name for twin in TWINS + NODES_TWINS}
-    attacked = [
+    return [
         mutant
         for mutant in build_mutated()[1]
-        if mutant.path == path and mutant.change not in names and mutant.note not in NOTES_OF_NODES
+        if mutant.path in MARKED
+        and mutant.change not in names
+        and mutant.note not in NOTES_OF_NODES
     ]
+
+
+@pytest.mark.parametrize("path", MARKED)
+def test_every_order_line_matters(path: str) -> None:
     survivors = {
         mutant.name: f"line {mutant.line}"
-        for mutant in attacked
-        if not any(
-            fails(name, mutant.number, seed)
-            for seed in range(survivor_rounds if mutant.name in SURVIVORS else MAX_SEEDS)
-            for name in SCENES
+        for mutant in attacked_lines()
+        if mutant.path == path
+        and not any(
+            fails(name, mutant.number, seed) for seed in range(MAX_SEEDS) for name in SCENES
         )
     }
     assert set(survivors) == {name for name in SURVIVORS if name.startswith(path)}, survivors
-    assert attacked, "the markers were not found"
 
 
-def test_survivors_are_of_marked_files() -> None:
-    assert {name.partition(":")[0] for name in SURVIVORS} <= set(MARKED)
+def test_markers_are_found() -> None:
+    assert len(attacked_lines()) >= 25
+    assert {mutant.path for mutant in attacked_lines()} == set(MARKED)
+    assert set(SURVIVORS) <= {mutant.name for mutant in attacked_lines()}
 
 
 @pytest.mark.slow  # kernels of several nodes, mutated

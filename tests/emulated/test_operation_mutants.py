@@ -8,18 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from emulated.attack import Attack, Attackers
-from emulated.build import CSRC
-from emulated.mutants import HIGH_THROUGHPUT, MARKER, Mutant, mutate
+from emulated.mutants import HIGH_THROUGHPUT, Mutant, marked_files, mutate
 from emulated.operations import SCENARIOS
 
 pytestmark = pytest.mark.emulated_backend
 
-MARKED = [
-    str(path.relative_to(CSRC))
-    for folder in HIGH_THROUGHPUT
-    for path in sorted((CSRC / folder).glob("*.cuh"))
-    if MARKER.search(path.read_text())
-]
+MARKED = [path for folder in HIGH_THROUGHPUT for path in marked_files(folder)]
 NEEDS_NETWORK = ("kernels/rail/", "kernels/dispatch/landed.cuh")
 NUM_ATTACKERS = 2
 MAX_ROUNDS = 12
