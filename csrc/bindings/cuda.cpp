@@ -160,13 +160,15 @@ void bind_heap(py::module_& module) {
 void bind_function(py::module_& module) {
     py::class_<Function>(module, "Function", py::release_gil_before_calling_cpp_dtor())
         .def(py::init([](const DevicePointer& device, const py::bytes& cubin,
-                         const std::string& symbol, int shared_bytes, int max_threads) {
-                 const host::KernelImage image{cubin, symbol, shared_bytes, max_threads};
+                         const std::string& symbol, int shared_bytes, int max_threads,
+                         bool awaits_ahead) {
+                 const host::KernelImage image{cubin, symbol, shared_bytes, max_threads,
+                                               awaits_ahead};
                  const py::gil_scoped_release release;
                  return std::make_unique<Function>(device, image);
              }),
              py::arg("device"), py::arg("cubin"), py::arg("symbol"), py::arg("shared_bytes"),
-             py::arg("max_threads"))
+             py::arg("max_threads"), py::arg("awaits_ahead"))
         .def_property_readonly("max_threads", &Function::max_threads)
         .def_property_readonly("blocks_per_sm", &Function::blocks_per_sm);
     module.def(

@@ -74,12 +74,26 @@ struct AccessDescription {
     int flags;
 };
 
+/// A launch may begin before the kernel ahead of it has ended.
+constexpr int kProgrammaticStreamSerialization = 6;
+/// The first driver that captures such launches as edges of a graph.
+constexpr int kDriverOfGraphEdges = 12030;
+
+/// The driver's union of values is 64 bytes, here an int.
+struct LaunchAttribute {
+    int id;
+    int padding;
+    int value;
+    int unused[15];
+};
+static_assert(sizeof(LaunchAttribute) == 72, "as the driver has it");
+
 struct LaunchConfig {
     unsigned grid[3];
     unsigned block[3];
     unsigned shared_bytes;
     Stream stream;
-    void* attributes;
+    LaunchAttribute* attributes;
     unsigned num_attributes;
 };
 

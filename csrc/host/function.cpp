@@ -7,6 +7,8 @@ namespace deepcomm::host {
 
 Function::Function(std::shared_ptr<Device> device, const KernelImage& image)
     : device_(std::move(device)), symbol_(image.symbol), shared_bytes_(image.shared_bytes) {
+    // Older drivers have no place in a graph for it.
+    is_early_ = image.awaits_ahead && device_->driver().version() >= cu::kDriverOfGraphEdges;
     const Device::Current current(*device_);
     device_->driver().check(device_->driver().api().cuModuleLoadDataEx(&module_, image.cubin.data(),
                                                                        0, nullptr, nullptr),
@@ -63,6 +65,13 @@ void Function::launch(int grid, const void* params, int64_t num_bytes, cu::Strea
     config.block[1] = config.block[2] = 1;
     config.shared_bytes = static_cast<unsigned>(shared_bytes_);
     config.stream = stream;
+    cu::LaunchAttribute early{};
+    early.id = cu::kProgrammaticStreamSerialization;
+    early.value = 1;
+    if (is_early_) {
+        config.attributes = &early;
+        config.num_attributes = 1;
+    }
     // The driver only reads through the pointers.
     void* arguments[] = {const_cast<void*>(params)};
     const cu::Result code =

@@ -16,6 +16,9 @@ struct KernelImage {
     std::string symbol;
     int shared_bytes = 0;  ///< dynamic shared memory
     int max_threads = 0;   ///< of a block; 0: the device's limit
+    /// Whether it begins with device::await_kernel_ahead, and may be launched before the kernel ahead of it on
+    /// its stream has ended (programmatic dependent launch).
+    bool awaits_ahead = false;
 };
 
 /// Unloaded when symmetric memory is reserved next: host/put_off.hpp.
@@ -40,6 +43,7 @@ class Function {
     std::shared_ptr<Device> device_;
     std::string symbol_;
     int shared_bytes_;
+    bool is_early_ = false;  ///< launched as KernelImage.awaits_ahead says
     cu::Module module_ = nullptr;
     cu::Function function_ = nullptr;
     int max_threads_ = 0;

@@ -37,6 +37,9 @@ SHARED_BYTES = "deepcomm_shared_bytes"
 SHARED_BYTES_VALUE = re.compile(rf"\b{SHARED_BYTES} = (\d+);")
 MAX_THREADS = re.compile(r"^\.maxntid (\d+)", re.MULTILINE)
 DYNAMIC_SHARED = ".extern .shared"
+AWAITS_AHEAD = "griddepcontrol.wait"
+FACTS = 2
+"""Goes up with what is stored of a kernel beside its code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class CompiledKernel:
         cubin: Machine code, as the driver loads it.
         shared_bytes: Dynamic shared memory to launch with.
         max_threads: Threads a block that it may be launched with; None: the device's limit.
+        awaits_ahead: Whether it awaits the kernel ahead of it on its stream itself, and may be
+            launched before that one has ended.
         constants: Bytes of those that it shows to the host, by name.
         usage: What it takes of an SM; None where the compiler's report could not be read.
         is_new: Whether it was compiled just now rather than found in the cache.
@@ -63,6 +68,7 @@ class CompiledKernel:
     cubin: bytes
     shared_bytes: int
     max_threads: int | None
+    awaits_ahead: bool
     constants: Mapping[str, bytes]
     usage: Usage | None
     is_new: bool
@@ -204,7 +210,7 @@ def _literal(value: int) -> str:
 
 
 def _digest(unit: TranslationUnit, version: str) -> str:
-    return hashlib.sha256(json.dumps([version, asdict(unit)]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([FACTS, version, asdict(unit)]).encode()).hexdigest()[:32]
 
 
 def _with_nccl(unit: TranslationUnit, nccl: NcclHeaders | None) -> TranslationUnit:
@@ -238,6 +244,7 @@ def _facts(kernel: Kernel, output: Output) -> dict[str, object]:
         "symbol": output.symbol,
         "shared_bytes": int(shared.group(1)) if shared else 0,
         "max_threads": int(threads.group(1)) if threads else None,
+        "awaits_ahead": AWAITS_AHEAD in output.ptx,
         "constants": {name: _constant(name, output.ptx).hex() for name in kernel.constants},
         "usage": asdict(usage) if usage else None,
     }

@@ -47,6 +47,11 @@ CHECK_FIELD(LaunchConfig, stream, CUlaunchConfig, hStream);
 CHECK_FIELD(LaunchConfig, attributes, CUlaunchConfig, attrs);
 CHECK_FIELD(LaunchConfig, num_attributes, CUlaunchConfig, numAttrs);
 
+static_assert(sizeof(LaunchAttribute) == sizeof(CUlaunchAttribute));
+CHECK_FIELD(LaunchAttribute, id, CUlaunchAttribute, id);
+CHECK_FIELD(LaunchAttribute, value, CUlaunchAttribute,
+            value.programmaticStreamSerializationAllowed);
+
 static_assert(sizeof(Uuid) == sizeof(CUuuid));
 static_assert(sizeof(FabricHandle) == sizeof(CUmemFabricHandle));
 
@@ -66,6 +71,8 @@ CHECK_VALUE(kRdmaWithVirtualMemorySupported,
 CHECK_VALUE(kFabricSupported, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED);
 CHECK_VALUE(kMaxThreadsPerBlock, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK);
 CHECK_VALUE(kMaxDynamicSharedBytes, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
+CHECK_VALUE(kProgrammaticStreamSerialization,
+            CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
 CHECK_VALUE(kPinned, CU_MEM_ALLOCATION_TYPE_PINNED);
 CHECK_VALUE(kOnDevice, CU_MEM_LOCATION_TYPE_DEVICE);
 CHECK_VALUE(kReadWrite, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);

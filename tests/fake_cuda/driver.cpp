@@ -27,6 +27,7 @@ struct Launch {
     unsigned grid, block, shared_bytes;
     uint64_t stream;
     int32_t first_word;
+    bool is_early;
 };
 
 std::mutex mutex;
@@ -38,6 +39,7 @@ std::vector<std::string> calls;
 int fail_at = -1;
 int params_bytes = 16;
 int peer_access = 1;
+int driver_version = 13000;
 Launch last_launch{};
 thread_local std::vector<Context> contexts;
 
@@ -68,7 +70,7 @@ Result count(const char* kind, int change) {
 
 Result cuInit(unsigned) { return begin("cuInit", false); }
 Result cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = driver_version;
     return kSuccess;
 }
 Result cuGetErrorName(Result error, const char** text) {
@@ -311,8 +313,14 @@ Result cuFuncGetParamInfo(Function, size_t, size_t* offset, size_t* num_bytes) {
 }
 Result cuLaunchKernelEx(const LaunchConfig* config, Function, void** params, void**) {
     BEGIN("cuLaunchKernelEx")
-    last_launch = {config->grid[0], config->block[0], config->shared_bytes,
-                   reinterpret_cast<uint64_t>(config->stream), *static_cast<int32_t*>(params[0])};
+    last_launch = {config->grid[0],
+                   config->block[0],
+                   config->shared_bytes,
+                   reinterpret_cast<uint64_t>(config->stream),
+                   *static_cast<int32_t*>(params[0]),
+                   config->num_attributes == 1 &&
+                       config->attributes->id == kProgrammaticStreamSerialization &&
+                       config->attributes->value == 1};
     return kSuccess;
 }
 
@@ -350,11 +358,13 @@ void fake_reset() {
     fail_at = -1;
     params_bytes = 16;
     peer_access = 1;
+    driver_version = 13000;
 }
 void fake_set_attribute(int device, int attribute, int value) {
     attributes[{device, attribute}] = value;
 }
 void fake_set_peer_access(int value) { peer_access = value; }
+void fake_set_driver_version(int value) { driver_version = value; }
 /// The call after the next num_calls fails.
 void fake_fail_after(int num_calls) { fail_at = num_calls; }
 /// Whether a call has failed since fake_fail_after.
@@ -379,5 +389,6 @@ void fake_last_launch(int64_t* values) {
     values[2] = last_launch.shared_bytes;
     values[3] = static_cast<int64_t>(last_launch.stream);
     values[4] = last_launch.first_word;
+    values[5] = last_launch.is_early ? 1 : 0;
 }
 }

@@ -54,6 +54,10 @@ class FakeCuda:
     def set_attribute(self, device: int, attribute: int, value: int) -> None:
         self._library.fake_set_attribute(device, attribute, value)
 
+    def set_driver_version(self, version: int) -> None:
+        """Say that the driver is of a CUDA release, such as 12030."""
+        self._library.fake_set_driver_version(version)
+
     def set_peer_access(self, granted: bool) -> None:
         self._library.fake_set_peer_access(int(granted))
 
@@ -80,8 +84,8 @@ class FakeCuda:
         self._library.fake_make_current(-1 if device is None else device)
 
     def last_launch(self) -> tuple[int, ...]:
-        """Return grid, block, shared memory, stream and the first word of the arguments."""
-        values = (ctypes.c_int64 * 5)()
+        """Return grid, block, shared memory, stream, first word of arguments, and early or not."""
+        values = (ctypes.c_int64 * 6)()
         self._library.fake_last_launch(values)
         return tuple(values)
 

@@ -228,7 +228,8 @@ def test_lease_out_of_range_is_refused(fake: FakeCuda, offset: int, num_bytes: i
 
 
 def load(fake: FakeCuda, max_threads: int = 256) -> cuda.Function:
-    return cuda.Function(cuda.Device(fake.driver(), 0), b"cubin", "kernel_symbol", 48, max_threads)
+    device = cuda.Device(fake.driver(), 0)
+    return cuda.Function(device, b"cubin", "kernel_symbol", 48, max_threads, False)
 
 
 def params_of_16_bytes(first_word: int = 0) -> kernels.LowLatencyMaskParams:
@@ -243,7 +244,7 @@ def test_function_is_loaded_and_launched(fake: FakeCuda, max_threads: int, expec
     assert fake.num_calls("cuFuncLoad") == 1
     assert (function.max_threads, function.blocks_per_sm) == (expected, 2048 // expected)
     params_of_16_bytes(11).launch(function, 7, 0x77)
-    assert fake.last_launch() == (7, expected, 48, 0x77, 11)
+    assert fake.last_launch() == (7, expected, 48, 0x77, 11, False)
     del function
     assert fake.live() == {}
 
@@ -281,7 +282,7 @@ def use_everything(fake: FakeCuda) -> None:
         heap.map(cuda.PhysicalMemory.import_fd(device, descriptor, peers.num_bytes))
     finally:
         os.close(descriptor)
-    params_of_16_bytes().launch(cuda.Function(device, b"cubin", "symbol", 0, 0), 1, 0)
+    params_of_16_bytes().launch(cuda.Function(device, b"cubin", "symbol", 0, 0, True), 1, 0)
 
 
 def test_nothing_is_left_whatever_call_fails(fake: FakeCuda) -> None:

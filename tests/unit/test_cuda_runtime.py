@@ -37,13 +37,19 @@ TIMEOUT_S = 60.0
 class FakeCompiler:
     """Compiles nothing, and remembers for what."""
 
+    awaits_ahead: bool = False
     asked: list[tuple[str, str, dict[str, int]]] = field(default_factory=list)
 
     def compile(self, kernel: jit.Kernel, *, arch: str, spec: dict[str, int], nccl: Any) -> Any:
         assert (nccl is not None) == kernel.uses_nccl
         self.asked.append((kernel.name, arch, spec))
         return SimpleNamespace(
-            cubin=b"cubin", symbol="symbol", shared_bytes=32, max_threads=None, constants={}
+            cubin=b"cubin",
+            symbol="symbol",
+            shared_bytes=32,
+            max_threads=None,
+            awaits_ahead=self.awaits_ahead,
+            constants={},
         )
 
 
@@ -131,9 +137,19 @@ def test_runtime_compiles_for_its_device(fake: FakeCuda, major: int, minor: int,
     params = kernels.LowLatencyMaskParams()
     params.rank_mask = 21
     runtime.launch(function, 3, params)
-    assert fake.last_launch() == (3, 1024, 32, STREAM, 21)
+    assert fake.last_launch() == (3, 1024, 32, STREAM, 21, False)
     with pytest.raises(InvalidArgument, match=r"kernel: expected one of .*, got 'nothing'"):
         runtime.load("nothing", {})
+
+
+@pytest.mark.parametrize(("version", "is_early"), [(12030, True), (12020, False)])
+def test_kernel_that_awaits_the_one_ahead_is_launched_early(
+    fake: FakeCuda, version: int, is_early: bool
+) -> None:
+    fake.set_driver_version(version)
+    runtime = make(fake, compiler=FakeCompiler(awaits_ahead=True))
+    runtime.launch(runtime.load("probe_signal", {}), 3, kernels.LowLatencyMaskParams())
+    assert fake.last_launch() == (3, 1024, 32, STREAM, 0, is_early)
 
 
 def test_launch_makes_the_context_current_unless_it_is(fake: FakeCuda) -> None:

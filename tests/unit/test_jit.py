@@ -30,10 +30,18 @@ def test_compile_gives_what_the_host_needs_and_keeps_it(fake: jit.KernelCompiler
     first = fake.compile(SCALE, arch="sm_90a", spec=SPEC)
     assert (first.name, first.arch, first.spec, first.symbol) == ("scale", "sm_90a", SPEC, "symbol")
     assert (first.shared_bytes, first.max_threads, first.is_new) == (640, 96, True)
+    assert not first.awaits_ahead
     assert first.usage == jit.Usage(40, 512, 16, 20)
     assert first.cubin.endswith(b"\n\0\xff")
     assert fake.compile(SCALE, arch="sm_90a", spec=SPEC) == replace(first, is_new=False)
     assert len(fake.toolchain.units) == 1
+
+
+def test_compile_finds_whether_a_kernel_awaits_the_one_ahead(fake: jit.KernelCompiler) -> None:
+    fake.toolchain.ptx += "griddepcontrol.wait;\n"
+    for is_new in (True, False):
+        compiled = fake.compile(SCALE, arch="sm_90a", spec=SPEC)
+        assert (compiled.awaits_ahead, compiled.is_new) == (True, is_new)
 
 
 def test_compile_instantiates_kernel_and_shared_memory(fake: jit.KernelCompiler) -> None:

@@ -81,6 +81,19 @@ def test_nvrtc_probe_shared_memory_is_its_struct(real: jit.KernelCompiler) -> No
     assert compiled.shared_bytes == -(-(2 * 64 * 4 + 2 * 8) // 128) * 128
 
 
+@pytest.mark.parametrize(
+    ("name", "awaits_ahead"),
+    [("low_latency_dispatch", True), ("low_latency_combine", True), ("low_latency_mask", False)],
+)
+def test_nvrtc_kernels_that_may_be_launched_early(
+    real: jit.KernelCompiler, name: str, awaits_ahead: bool
+) -> None:
+    (kernel,) = (kernel for kernel in jit.KERNELS if kernel.name == name)
+    compiler = replace(real, root=jit.source_root())
+    compiled = compiler.compile(kernel, arch="sm_90a", spec=next(jit.spec_grid(kernel, {})))
+    assert compiled.awaits_ahead == awaits_ahead
+
+
 def compile_body(compiler: jit.KernelCompiler, body: str, **options: Any) -> jit.CompiledKernel:
     """Compile a kernel ``scale(float* x)`` with the given body, on line 3 of its file."""
     text = f"namespace deepcomm::kernels {{\n__global__ void scale(float* x) {{\n{body}\n}}\n}}\n"

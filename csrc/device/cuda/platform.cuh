@@ -55,6 +55,21 @@ DEEPCOMM_DEVICE uint64_t globaltimer_ns() {
 DEEPCOMM_DEVICE void pause_on(const void* /*address*/, uint64_t /*deadline_ns*/,
                               const void* /*other*/ = nullptr) {}
 
+/// First of all in a kernel that may be launched before the one ahead of it on its stream has ended: waits for
+/// that one, and for all that it has written. The host launches a kernel so if it begins with this.
+DEEPCOMM_DEVICE void await_kernel_ahead() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next kernel be launched so, once a thread of each block has come here or has ended.
+DEEPCOMM_DEVICE void admit_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEEPCOMM_DEVICE void sleep_ns(uint32_t duration_ns) { __nanosleep(duration_ns); }
 
 /// Ends the calling thread and leaves the context alive, unlike a trap.

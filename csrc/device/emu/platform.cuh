@@ -46,6 +46,10 @@ inline void pause_on(const void* address, uint64_t deadline_ns, const void* othe
     emu::pause_on(address, deadline_ns, other);
 }
 
+// Emulated kernels of a stream run one after the other.
+inline void await_kernel_ahead() {}
+inline void admit_next_kernel() {}
+
 inline void sleep_ns(uint32_t duration_ns) { emu::sleep_ns(duration_ns); }
 
 [[noreturn]] inline void exit_thread() { emu::exit_thread(); }

@@ -11,6 +11,7 @@ template <int kHidden, int kPhases, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     low_latency_combine(const __grid_constant__ LowLatencyCombineParams params) {
     using Shared = LowLatencyCombineShared<kHidden, kPhases, kThreads>;
+    device::await_kernel_ahead();
     const device::Block block;
     auto& shared = device::shared_storage<Shared>();
     if constexpr (Shared::kIsCarried)

@@ -57,6 +57,7 @@ DEEPCOMM_DEVICE bool receive_part(const LowLatencyCombineParams& params, const d
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
         if (is_last && i + Sum::kCount >= Sum::kAll) {
             finish_receive<kPhases>(params.base, block, turn);
+            device::admit_next_kernel();
         }
         write_sum(params, awaited.at, first, &sum);
     }

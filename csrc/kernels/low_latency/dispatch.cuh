@@ -12,6 +12,7 @@ template <int kHidden, int kRows, int kPhases, int kThreads>
 __global__ void __launch_bounds__(kThreads, low_latency_dispatch_blocks(kRows, kPhases))
     low_latency_dispatch(const __grid_constant__ LowLatencyDispatchParams params) {
     using Shared = LowLatencyDispatchShared<kHidden, kRows, kPhases, kThreads>;
+    device::await_kernel_ahead();
     const device::Block block;
     auto& shared = device::shared_storage<Shared>();
     constexpr bool kSends = (kPhases & kSendPhase) != 0;

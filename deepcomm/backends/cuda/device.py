@@ -181,6 +181,7 @@ class CudaRuntime:
             compiled.symbol,
             compiled.shared_bytes,
             compiled.max_threads or 0,
+            compiled.awaits_ahead,
         )
         return CudaFunction(kernel, native, compiled.constants)
 
