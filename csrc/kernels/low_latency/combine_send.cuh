@@ -4,57 +4,10 @@
 // PROTOCOLS.md: low_latency_combine.
 #pragma once
 
-#include "kernels/low_latency/combine_sum.cuh"
+#include "kernels/low_latency/combine_walk.cuh"
 #include "kernels/low_latency/combine_weights.cuh"
-#include "kernels/low_latency/pair_cursor.cuh"
 
 namespace deepcomm::kernels::low_latency {
-
-/// One part of one token of one source, to be summed here.
-struct Summed {
-    int32_t source;
-    int32_t token;
-    int32_t part;
-};
-
-/// Entry i of a token and the weight recorded for it, in lane i.
-struct Entry {
-    int32_t bits;  ///< or kNoEntry
-    float weight;
-};
-
-/// Nothing here waits for the loads.
-DEEPCOMM_DEVICE Entry load_entry(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                 const Summed& summed) {
-    const LowLatencyParams& base = params.base;
-    const int32_t lane = warp.thread_idx(), num_topk = base.num_topk;
-    Entry entry = {layout::kNoEntry, 1.0f};
-    if (lane >= num_topk) return entry;
-    const int64_t index =
-        (static_cast<int64_t>(summed.source) * base.map.max_tokens + summed.token) * num_topk +
-        lane;
-    entry.bits = base.record[base.record_map.entries + index];
-    if (params.apply_weights && params.source_weights == nullptr) {
-        entry.weight = device::float_from_bits(
-            static_cast<uint32_t>(base.record[base.record_map.weights + index]));
-    }
-    return entry;
-}
-
-/// All lanes call it.
-template <typename Spec>
-DEEPCOMM_DEVICE ExpertRows rows_of(const LowLatencyCombineParams& params, const Entry& entry,
-                                   int32_t part) {
-    const bool is_row = entry.bits >= 0;
-    ExpertRow mine = {nullptr, 1.0f, 0};
-    if (is_row) {
-        const int32_t slot = entry.bits & ((1 << layout::kEntrySlotBits) - 1);
-        const unsigned char* row = params.y + slot * params.y_stride;
-        mine = {row + part * Spec::kPartWords * 4, entry.weight,
-                entry.bits >> layout::kEntrySlotBits};
-    }
-    return {mine, device::popcount(device::warp_ballot(is_row)), Spec::num_vectors(part)};
-}
 
 /// Waits for the weight that the token's rank has sent for a lane's entry.
 DEEPCOMM_DEVICE Arrival await_weight(const LowLatencyCombineParams& params,
@@ -154,87 +107,6 @@ DEEPCOMM_DEVICE void clear_tail(const device::Block& block, Shared& shared) {
     if (word < Spec::kStagedWords) shared.row[word] = 0;
 }
 
-/// The part of this rank's own rows that a block keeps, if there is one: what it receives first.
-template <typename Spec>
-DEEPCOMM_DEVICE Summed kept_of(const LowLatencyParams& params, const device::Block& block) {
-    return {params.comm.rank, block.block_idx() / Spec::kNumParts,
-            block.block_idx() % Spec::kNumParts};
-}
-
-/// Whether a part is what its block receives first, which then keeps the sum of this rank's own rows.
-template <typename Shared>
-DEEPCOMM_DEVICE bool is_kept(const LowLatencyParams& params, const device::Block& block,
-                             const Summed& summed) {
-    return Shared::kKeepsSum && summed.source == params.comm.rank &&
-           summed.token * Shared::Spec::kNumParts + summed.part < block.num_blocks();
-}
-
-/// A block's way through what is summed; most: tokens of any source.
-template <typename Spec>
-DEEPCOMM_DEVICE PairCursor summed_cursor(const device::Block& block, int32_t most) {
-    return {most * Spec::kNumParts, block.block_idx()};
-}
-
-/// Where it is: tokens of the peers come first, which have the longer way, each part by part.
-template <typename Spec>
-DEEPCOMM_DEVICE Summed summed_at(const LowLatencyParams& params, const PairCursor& cursor) {
-    return {cursor.rank(params, params.comm.rank + 1), cursor.item / Spec::kNumParts,
-            cursor.item % Spec::kNumParts};
-}
-
-/// The parts of tokens that a block sums, one after the other.
-template <typename Shared>
-struct SummedWalk {
-    using Spec = typename Shared::Spec;
-
-    const LowLatencyCombineParams& params;
-    Shared& shared;
-    PairCursor cursor;
-    bool has_ended = false;
-    bool has_part = false;
-    Summed summed = {0, 0, 0};  ///< the part to come
-    Entry entry = {};           ///< of its token
-
-    DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, const device::Block& block,
-                               Shared& in)
-        : params(of), shared(in), cursor(summed_cursor<Spec>(block, most_tokens(of.base, in))) {}
-
-    /// Comes to the next part, whose entry is not loaded yet.
-    DEEPCOMM_DEVICE void advance(const device::Block& block) {
-        has_part = false;
-        while (!has_part && cursor.find(params.base)) {
-            summed = summed_at<Spec>(params.base, cursor);
-            cursor.item += block.num_blocks();
-            has_part = takes_part() && !is_kept<Shared>(params.base, block, summed);
-        }
-        if (has_part || has_ended || !Shared::kKeepsSum) return;
-        has_ended = true;  // but for what the block keeps
-        summed = kept_of<Spec>(params.base, block);
-        has_part = takes_part();
-    }
-
-    DEEPCOMM_DEVICE bool takes_part() const {
-        return summed.token < shared.num_tokens[summed.source] &&
-               !cut_sources(shared)[summed.source];
-    }
-
-    DEEPCOMM_DEVICE void load() {
-        const device::Warp warp;
-        const int32_t lane = warp.thread_idx();
-        entry = has_ended ? Entry{shared.kept_entries[lane], shared.kept_weights[lane]}
-                          : load_entry(params, warp, summed);
-    }
-
-    /// Begins with the part whose entry has been loaded early, if that was a good guess.
-    DEEPCOMM_DEVICE void begin(const device::Block& block, const Summed& guess,
-                               const Entry& early) {
-        advance(block);
-        entry = early;
-        const bool is_guessed = summed.source == guess.source && summed.token == guess.token;
-        if (has_part && !is_guessed) load();
-    }
-};
-
 /// Whether the weights of a token are here, if they are awaited. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const device::Block& block,
@@ -252,92 +124,176 @@ DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const d
     return true;
 }
 
-/// Sums the block's parts, stages each and stores its packets, while the next one's terms are on their way.
-/// False: leave.
+/// The entry of the part that the block keeps.
 template <typename Shared>
-DEEPCOMM_DEVICE bool send_parts(const LowLatencyCombineParams& params, const device::Block& block,
-                                const LowLatencyTurn& turn, SummedWalk<Shared>& walk,
-                                Shared& shared) {
+DEEPCOMM_DEVICE Entry kept_entry(const LowLatencyCombineParams& params,
+                                 const device::Block& block) {
+    const device::Warp warp;
+    const Summed own = kept_of<typename Shared::Spec>(params.base, block);
+    const bool is_there = Shared::kKeepsSum && warp.warp_idx() == 0;
+    if (!is_there || own.token >= params.base.num_tokens) return {layout::kNoEntry, 1.0f};
+    return load_entry(params, warp, own);
+}
+
+/// Looks up at a launch's begin, all of it on its way together: what the record says, what the block probably sums
+/// first, where the walk is then, and the peers' credits.
+template <typename Shared>
+DEEPCOMM_DEVICE void look_up(const LowLatencyCombineParams& params, const device::Block& block,
+                             SummedWalk<Shared>& walk, EarlyTurn& early, Shared& shared) {
+    const LowLatencyParams& base = params.base;
+    const device::Warp warp;
+    walk.guess(block);
+    const Entry kept = kept_entry<Shared>(params, block);
+    read_record(params, block, shared);
+    if (Shared::kKeepsSum && warp.warp_idx() == 0) {
+        shared.kept_entries[warp.thread_idx()] = kept.bits;
+        shared.kept_weights[warp.thread_idx()] = kept.weight;
+    }
+    clear_tail(block, shared);
+    early.load_credits(base);
+}
+
+/// Once the block has met: sends the headers, and exchanges weights that are given at the sources. False: leave.
+template <typename Shared>
+DEEPCOMM_DEVICE bool open_send(const LowLatencyCombineParams& params, const device::Block& block,
+                               bool* has_ended, Shared& shared) {
+    const LowLatencyTurn& turn = shared.peers.turn;
+    const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
+    if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
+        send_combine_headers(params.base, block, turn, shared);
+    }
+    return exchange_weights(params, block, turn, shared, has_ended);
+}
+
+/// How sending goes on.
+enum class Sending { kOn, kDone, kFailed };
+
+/// Sums the block's parts, stages each and stores its packets, while the next one's terms are on their way.
+template <typename Shared>
+struct PartSender {
     using Spec = typename Shared::Spec;
-    PartTerms<Spec> terms = {};
+
+    const LowLatencyCombineParams& params;
+    const device::Block& block;
+    Shared& shared;
+    SummedWalk<Shared> walk;
+    EarlyTurn early;
+    bool has_peers = true;
     Summed current = {0, 0, 0};
     Staged staged = Staged::kNothing;
-    DEEPCOMM_NO_UNROLL
-    while (true) {
-        const bool has_part = walk.has_part;
+    PartTerms<Spec> terms;
+
+    DEEPCOMM_DEVICE PartSender(const LowLatencyCombineParams& of, const device::Block& by,
+                               Shared& in)
+        : params(of), block(by), shared(in), walk(of, in), early(of.base, by) {
+        look_up(of, by, walk, early, in);
+    }
+
+    /// The last warp finds whose turn it is, and waits for the peers.
+    DEEPCOMM_DEVICE void take_turn() {
+        has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyCombine, block,
+                                                 early, &shared.peers);
+    }
+
+    /// One part. The first, as far as it can be guessed, is summed by all warps but the last and before anybody
+    /// knows whose turn it is: the last warp finds that meanwhile.
+    DEEPCOMM_DEVICE Sending step(bool is_first) {
+        const Summers summers = {block.thread_idx(),
+                                 is_first ? Spec::kNumSummers : Spec::kNumThreads};
+        const bool sums = walk.has_part && (!is_first || (sums_early() && !is_in_last_warp(block)));
         ExpertRows rows = {};
-        if (has_part) {
-            rows = rows_of<Spec>(params, walk.entry, walk.summed.part);
-            terms.load(rows, 0, block.thread_idx());
+        if (walk.has_part) rows = rows_of<Spec>(params, walk.entry, walk.summed.part);
+        if (sums) terms.load(rows, 0, summers);
+        if (!is_first) {
+            if (staged != Staged::kNothing) store();
+            if (!walk.has_part) return Sending::kDone;
+            bool is_there;
+            if (!come_to_part(&rows, &is_there)) return Sending::kFailed;
+            if (!is_there) return Sending::kOn;
         }
-        if (staged != Staged::kNothing) {
-            store_partial(params, block, turn, current, staged, shared);
+        if (sums) sum_part(rows, params.apply_weights != 0, summers, terms, shared);
+        if (is_first) {
+            const Sending sending = open(rows.num > 0);
+            terms = {};  // whose registers are free until here
+            return sending;
         }
-        if (!has_part) return true;
-        const Staged next = walk.has_ended ? Staged::kToKeep : Staged::kToSend;
-        current = walk.summed;
-        walk.advance(block);
-        if (walk.has_part) walk.load();
-        staged = Staged::kNothing;
-        // The first part's source may have been found to be absent since the walk began.
-        if (cut_sources(shared)[current.source]) continue;
-        bool is_here;
-        if (!take_weights<Shared>(params, block, turn, current, &rows, &is_here)) return false;
-        if (!is_here || rows.num == 0) continue;
-        staged = next;
-        sum_part(rows, params.apply_weights != 0, block, terms, shared);
         if constexpr (!Spec::kSendsVectors) {
             block.sync();  // ORDER: the staged part before its packets
         }
+        return Sending::kOn;
     }
-}
 
-/// What the block probably sums first: ranks have the same number of tokens, as a rule.
-template <typename Spec>
-DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device::Block& block) {
-    PairCursor cursor = summed_cursor<Spec>(block, params.num_tokens);
-    return cursor.find(params) ? summed_at<Spec>(params, cursor) : Summed{0, -1, 0};
-}
+  private:
+    /// A first part, before the turn is known.
+    DEEPCOMM_DEVICE bool sums_early() const {
+        return Spec::kSendsVectors && params.source_weights == nullptr;
+    }
 
-/// Takes the turn and sends. The turn, the credits and what the record says, entries of the first token
-/// included, are on their way together. False: leave.
+    DEEPCOMM_DEVICE void store() {
+        store_partial(params, block, shared.peers.turn, current, staged, shared);
+        staged = Staged::kNothing;
+    }
+
+    DEEPCOMM_DEVICE void advance() {
+        current = walk.summed;
+        walk.advance(block);
+        if (walk.has_part) walk.load();
+    }
+
+    /// Whether the part whose terms are on their way is to be summed. False: leave.
+    DEEPCOMM_DEVICE bool come_to_part(ExpertRows* rows, bool* is_there) {
+        const Staged next = walk.has_ended ? Staged::kToKeep : Staged::kToSend;
+        advance();
+        *is_there = false;
+        // The first part's source may have been found to be absent since the walk began.
+        if (cut_sources(shared)[current.source]) return true;
+        const LowLatencyTurn& turn = shared.peers.turn;
+        if (!take_weights<Shared>(params, block, turn, current, rows, is_there)) return false;
+        *is_there = *is_there && rows->num > 0;
+        if (*is_there) staged = next;
+        return true;
+    }
+
+    /// Begins to send, with the part that has been summed if that was a good guess.
+    DEEPCOMM_DEVICE Sending open(bool has_rows) {
+        if constexpr (Shared::kSumsApart) take_turn();
+        // ORDER: what the record says, a first part, and the credits before all that is sent, to all
+        if (!block.sync_and(has_peers)) return Sending::kFailed;
+        find_cut_sources(params.base, block, shared);
+        const bool is_guessed = walk.begin(block);
+        if (is_guessed && has_rows && sums_early()) {
+            staged = Staged::kToSend;
+            current = walk.summed;
+            store();
+            advance();
+        }
+        bool has_ended;
+        if (!open_send(params, block, &has_ended, shared)) return Sending::kFailed;
+        return has_ended ? Sending::kDone : Sending::kOn;
+    }
+};
+
+/// Takes the turn and sends. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   Shared& shared) {
-    using Spec = typename Shared::Spec;
-    const LowLatencyParams& base = params.base;
-    const device::Warp warp;
-    const bool is_refused = is_void(base);
-    const Summed guess = guess_summed<Spec>(base, block);
-    const Entry entry = guess.token >= 0 ? load_entry(params, warp, guess) : Entry{};
-    EarlyTurn early(base, block);
-    read_record(params, block, shared);
-    if (Shared::kKeepsSum && warp.warp_idx() == 0) {
-        const Summed own = kept_of<Spec>(base, block);
-        if (own.token < base.num_tokens) {
-            const Entry kept = load_entry(params, warp, own);
-            shared.kept_entries[warp.thread_idx()] = kept.bits;
-            shared.kept_weights[warp.thread_idx()] = kept.weight;
-        }
-    }
-    early.load_credits(base);
+    const bool is_refused = is_void(params.base);
+    PartSender<Shared> sender(params, block, shared);
     if (is_refused) return false;
-    const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
-                                                        early, &shared.peers);
-    clear_tail(block, shared);
-    // ORDER: what the record says, and the credits before all that is sent, to all
-    if (!block.sync_and(has_peers)) return false;
-    const LowLatencyTurn& turn = shared.peers.turn;
-    find_cut_sources(base, block, shared);
-    SummedWalk<Shared> walk(params, block, shared);
-    walk.begin(block, guess, entry);
-    const bool is_announced = Shared::kIsCarried && params.source_weights != nullptr;
-    if (block.block_idx() == block.num_blocks() - 1 && !is_announced) {
-        send_combine_headers(base, block, turn, shared);
+    Sending sending = Sending::kOn;
+    bool is_first = true;
+    if constexpr (Shared::kSumsApart) {
+        sending = sender.step(true);
+        is_first = false;
+    } else {
+        sender.take_turn();
     }
-    bool has_ended;
-    if (!exchange_weights(params, block, turn, shared, &has_ended)) return false;
-    return has_ended || send_parts(params, block, turn, walk, shared);
+    DEEPCOMM_NO_UNROLL
+    while (sending == Sending::kOn) {
+        sending = sender.step(is_first);
+        is_first = false;
+    }
+    return sending == Sending::kDone;
 }
 
 }  // namespace deepcomm::kernels::low_latency

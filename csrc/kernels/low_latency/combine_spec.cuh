@@ -12,6 +12,7 @@ struct LowLatencyCombineSpec {
     using Format = typename low_latency::PayloadFormat<kHasNodes>::Type;
     static constexpr bool kIsOfNodes = kHasNodes;
     static constexpr int kNumThreads = kThreads;
+    static constexpr int kNumSummers = kThreads - device::kWarpSize;  ///< of a block's first part
     static constexpr int kVectorWords = static_cast<int>(layout::kVectorWords);
     static constexpr int kRowWords = kHidden / 2;
     /// Whether a packet is a vector of its part: the thread that sums it sends it, and receives it alone.
@@ -66,6 +67,9 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     static constexpr bool kIsCarried = Config::kIsCarried;
     /// Whether the sum of this rank's own rows stays staged for what a block receives first.
     static constexpr bool kKeepsSum = (kPhases & kKeepSums) != 0;
+    /// Whether a block's first part has code of its own, at the kernel's begin: more code, but what runs first
+    /// is fetched first. Not where blocks have one part each, which would have little else to run.
+    static constexpr bool kSumsApart = kKeepsSum;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< a part of a sum that is sent
     low_latency::Peers peers;

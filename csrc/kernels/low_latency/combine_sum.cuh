@@ -22,19 +22,24 @@ struct ExpertRows {
     int32_t num_vectors;  ///< of the part
 };
 
-/// Vectors first, first + threads, ... of a part of several rows. All loads fly before the first is added,
-/// and those of the part that comes next while this one's packets are stored, which takes as long as the
-/// link does.
+/// The threads that sum a part together: a thread takes vectors first, first + stride, ...
+struct Summers {
+    int32_t first;
+    int32_t stride;
+};
+
+/// A thread's vectors of a part of several rows. All loads fly before the first is added, and those of the
+/// part that comes next while this one's packets are stored, which takes as long as the link does.
 template <typename Spec>
 struct PartTerms {
     static constexpr int kTerms = 8;
-    static constexpr int kAll = (Spec::kPartVectors + Spec::kNumThreads - 1) / Spec::kNumThreads;
+    static constexpr int kAll = (Spec::kPartVectors + Spec::kNumSummers - 1) / Spec::kNumSummers;
     static constexpr int kCount = kAll < 2 ? kAll : 2;
 
     Vec128 vectors[kTerms][kCount];
 
     /// Rows begin, begin + 1, ...
-    DEEPCOMM_DEVICE void load(const ExpertRows& rows, int32_t begin, int32_t first) {
+    DEEPCOMM_DEVICE void load(const ExpertRows& rows, int32_t begin, const Summers& summers) {
         const auto bits = reinterpret_cast<uint64_t>(rows.mine.part);
         DEEPCOMM_UNROLL
         for (int32_t j = 0; j < kTerms; ++j) {
@@ -42,7 +47,7 @@ struct PartTerms {
             const uint64_t part = device::warp_shuffle(bits, begin + j);
             DEEPCOMM_UNROLL
             for (int32_t i = 0; i < kCount; ++i) {
-                const int32_t index = first + i * Spec::kNumThreads;
+                const int32_t index = summers.first + i * summers.stride;
                 if (index >= rows.num_vectors) continue;
                 vectors[j][i] =
                     device::ld_weak_streaming(reinterpret_cast<const Vec128*>(part) + index);
@@ -70,26 +75,28 @@ struct PartTerms {
 /// Sums a part in FP32 and stages it, zeros behind it where it is shorter than others; terms: the first of
 /// them are on their way.
 template <typename Shared>
-DEEPCOMM_DEVICE void sum_part(const ExpertRows& rows, bool has_weights, const device::Block& block,
+DEEPCOMM_DEVICE void sum_part(const ExpertRows& rows, bool has_weights, Summers summers,
                               PartTerms<typename Shared::Spec>& terms, Shared& shared) {
     using Spec = typename Shared::Spec;
     using Terms = PartTerms<Spec>;
+    bool is_loaded = true;
     DEEPCOMM_NO_UNROLL
     for (int32_t i = 0; i < Terms::kAll; i += Terms::kCount) {
-        const int32_t first = block.thread_idx() + i * Spec::kNumThreads;
         Floats8 sums[Terms::kCount] = {};
         DEEPCOMM_NO_UNROLL
         for (int32_t begin = 0; begin < rows.num; begin += Terms::kTerms) {
-            if (i + begin > 0) terms.load(rows, begin, first);
+            if (!is_loaded) terms.load(rows, begin, summers);
             terms.add_to(sums, rows, begin, has_weights);
+            is_loaded = false;
         }
         DEEPCOMM_UNROLL
         for (int32_t j = 0; j < Terms::kCount; ++j) {
-            const int32_t index = first + j * Spec::kNumThreads;
+            const int32_t index = summers.first + j * summers.stride;
             if (index >= Spec::kPartVectors) continue;
             reinterpret_cast<Vec128*>(shared.row)[index] =
                 index < rows.num_vectors ? bf16_of(sums[j]) : Vec128{};
         }
+        summers.first += Terms::kCount * summers.stride;
     }
 }
 
