@@ -135,13 +135,15 @@ DEEPCOMM_DEVICE Entry kept_entry(const LowLatencyCombineParams& params,
     return load_entry(params, warp, own);
 }
 
-/// Looks up at a launch's begin, all of it on its way together: what the record says, what the block probably sums
-/// first, where the walk is then, and the peers' credits.
+/// What a block looks up at a launch's begin, on its way together: whose turn it is, what the record says, and what
+/// the block probably sums first, where the walk is then. False: there is no turn; leave.
 template <typename Shared>
-DEEPCOMM_DEVICE void look_up(const LowLatencyCombineParams& params, const device::Block& block,
-                             SummedWalk<Shared>& walk, EarlyTurn& early, Shared& shared) {
+DEEPCOMM_DEVICE bool find_turn(const LowLatencyCombineParams& params, const device::Block& block,
+                               SummedWalk<Shared>& walk, Shared& shared) {
     const LowLatencyParams& base = params.base;
     const device::Warp warp;
+    const bool is_refused = is_void(base);
+    EarlyTurn early(base, block);
     walk.guess(block);
     const Entry kept = kept_entry<Shared>(params, block);
     read_record(params, block, shared);
@@ -151,6 +153,9 @@ DEEPCOMM_DEVICE void look_up(const LowLatencyCombineParams& params, const device
     }
     clear_tail(block, shared);
     early.load_credits(base);
+    if (is_refused) return false;
+    return open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block, early,
+                                        &shared.peers);
 }
 
 /// Once the block has met: sends the headers, and exchanges weights that are given at the sources. False: leave.
@@ -177,23 +182,14 @@ struct PartSender {
     const device::Block& block;
     Shared& shared;
     SummedWalk<Shared> walk;
-    EarlyTurn early;
-    bool has_peers = true;
+    bool has_peers;
     Summed current = {0, 0, 0};
     Staged staged = Staged::kNothing;
     PartTerms<Spec> terms;
 
     DEEPCOMM_DEVICE PartSender(const LowLatencyCombineParams& of, const device::Block& by,
                                Shared& in)
-        : params(of), block(by), shared(in), walk(of, in), early(of.base, by) {
-        look_up(of, by, walk, early, in);
-    }
-
-    /// The last warp finds whose turn it is, and waits for the peers.
-    DEEPCOMM_DEVICE void take_turn() {
-        has_peers = open_turn<Shared::kHasNodes>(params.base, Operation::kLowLatencyCombine, block,
-                                                 early, &shared.peers);
-    }
+        : params(of), block(by), shared(in), walk(of, in), has_peers(find_turn(of, by, walk, in)) {}
 
     /// One part. The first, as far as it can be guessed, is summed by all warps but the last and before anybody
     /// knows whose turn it is: the last warp finds that meanwhile.
@@ -256,7 +252,6 @@ struct PartSender {
 
     /// Begins to send, with the part that has been summed if that was a good guess.
     DEEPCOMM_DEVICE Sending open(bool has_rows) {
-        if constexpr (Shared::kSumsApart) take_turn();
         // ORDER: what the record says, a first part, and the credits before all that is sent, to all
         if (!block.sync_and(has_peers)) return Sending::kFailed;
         find_cut_sources(params.base, block, shared);
@@ -277,16 +272,13 @@ struct PartSender {
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
                                   Shared& shared) {
-    const bool is_refused = is_void(params.base);
     PartSender<Shared> sender(params, block, shared);
-    if (is_refused) return false;
     Sending sending = Sending::kOn;
     bool is_first = true;
-    if constexpr (Shared::kSumsApart) {
+    // Where blocks have several parts, the first one by code of its own: larger, but faster.
+    if constexpr (Shared::kKeepsSum) {
         sending = sender.step(true);
         is_first = false;
-    } else {
-        sender.take_turn();
     }
     DEEPCOMM_NO_UNROLL
     while (sending == Sending::kOn) {

@@ -67,9 +67,6 @@ struct LowLatencyCombineShared : LowLatencyCombineConfig<kHidden, kPhases, kThre
     static constexpr bool kIsCarried = Config::kIsCarried;
     /// Whether the sum of this rank's own rows stays staged for what a block receives first.
     static constexpr bool kKeepsSum = (kPhases & kKeepSums) != 0;
-    /// Whether a block's first part has code of its own, at the kernel's begin: more code, but what runs first
-    /// is fetched first. Not where blocks have one part each, which would have little else to run.
-    static constexpr bool kSumsApart = kKeepsSum;
 
     alignas(16) uint32_t row[Spec::kStagedWords];  ///< a part of a sum that is sent
     low_latency::Peers peers;
