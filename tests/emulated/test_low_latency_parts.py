@@ -20,6 +20,7 @@ pytestmark = pytest.mark.emulated_backend
 
 TOKEN, _, PADDED = RecvLayout
 HIDDEN = 4104  # 257 vectors of 16 bytes, and 256
+LARGEST = 4096  # a part of 512, more than the threads that sum a block's first one add up at once
 NODES = replace(LOW_LATENCY_TWO_BY_TWO, num_tokens=3, hidden=HIDDEN)
 # More experts of a token on a rank than it sums at once.
 MANY: dict[str, Any] = {
@@ -33,6 +34,8 @@ RAILS = {"lsa": {}, "nccl": {"rail": "nccl"}}
 CASES = [
     ("lsa", Case(num_ranks=2, num_tokens=3, hidden=HIDDEN, num_topk=4, layout=TOKEN)),
     ("lsa", Case(num_ranks=1, **MANY, routing="uniform")),
+    ("lsa", Case(num_ranks=2, num_tokens=3, hidden=LARGEST, num_topk=4, layout=TOKEN)),
+    ("lsa", Case(num_ranks=2, **{**MANY, "hidden": LARGEST}, routing="uniform")),
     *((rail, replace(NODES, layout=layout)) for rail in RAILS for layout in (TOKEN, PADDED)),
     ("nccl", Case(num_ranks=2, ranks_per_node=1, **MANY, routing="one_node")),
 ]

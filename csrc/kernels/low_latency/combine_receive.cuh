@@ -36,7 +36,7 @@ DEEPCOMM_DEVICE void write_sum(const LowLatencyCombineParams& params, const Toke
     sum->store(bias, out, Spec::num_vectors(at.part) * Spec::kVectorWords, first);
 }
 
-/// One part of a token; is_last: of the block, which then has read all that it reads. False: leave.
+/// One part of a token; is_last: of the block, which then has read all that has come. False: leave.
 template <int kPhases, typename Spec, typename Terms>
 DEEPCOMM_DEVICE bool receive_part(const LowLatencyCombineParams& params, const device::Block& block,
                                   const LowLatencyTurn& turn, Awaited<Spec, Terms>& awaited,

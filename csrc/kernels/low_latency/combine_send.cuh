@@ -144,7 +144,7 @@ DEEPCOMM_DEVICE bool find_turn(const LowLatencyCombineParams& params, const devi
     const device::Warp warp;
     const bool is_refused = is_void(base);
     EarlyTurn early(base, block);
-    walk.guess(block);
+    const bool goes_on = walk.guess(block);
     const Entry kept = kept_entry<Shared>(params, block);
     read_record(params, block, shared);
     if (Shared::kKeepsSum && warp.warp_idx() == 0) {
@@ -154,8 +154,9 @@ DEEPCOMM_DEVICE bool find_turn(const LowLatencyCombineParams& params, const devi
     clear_tail(block, shared);
     early.load_credits(base);
     if (is_refused) return false;
-    return open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block, early,
-                                        &shared.peers);
+    const bool has_peers = open_turn<Shared::kHasNodes>(base, Operation::kLowLatencyCombine, block,
+                                                        early, &shared.peers);
+    return has_peers && goes_on;
 }
 
 /// Once the block has met: sends the headers, and exchanges weights that are given at the sources. False: leave.

@@ -28,8 +28,9 @@ struct Summers {
     int32_t stride;
 };
 
-/// A thread's vectors of a part of several rows. All loads fly before the first is added, and those of the
-/// part that comes next while this one's packets are stored, which takes as long as the link does.
+/// A thread's vectors of a part of several rows, as many as it adds at once: their loads fly before the first is
+/// added, and those of the part that comes next while this one's packets are stored, which takes as long as the
+/// link does.
 template <typename Spec>
 struct PartTerms {
     static constexpr int kTerms = 8;
@@ -81,7 +82,7 @@ DEEPCOMM_DEVICE void sum_part(const ExpertRows& rows, bool has_weights, Summers 
     using Terms = PartTerms<Spec>;
     bool is_loaded = true;
     DEEPCOMM_NO_UNROLL
-    for (int32_t i = 0; i < Terms::kAll; i += Terms::kCount) {
+    for (int32_t done = 0; done < Spec::kPartVectors; done += Terms::kCount * summers.stride) {
         Floats8 sums[Terms::kCount] = {};
         DEEPCOMM_NO_UNROLL
         for (int32_t begin = 0; begin < rows.num; begin += Terms::kTerms) {
@@ -96,6 +97,7 @@ DEEPCOMM_DEVICE void sum_part(const ExpertRows& rows, bool has_weights, Summers 
             reinterpret_cast<Vec128*>(shared.row)[index] =
                 index < rows.num_vectors ? bf16_of(sums[j]) : Vec128{};
         }
+        if constexpr (Terms::kCount == Terms::kAll) break;
         summers.first += Terms::kCount * summers.stride;
     }
 }

@@ -95,17 +95,16 @@ DEEPCOMM_DEVICE Summed guess_summed(const LowLatencyParams& params, const device
     return cursor.find(params) ? summed_at<Spec>(params, cursor) : Summed{0, -1, 0};
 }
 
-/// The entry of that, as far as the record has it. All lanes call it.
+/// The entry of that, unless nobody has written what is there: the record has no such token, or is of a launch
+/// that may have failed. All lanes call it.
 DEEPCOMM_DEVICE Entry guess_entry(const LowLatencyCombineParams& params, const device::Warp& warp,
-                                  const Summed& guess) {
+                                  const Summed& guess, bool has_failed) {
     Entry entry = {layout::kNoEntry, 1.0f};
     if (guess.token < 0) return entry;
     const LowLatencyParams& base = params.base;
-    const uint32_t failed = device::ld_relaxed_gpu(base.comm.failed);
     const int32_t num_tokens = base.record[base.record_map.num_tokens + guess.source];
     entry = load_entry(params, warp, guess);
-    // Nobody has written what is there, or it may be so.
-    if (failed != 0 || guess.token >= num_tokens) entry.bits = layout::kNoEntry;
+    if (has_failed || guess.token >= num_tokens) entry.bits = layout::kNoEntry;
     return entry;
 }
 
@@ -125,11 +124,13 @@ struct SummedWalk {
     DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, Shared& in)
         : params(of), shared(in) {}
 
-    /// Is where it probably begins, until it does. Nothing here waits for the loads.
-    DEEPCOMM_DEVICE void guess(const device::Block& block) {
+    /// Is where it probably begins, until it does. False: a launch before has failed.
+    DEEPCOMM_DEVICE bool guess(const device::Block& block) {
+        const bool has_failed = device::ld_relaxed_gpu(params.base.comm.failed) != 0;
         summed = guess_summed<Spec>(params.base, block);
         has_part = summed.token >= 0;
-        entry = guess_entry(params, device::Warp{}, summed);
+        entry = guess_entry(params, device::Warp{}, summed, has_failed);
+        return !has_failed;
     }
 
     /// Comes to the next part, whose entry is not loaded yet.
