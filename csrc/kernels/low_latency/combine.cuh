@@ -11,17 +11,19 @@ template <int kHidden, int kPhases, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLowLatencyCombineBlocks)
     low_latency_combine(const __grid_constant__ LowLatencyCombineParams params) {
     using Shared = LowLatencyCombineShared<kHidden, kPhases, kThreads>;
-    device::await_kernel_ahead();
     const device::Block block;
+    // Of no memory, and so beside the kernel ahead.
+    const auto guess = low_latency::guess_summed<typename Shared::Spec>(params.base, block);
+    device::await_kernel_ahead();
     auto& shared = device::shared_storage<Shared>();
     if constexpr (Shared::kIsCarried)
-        return low_latency::combine_carried<kPhases>(params, block, shared);
+        return low_latency::combine_carried<kPhases>(params, block, guess, shared);
     constexpr bool kSends = (kPhases & kSendPhase) != 0;
     constexpr bool kReceives = (kPhases & kReceivePhase) != 0;
     layout::LowLatencyTurn found;
     const layout::LowLatencyTurn& turn = kSends ? shared.peers.turn : found;
     if constexpr (kSends) {
-        if (!low_latency::send_combine(params, block, shared)) return;
+        if (!low_latency::send_combine(params, block, guess, shared)) return;
         low_latency::finish_send<kPhases>(params.base, block, turn);
     } else {
         found = *params.base.turn;  // meanwhile, as loads take long

@@ -71,10 +71,11 @@ DEEPCOMM_DEVICE void skip_turn(const LowLatencyParams& params, const device::Blo
         finish_receive<kPhases>(params, block, *params.turn);
 }
 
-/// One launch of a combine.
+/// One launch of a combine; guess: as for send_combine.
 template <int kPhases, typename Shared>
 DEEPCOMM_DEVICE void combine_carried(const LowLatencyCombineParams& params,
-                                     const device::Block& block, Shared& shared) {
+                                     const device::Block& block, const Summed& guess,
+                                     Shared& shared) {
     const LowLatencyParams& base = params.base;
     constexpr bool kComesFirst = (kPhases & (kAnnouncePhase | kSendPhase)) != 0;
     if (!kComesFirst && !may_receive(base, block)) return;
@@ -82,7 +83,7 @@ DEEPCOMM_DEVICE void combine_carried(const LowLatencyCombineParams& params,
     if constexpr ((kPhases & kAnnouncePhase) != 0) {
         announce_combine(params, block, shared);
     } else if constexpr ((kPhases & kSendPhase) != 0) {
-        if (send_combine(params, block, shared)) {
+        if (send_combine(params, block, guess, shared)) {
             finish_send<kPhases>(base, block, shared.peers.turn);
         }
     } else {

@@ -124,17 +124,6 @@ DEEPCOMM_DEVICE bool take_weights(const LowLatencyCombineParams& params, const d
     return true;
 }
 
-/// The entry of the part that the block keeps.
-template <typename Shared>
-DEEPCOMM_DEVICE Entry kept_entry(const LowLatencyCombineParams& params,
-                                 const device::Block& block) {
-    const device::Warp warp;
-    const Summed own = kept_of<typename Shared::Spec>(params.base, block);
-    const bool is_there = Shared::kKeepsSum && warp.warp_idx() == 0;
-    if (!is_there || own.token >= params.base.num_tokens) return {layout::kNoEntry, 1.0f};
-    return load_entry(params, warp, own);
-}
-
 /// What a block looks up at a launch's begin, on its way together: whose turn it is, what the record says, and what
 /// the block probably sums first, where the walk is then. False: there is no turn; leave.
 template <typename Shared>
@@ -144,7 +133,7 @@ DEEPCOMM_DEVICE bool find_turn(const LowLatencyCombineParams& params, const devi
     const device::Warp warp;
     const bool is_refused = is_void(base);
     EarlyTurn early(base, block);
-    const bool goes_on = walk.guess(block);
+    const bool goes_on = walk.load_guess();
     const Entry kept = kept_entry<Shared>(params, block);
     read_record(params, block, shared);
     if (Shared::kKeepsSum && warp.warp_idx() == 0) {
@@ -189,8 +178,12 @@ struct PartSender {
     PartTerms<Spec> terms;
 
     DEEPCOMM_DEVICE PartSender(const LowLatencyCombineParams& of, const device::Block& by,
-                               Shared& in)
-        : params(of), block(by), shared(in), walk(of, in), has_peers(find_turn(of, by, walk, in)) {}
+                               const Summed& guess, Shared& in)
+        : params(of),
+          block(by),
+          shared(in),
+          walk(of, guess, in),
+          has_peers(find_turn(of, by, walk, in)) {}
 
     /// One part. The first, as far as it can be guessed, is summed by all warps but the last and before anybody
     /// knows whose turn it is: the last warp finds that meanwhile.
@@ -269,11 +262,11 @@ struct PartSender {
     }
 };
 
-/// Takes the turn and sends. False: leave.
+/// Takes the turn and sends; guess: what the block probably sums first. False: leave.
 template <typename Shared>
 DEEPCOMM_DEVICE bool send_combine(const LowLatencyCombineParams& params, const device::Block& block,
-                                  Shared& shared) {
-    PartSender<Shared> sender(params, block, shared);
+                                  const Summed& guess, Shared& shared) {
+    PartSender<Shared> sender(params, block, guess, shared);
     Sending sending = Sending::kOn;
     bool is_first = true;
     // Where blocks have several parts, the first one by code of its own: larger, but faster.

@@ -108,6 +108,17 @@ DEEPCOMM_DEVICE Entry guess_entry(const LowLatencyCombineParams& params, const d
     return entry;
 }
 
+/// The entry of the part that the block keeps.
+template <typename Shared>
+DEEPCOMM_DEVICE Entry kept_entry(const LowLatencyCombineParams& params,
+                                 const device::Block& block) {
+    const device::Warp warp;
+    const Summed own = kept_of<typename Shared::Spec>(params.base, block);
+    const bool is_there = Shared::kKeepsSum && warp.warp_idx() == 0;
+    if (!is_there || own.token >= params.base.num_tokens) return {layout::kNoEntry, 1.0f};
+    return load_entry(params, warp, own);
+}
+
 /// The parts of tokens that a block sums, one after the other.
 template <typename Shared>
 struct SummedWalk {
@@ -115,20 +126,19 @@ struct SummedWalk {
 
     const LowLatencyCombineParams& params;
     Shared& shared;
-    Summed summed = {0, 0, 0};  ///< the part to come
-    Entry entry = {};           ///< of its token
-    bool has_part = false;
+    Summed summed;     ///< the part to come
+    Entry entry = {};  ///< of its token
+    bool has_part;
     bool has_ended = false;
     PairCursor cursor = {0, 0};
 
-    DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, Shared& in)
-        : params(of), shared(in) {}
+    /// Is where it probably begins, until it does.
+    DEEPCOMM_DEVICE SummedWalk(const LowLatencyCombineParams& of, const Summed& guess, Shared& in)
+        : params(of), shared(in), summed(guess), has_part(guess.token >= 0) {}
 
-    /// Is where it probably begins, until it does. False: a launch before has failed.
-    DEEPCOMM_DEVICE bool guess(const device::Block& block) {
+    /// False: a launch before has failed.
+    DEEPCOMM_DEVICE bool load_guess() {
         const bool has_failed = device::ld_relaxed_gpu(params.base.comm.failed) != 0;
-        summed = guess_summed<Spec>(params.base, block);
-        has_part = summed.token >= 0;
         entry = guess_entry(params, device::Warp{}, summed, has_failed);
         return !has_failed;
     }
