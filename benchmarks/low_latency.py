@@ -12,9 +12,11 @@ between send and hook come from launches on a stream. All waits are bounded.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,18 @@ class Figure:
     p50: float
     p95: float
     p99: float
+
+
+@contextmanager
+def bound_to_core(rank: int, num_ranks: int) -> Iterator[None]:
+    """Keep this thread on one core, another one for each rank, as schedulers move it else."""
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    os.sched_setaffinity(0, {cores[(rank + 1) * len(cores) // (num_ranks + 1)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @dataclass
@@ -218,18 +232,23 @@ class Work:
 
     def time_host(self, y: torch.Tensor) -> None:
         """Time the calls of a dispatch and a combine, which only launch: one pair, and a row."""
-        for name, num_pairs in (("alone", 1), ("in a row", PAIRS_IN_A_ROW)):
-            samples = []
-            for _ in range(2 * self.options.samples):
-                torch.cuda.synchronize()
-                dist.barrier(group=self.group)
-                start = time.perf_counter()
-                for _ in range(num_pairs):
-                    got = self.dispatch(RecvLayout.EXPERT_PADDED, "fp8_e4m3")
-                    self.buffer.low_latency_combine(y, got.handle)
-                samples.append((time.perf_counter() - start) * 1e6 / num_pairs)
+        self.time_calls("alone", y, num_pairs=1)
+        self.time_calls("in a row", y, num_pairs=PAIRS_IN_A_ROW)
+        with bound_to_core(self.rank, self.num_ranks):
+            self.time_calls("in a row, bound to a core", y, num_pairs=PAIRS_IN_A_ROW)
+
+    def time_calls(self, name: str, y: torch.Tensor, num_pairs: int) -> None:
+        samples = []
+        for _ in range(2 * self.options.samples):
             torch.cuda.synchronize()
-            self.add(f"host time of a pair of calls, no graph, {name}", "us", samples)
+            dist.barrier(group=self.group)
+            start = time.perf_counter()
+            for _ in range(num_pairs):
+                got = self.dispatch(RecvLayout.EXPERT_PADDED, "fp8_e4m3")
+                self.buffer.low_latency_combine(y, got.handle)
+            samples.append((time.perf_counter() - start) * 1e6 / num_pairs)
+        torch.cuda.synchronize()
+        self.add(f"host time of a pair of calls, no graph, {name}", "us", samples)
 
     def time_gemm(self) -> None:
         """Time a GEMM that fills the GPU, alone and between send and hook."""
