@@ -16,8 +16,8 @@ struct KernelImage {
     std::string symbol;
     int shared_bytes = 0;  ///< dynamic shared memory
     int max_threads = 0;   ///< of a block; 0: the device's limit
-    /// Whether it begins with device::await_kernel_ahead, and may be launched before the kernel ahead of it on
-    /// its stream has ended (programmatic dependent launch).
+    /// Whether it calls device::await_kernel_ahead before it touches memory, and may be launched before the kernel
+    /// ahead of it on its stream has ended (programmatic dependent launch).
     bool awaits_ahead = false;
 };
 

@@ -38,7 +38,10 @@ SHARED_BYTES_VALUE = re.compile(rf"\b{SHARED_BYTES} = (\d+);")
 MAX_THREADS = re.compile(r"^\.maxntid (\d+)", re.MULTILINE)
 DYNAMIC_SHARED = ".extern .shared"
 AWAITS_AHEAD = "griddepcontrol.wait"
-FACTS = 2
+TOUCHES_MEMORY = re.compile(
+    r"^\s*(?:@!?%p\d+\s+)?(?:ld(?!\.param\b)|ldu|st|atom|red|cp|call)\b", re.MULTILINE
+)
+FACTS = 3
 """Goes up with what is stored of a kernel beside its code."""
 
 
@@ -54,8 +57,8 @@ class CompiledKernel:
         cubin: Machine code, as the driver loads it.
         shared_bytes: Dynamic shared memory to launch with.
         max_threads: Threads a block that it may be launched with; None: the device's limit.
-        awaits_ahead: Whether it awaits the kernel ahead of it on its stream itself, and may be
-            launched before that one has ended.
+        awaits_ahead: Whether it awaits the kernel ahead of it on its stream itself, before it
+            touches memory, and may be launched before that one has ended.
         constants: Bytes of those that it shows to the host, by name.
         usage: What it takes of an SM; None where the compiler's report could not be read.
         is_new: Whether it was compiled just now rather than found in the cache.
@@ -237,6 +240,12 @@ def _constant(name: str, ptx: str) -> bytes:
     return bytes(map(int, found[2].split(","))).ljust(int(found[1]), b"\0")
 
 
+def _awaits_ahead(ptx: str) -> bool:
+    before, awaits, _ = ptx.partition(AWAITS_AHEAD)
+    body = before.rpartition(".entry")[2]
+    return bool(awaits) and TOUCHES_MEMORY.search(body) is None
+
+
 def _facts(kernel: Kernel, output: Output) -> dict[str, object]:
     shared, threads = SHARED_BYTES_VALUE.search(output.ptx), MAX_THREADS.search(output.ptx)
     usage = parse_usage(output.log)
@@ -244,7 +253,7 @@ def _facts(kernel: Kernel, output: Output) -> dict[str, object]:
         "symbol": output.symbol,
         "shared_bytes": int(shared.group(1)) if shared else 0,
         "max_threads": int(threads.group(1)) if threads else None,
-        "awaits_ahead": AWAITS_AHEAD in output.ptx,
+        "awaits_ahead": _awaits_ahead(output.ptx),
         "constants": {name: _constant(name, output.ptx).hex() for name in kernel.constants},
         "usage": asdict(usage) if usage else None,
     }

@@ -37,11 +37,27 @@ def test_compile_gives_what_the_host_needs_and_keeps_it(fake: jit.KernelCompiler
     assert len(fake.toolchain.units) == 1
 
 
-def test_compile_finds_whether_a_kernel_awaits_the_one_ahead(fake: jit.KernelCompiler) -> None:
-    fake.toolchain.ptx += "griddepcontrol.wait;\n"
+@pytest.mark.parametrize(
+    ("before", "awaits_ahead"),
+    [
+        pytest.param("", True, id="at once"),
+        pytest.param("\tld.param.u32 \t%r1, [scale_param_0];\n", True, id="behind arguments"),
+        pytest.param("\t@%p1 bra \t$L__BB0_3;\n\tstart:\n", True, id="behind a branch"),
+        pytest.param("\tld.global.u32 \t%r1, [%rd1];\n", False, id="behind a load"),
+        pytest.param("\t@!%p12 st.global.u32 \t[%rd1], %r1;\n", False, id="behind a store"),
+        pytest.param("\tatom.global.add.u32 \t%r1, [%rd1], 1;\n", False, id="behind an atomic"),
+        pytest.param("\tcall.uni (retval0),\n", False, id="behind a call"),
+    ],
+)
+def test_compile_finds_whether_a_kernel_awaits_the_one_ahead(
+    fake: jit.KernelCompiler, before: str, awaits_ahead: bool
+) -> None:
+    outside = ".func helper\n{\n\tld.global.u32 \t%r1, [%rd1];\n}\n"
+    fake.toolchain.ptx += f"{outside}.visible .entry scale\n{before}\tgriddepcontrol.wait;\n"
+    fake.toolchain.ptx += "\tst.global.u32 \t[%rd1], %r1;\n"
     for is_new in (True, False):
         compiled = fake.compile(SCALE, arch="sm_90a", spec=SPEC)
-        assert (compiled.awaits_ahead, compiled.is_new) == (True, is_new)
+        assert (compiled.awaits_ahead, compiled.is_new) == (awaits_ahead, is_new)
 
 
 def test_compile_instantiates_kernel_and_shared_memory(fake: jit.KernelCompiler) -> None:

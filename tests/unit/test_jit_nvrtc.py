@@ -103,6 +103,15 @@ def compile_body(compiler: jit.KernelCompiler, body: str, **options: Any) -> jit
     return compiler.compile(kernel, arch="sm_90a")
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_nvrtc_kernel_that_touches_memory_first_is_not_launched_early(
+    real: jit.KernelCompiler, is_first: bool
+) -> None:
+    lines = ['asm volatile("griddepcontrol.wait;" ::: "memory");', "*x += 1;"]
+    compiled = compile_body(real, " ".join(lines if is_first else reversed(lines)))
+    assert compiled.awaits_ahead == is_first
+
+
 def test_nvrtc_errors_show_file_line_and_source(real: jit.KernelCompiler) -> None:
     with pytest.raises(jit.CompileError) as caught:
         compile_body(real, "*x = unheard_of + 1;")

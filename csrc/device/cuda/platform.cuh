@@ -56,7 +56,7 @@ DEEPCOMM_DEVICE void pause_on(const void* /*address*/, uint64_t /*deadline_ns*/,
                               const void* /*other*/ = nullptr) {}
 
 /// Ahead of all access to memory in a kernel that may be launched before the one ahead of it on its stream has
-/// ended: waits for that one, and for all that it has written. The host launches a kernel so if it has this.
+/// ended: waits for that one, and for all that it has written. The host launches a kernel so where this comes first.
 DEEPCOMM_DEVICE void await_kernel_ahead() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
