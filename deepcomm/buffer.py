@@ -306,24 +306,26 @@ class Buffer:
             CommError: A peer had an argument error (usable afterwards) or died; from the hook.
             CommTimeout: A peer did not come within ``timeout_s``; from the hook.
         """
-        return self._backend.low_latency_dispatch(
-            low_latency_dispatch_request(
-                x,
-                topk_idx,
-                topk_weights,
-                quantize,
-                scale_format,
-                recv_layout,
-                zero_padding,
-                out,
-                return_hook,
-                async_op,
-                previous_event,
-                on_timeout,
-                expert_token_stats,
-                wait_us_stats,
-            )
+        arguments = (
+            x,
+            topk_idx,
+            topk_weights,
+            quantize,
+            scale_format,
+            recv_layout,
+            zero_padding,
+            out,
+            return_hook,
+            async_op,
+            previous_event,
+            on_timeout,
+            expert_token_stats,
+            wait_us_stats,
         )
+        output = self._backend.repeats.dispatch(arguments)
+        if output is not None:
+            return output
+        return self._backend.low_latency_dispatch(low_latency_dispatch_request(*arguments))
 
     def low_latency_combine(
         self,
@@ -364,21 +366,23 @@ class Buffer:
             CommError: A peer had an argument error (usable afterwards) or died; from the hook.
             CommTimeout: A peer did not come within ``timeout_s``; from the hook.
         """
-        return self._backend.low_latency_combine(
-            low_latency_combine_request(
-                y,
-                handle,
-                topk_weights,
-                apply_weights,
-                bias,
-                out,
-                return_hook,
-                async_op,
-                previous_event,
-                on_timeout,
-                wait_us_stats,
-            )
+        arguments = (
+            y,
+            handle,
+            topk_weights,
+            apply_weights,
+            bias,
+            out,
+            return_hook,
+            async_op,
+            previous_event,
+            on_timeout,
+            wait_us_stats,
         )
+        output = self._backend.repeats.combine(arguments)
+        if output is not None:
+            return output
+        return self._backend.low_latency_combine(low_latency_combine_request(*arguments))
 
     def set_rank_mask(self, rank: int, masked: bool) -> None:
         """Mark a peer dead (or alive again) for this rank's low-latency operations.

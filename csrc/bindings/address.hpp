@@ -6,8 +6,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "bindings/native_function.hpp"
+#include "bindings/prepared_launch.hpp"
 #include "host/function.hpp"
 
 namespace deepcomm {
@@ -44,6 +46,19 @@ pybind11::class_<Struct> kernel_params(pybind11::module_& module, const char* na
     def_method<&launch_with<Struct>>(
         bound, "launch",
         "launch(self, function: deepcomm._C.cuda.Function, grid: int, stream: int, /) -> None");
+    bound.def(
+        "prepare_launch",
+        [](const Struct& self, const host::Function& function, int grid,
+           pybind11::function current_stream) {
+            constexpr auto kThem = pybind11::return_value_policy::reference;
+            return prepare_launch({&function, grid, &self, sizeof(Struct),
+                                   std::move(current_stream),
+                                   pybind11::make_tuple(pybind11::cast(&function, kThem),
+                                                        pybind11::cast(&self, kThem))});
+        },
+        pybind11::arg("function"), pybind11::arg("grid"), pybind11::arg("current_stream"),
+        "Return a function that launches, with what is in the struct when it is called, on the "
+        "stream whose address current_stream() returns.");
     return bound;
 }
 

@@ -9,6 +9,7 @@ namespace deepcomm {
 void bind_cpu(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);
 void bind_kernels_low_latency(pybind11::module_& module);
+void bind_low_latency_calls(pybind11::module_& module);
 void bind_allocators(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 void bind_nccl(pybind11::module_& module);

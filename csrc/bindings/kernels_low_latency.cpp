@@ -11,9 +11,8 @@
 
 #include "bindings/address.hpp"
 #include "bindings/bind.hpp"
+#include "bindings/low_latency_arguments.hpp"
 #include "bindings/native_function.hpp"
-#include "bindings/plans.hpp"
-#include "bindings/torch_tensor.hpp"
 #include "kernels/low_latency/params.hpp"
 
 namespace py = pybind11;
@@ -30,14 +29,6 @@ using kernels::LowLatencyRefuseParams;
 using layout::LowLatencyLayout;
 using layout::LowLatencyRecordLayout;
 using layout::LowLatencyShape;
-
-/// Where the parts of a dispatch's one allocation lie, in 32-bit words; its record is at 0.
-struct WordOffsets {
-    int64_t counts;
-    int64_t topk_idx;
-    int64_t topk_weights;
-    int64_t out_topk_weights;
-};
 
 using TimeoutsNs = std::array<uint64_t, kernels::kNumLowLatencyRoles>;
 
@@ -136,41 +127,14 @@ py::class_<Struct> operation_params(py::module_& module, const char* name) {
     return params;
 }
 
-void set_inputs(LowLatencyDispatchParams& params, const Plans::Addresses& inputs) {
-    const auto [x, scales, topk_idx, topk_weights] = inputs;
-    params.x = pointer<unsigned char>(x);
-    params.scales = pointer<uint32_t>(scales);
-    params.topk_idx = pointer<void>(topk_idx);
-    params.topk_weights = pointer<float>(topk_weights);
-}
-
-void set_inputs(LowLatencyCombineParams& params, const Plans::Addresses& inputs) {
-    params.y = pointer<unsigned char>(inputs[0]);
-}
-
 void set_dispatch_outputs(LowLatencyDispatchParams& params, TensorAddress x, TensorAddress scales,
                           TensorAddress topk_idx, TensorAddress words, const WordOffsets& offsets) {
-    auto* const begin = pointer<int32_t>(words.value);
-    auto* const floats = pointer<float>(words.value);
-    const bool has_weights = params.topk_weights != nullptr;
-    params.out_x = pointer<unsigned char>(x.value);
-    params.out_scales = pointer<uint32_t>(scales.value);
-    params.out_topk_idx = pointer<void>(topk_idx.value);
-    params.base.record = begin;
-    params.base.turn =
-        reinterpret_cast<layout::LowLatencyTurn*>(begin + params.base.record_map.turn);
-    params.counts = begin + offsets.counts;
-    params.num_recv = params.counts + params.base.map.num_local_experts;
-    params.handle_topk_idx = begin + offsets.topk_idx;
-    params.handle_topk_weights = has_weights ? floats + offsets.topk_weights : nullptr;
-    params.out_topk_weights = has_weights ? floats + offsets.out_topk_weights : nullptr;
+    set_outputs(params, {x, scales, topk_idx, words}, offsets);
 }
 
 void set_combine_outputs(LowLatencyCombineParams& params, TensorAddress out, TensorAddress words,
                          const WordOffsets& offsets) {
-    params.out = pointer<unsigned char>(out.value);
-    params.base.record = pointer<int32_t>(words.value);
-    params.topk_idx = params.base.record + offsets.topk_idx;
+    set_outputs(params, out, words, offsets);
 }
 
 /// What changes in every call is set by few calls, which take the tensors themselves: each call, and
@@ -201,7 +165,8 @@ void bind_dispatch(py::module_& module) {
         .def_readwrite("scale_row_stride", &LowLatencyDispatchParams::scale_row_stride)
         .def_readwrite("scale_word_stride", &LowLatencyDispatchParams::scale_word_stride)
         .def_readwrite("stats_is_int64", &LowLatencyDispatchParams::stats_is_int64)
-        .def_readwrite("is_token_layout", &LowLatencyDispatchParams::is_token_layout);
+        .def_readwrite("is_token_layout", &LowLatencyDispatchParams::is_token_layout)
+        .def_readwrite("admits_next", &LowLatencyDispatchParams::admits_next);
     def_address(params, "x", &LowLatencyDispatchParams::x);
     def_address(params, "scales", &LowLatencyDispatchParams::scales);
     def_address(params, "topk_idx", &LowLatencyDispatchParams::topk_idx);
@@ -241,40 +206,6 @@ void bind_combine(py::module_& module) {
         "WordOffsets, /) -> None\n\nThe words are those of the dispatch.");
 }
 
-/// The params live as long as the plan is kept.
-template <typename Params>
-void keep_plan(Plans& plans, py::object plan, Params& params, const py::tuple& inputs,
-               const py::tuple& others, const py::tuple& options) {
-    const py::object owner = py::cast(params, py::return_value_policy::reference);
-    const auto fill = [owner, &params](const Plans::Addresses& found) {
-        set_inputs(params, found);
-    };
-    plans.keep(std::move(plan), fill, {inputs, others, options});
-}
-
-AnyObject find_plan(Plans& plans, const py::tuple& inputs, const py::tuple& others,
-                    const py::tuple& options) {
-    return plans.find({inputs, others, options});
-}
-
-void bind_plans(py::module_& module) {
-    module.def("can_describe_tensors", &can_describe_tensors,
-               "Whether this torch has what describes a tensor by one call.");
-    py::class_<Plans> plans(module, "LowLatencyPlans");
-    plans.def(py::init<size_t>(), py::arg("most"))
-        .def("__len__", &Plans::size)
-        .def("keep", &keep_plan<LowLatencyDispatchParams>, py::arg("plan"), py::arg("params"),
-             py::arg("inputs"), py::arg("others"), py::arg("options"),
-             "Remember the plan of such a call, unless it has what is no tensor.")
-        .def("keep", &keep_plan<LowLatencyCombineParams>, py::arg("plan"), py::arg("params"),
-             py::arg("inputs"), py::arg("others"), py::arg("options"));
-    def_method<&find_plan>(
-        plans, "find",
-        "find(self, inputs: tuple, others: tuple, options: tuple, /) -> typing.Any\n\n"
-        "Return the plan that was kept for such a call, with the addresses of the inputs in its "
-        "params; or None. Inputs and others are tensors or None.");
-}
-
 void bind_others(py::module_& module) {
     auto refuse = operation_params<LowLatencyRefuseParams>(module, "LowLatencyRefuseParams");
     refuse.def_readwrite("is_combine", &LowLatencyRefuseParams::is_combine)
@@ -310,7 +241,6 @@ void bind_kernels_low_latency(py::module_& parent) {
     bind_dispatch(module);
     bind_combine(module);
     bind_others(module);
-    bind_plans(module);
 }
 
 }  // namespace deepcomm

@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
     deepcomm::bind_cuda(module);  // whose functions the kernels' arguments are launched with
     deepcomm::bind_kernels(module);
     deepcomm::bind_kernels_low_latency(module);
+    deepcomm::bind_low_latency_calls(module);
     deepcomm::bind_allocators(module);
     deepcomm::bind_nccl(module);
 }

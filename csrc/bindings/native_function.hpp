@@ -32,6 +32,19 @@ pybind11::function make_function(PyMethodDef& definition, State state) {
     return pybind11::reinterpret_steal<pybind11::function>(function);
 }
 
+/// Calls an object of Python's.
+template <typename... Arguments>
+pybind11::object call(pybind11::handle function, const Arguments&... arguments) {
+    // The free place before them is for the object of a bound method.
+    PyObject* given[] = {nullptr, arguments.ptr()...};
+    PyObject* const result = PyObject_Vectorcall(
+        function.ptr(), given + 1, sizeof...(Arguments) | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+    if (result == nullptr) {
+        throw pybind11::error_already_set();
+    }
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+}
+
 /// Returns the value of an object of a bound class; that class is looked up once, not in each call.
 template <typename Class>
 Class& value_of(pybind11::handle object) {

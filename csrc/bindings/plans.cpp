@@ -105,10 +105,10 @@ bool Plans::describe(const Call& call) {
     addresses_ = {};
     try {
         size_t input = 0;
-        for (const py::handle tensor : call.inputs) {
+        for (PyObject* const tensor : call.inputs) {
             addresses_[input++] = append_tensor(key_, tensor);
         }
-        for (const py::handle tensor : call.others) {
+        for (PyObject* const tensor : call.others) {
             append_tensor(key_, tensor);
         }
     } catch (const py::error_already_set& error) {
@@ -119,7 +119,7 @@ bool Plans::describe(const Call& call) {
     } catch (const std::runtime_error&) {
         return false;  // a tensor without memory
     }
-    for (const py::handle option : call.options) {
+    for (PyObject* const option : call.options) {
         append_option(key_, option);
     }
     return true;
@@ -145,7 +145,11 @@ void Plans::keep(py::object plan, Fill fill, const Call& call) {
     if (plans_.size() >= most_) {
         plans_.clear();
     }
-    plans_.insert_or_assign(key_, Kept{std::move(plan), std::move(fill), call.options});
+    std::vector<py::object> options;
+    for (PyObject* const option : call.options) {
+        options.push_back(py::reinterpret_borrow<py::object>(option));
+    }
+    plans_.insert_or_assign(key_, Kept{std::move(plan), std::move(fill), std::move(options)});
 }
 
 }  // namespace deepcomm

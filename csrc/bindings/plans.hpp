@@ -12,6 +12,7 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace deepcomm {
 
@@ -37,11 +38,29 @@ class Plans {
     /// Forgets all of them before there are more than most.
     explicit Plans(size_t most) : most_(most) {}
 
+    /// Objects of a tuple or of an array.
+    class Objects {
+      public:
+        Objects(const pybind11::tuple& tuple)  // NOLINT(google-explicit-constructor)
+            : first_(PySequence_Fast_ITEMS(tuple.ptr())), size_(tuple.size()) {}
+        template <size_t kSize>
+        Objects(PyObject* const (&array)[kSize])  // NOLINT(google-explicit-constructor)
+            : first_(array), size_(kSize) {}
+
+        PyObject* const* begin() const { return first_; }
+        PyObject* const* end() const { return first_ + size_; }
+        size_t size() const { return size_; }
+
+      private:
+        PyObject* const* first_;
+        size_t size_;
+    };
+
     /// What a plan is looked up by. The inputs and the others are tensors or None.
     struct Call {
-        const pybind11::tuple& inputs;
-        const pybind11::tuple& others;
-        const pybind11::tuple& options;
+        Objects inputs;
+        Objects others;
+        Objects options;
     };
 
     /// Returns what was kept for such a call, filled; None if nothing. Addresses are those that
@@ -57,7 +76,7 @@ class Plans {
     struct Kept {
         pybind11::object plan;
         Fill fill;
-        pybind11::tuple options;  ///< their addresses are part of the key
+        std::vector<pybind11::object> options;  ///< their addresses are part of the key
     };
 
     /// Writes the key of a call, and where its inputs begin. False: it has what is no tensor.

@@ -87,16 +87,47 @@ class CombineRequest:
 Request = TypeVar("Request", DispatchRequest, CombineRequest)
 
 
+def low_latency_fields(request: type[Request]) -> tuple[str, ...]:
+    """Return the fields before ``low_latency``, which are the arguments of that mode."""
+    names = tuple(field.name for field in fields(request))
+    return names[: names.index("low_latency")]
+
+
 def low_latency_maker(request: type[Request]) -> Callable[..., Request]:
-    """Return what makes requests of the values of the fields before ``low_latency``."""
-    names = [field.name for field in fields(request)]
-    end = names.index("low_latency")
-    others = {field.name: field.default for field in fields(request)[end:]}
-    return slots.maker(request, names[:end], {**others, "low_latency": True})
+    """Return what makes requests of the values of ``low_latency_fields``."""
+    names = low_latency_fields(request)
+    others = {field.name: field.default for field in fields(request)[len(names) :]}
+    return slots.maker(request, list(names), {**others, "low_latency": True})
 
 
 low_latency_dispatch_request: Final = low_latency_maker(DispatchRequest)
 low_latency_combine_request: Final = low_latency_maker(CombineRequest)
+
+
+class Repeats(Protocol):
+    """Low-latency calls that are like earlier ones, and done without a second look.
+
+    Arguments are those of ``low_latency_fields``, in their order.
+    """
+
+    def dispatch(self, arguments: tuple[Any, ...], /) -> DispatchOutput | None:
+        """Return the output; or None, having done nothing, where the call is not like one."""
+
+    def combine(self, arguments: tuple[Any, ...], /) -> CombineOutput | None:
+        """Return the output; or None, having done nothing, where the call is not like one."""
+
+
+class NoRepeats:
+    """Where every call is looked at."""
+
+    def dispatch(self, arguments: tuple[Any, ...], /) -> None:
+        """Do nothing."""
+
+    def combine(self, arguments: tuple[Any, ...], /) -> None:
+        """Do nothing."""
+
+
+NO_REPEATS: Final = NoRepeats()
 
 
 class Backend(Protocol):
@@ -105,6 +136,10 @@ class Backend(Protocol):
     config: BufferConfig
     topology: Topology
     device: torch.device
+
+    @property
+    def repeats(self) -> Repeats:
+        """What low-latency calls are offered to first."""
 
     @property
     def num_bytes(self) -> int:

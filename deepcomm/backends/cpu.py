@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from deepcomm._C import cpu
+from deepcomm.backends.base import NO_REPEATS
 from deepcomm.backends.cpu_explain import Choices, explain
 from deepcomm.backends.cpu_low_latency import LowLatency, Place
 from deepcomm.backends.cpu_results import combine_output
@@ -66,6 +67,7 @@ class CpuBackend:
     """One rank's buffer in shared memory, with gloo rails between nodes."""
 
     device = torch.device("cpu")
+    repeats = NO_REPEATS
 
     def __init__(self, group: Any, config: BufferConfig) -> None:
         """Meet the peers, find the nodes, reserve memory; collective."""

@@ -28,7 +28,7 @@ from deepcomm.testing.oracle import assert_combine_equal, assert_dispatch_equal
 from deepcomm.topology import Topology
 
 if TYPE_CHECKING:
-    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.base import CombineRequest, DispatchRequest, Repeats
     from deepcomm.backends.cuda.network import Network
     from deepcomm.types import CombineOutput, DispatchOutput
 
@@ -81,6 +81,24 @@ class Failure:
             raise CommTimeout(f"{operation}: rank {peer} did not come", peer)
 
 
+class CompleteRepeats:
+    """What repeats operations, whose calls are complete."""
+
+    def __init__(self, backend: EmulatedBackend) -> None:
+        self._backend = backend
+
+    def dispatch(self, arguments: tuple[Any, ...], /) -> DispatchOutput | None:
+        return self._complete(self._backend.low_latency.repeats.dispatch(arguments))
+
+    def combine(self, arguments: tuple[Any, ...], /) -> CombineOutput | None:
+        return self._complete(self._backend.low_latency.repeats.combine(arguments))
+
+    def _complete(self, output: Any) -> Any:
+        if output is not None:
+            self._backend.settle()
+        return output
+
+
 class EmulatedBackend:
     """The part of ``deepcomm.backends.base.Backend`` that is low latency; calls are complete."""
 
@@ -106,6 +124,10 @@ class EmulatedBackend:
             return None
         rail = SubGroup(group, self.topology.rail_ranks)
         return self.runtime.network(rail, self.config.timeout_s, None, (self.config.rail,))
+
+    @property
+    def repeats(self) -> Repeats:
+        return CompleteRepeats(self)
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         return self._complete(self.low_latency.dispatch(request))

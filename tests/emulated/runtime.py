@@ -208,6 +208,17 @@ class EmulatedRuntime:
         self._cluster.launch(self._stream, launch)
         self._held += locals_of_backend()
 
+    def prepare_launch(
+        self, function: LazyKernel, grid: int, params: KernelParams
+    ) -> Callable[[], None]:
+        """Return what launches and waits: what native code holds meanwhile, nobody else does."""
+
+        def launch() -> None:
+            self.launch(function, grid, params)
+            self.drain()
+
+        return launch
+
     # ---- waiting
 
     def now_ns(self) -> int:

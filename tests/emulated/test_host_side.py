@@ -27,6 +27,7 @@ from emulated.test_trouble import (
 )
 
 from deepcomm import RecvLayout
+from deepcomm.backends.base import NO_REPEATS
 from deepcomm.errors import CommError, InvalidArgument
 from deepcomm.testing import LocalGroup
 
@@ -256,6 +257,39 @@ def test_low_latency_operations_follow_asynchronous_ones(schedules: Schedules) -
         run_emulated(dispatch_often, case.num_ranks, settings)
 
 
+def test_low_latency_calls_are_repeated_where_nothing_is_to_be_waited_for(
+    schedules: Schedules,
+) -> None:
+    case = Case(num_ranks=2, num_tokens=4)
+
+    def dispatch_often(group: LocalGroup) -> None:
+        with Session(group, case, Oracle(), max_tokens_per_rank=2, growable=True) as session:
+            arguments, buffer = dispatch_arguments(session), session.buffer
+            backend: Any = buffer._backend
+            few = {"x": arguments["x"][:2], "topk_idx": arguments["topk_idx"][:2]}
+            assert backend.repeats is NO_REPEATS
+            buffer.low_latency_dispatch(**few)
+            repeats = backend.repeats
+            assert repeats is not NO_REPEATS
+            for asynchronous in (buffer.low_latency_dispatch, buffer.dispatch):
+                asynchronous(**few, async_op=True)
+                assert backend.repeats is NO_REPEATS
+                buffer.low_latency_dispatch(**few)
+                assert backend.repeats is repeats
+            buffer.dispatch(**arguments)
+            assert backend.repeats is NO_REPEATS, "the buffer has grown"
+            buffer.low_latency_dispatch(**few)
+            assert backend.repeats not in (NO_REPEATS, repeats)
+            counts = backend._low_latency.counts
+            assert counts.num_dispatches == 5, "those of the smaller buffer count"
+        assert backend.repeats is NO_REPEATS
+        with pytest.raises(CommError, match="low_latency_dispatch: the buffer is closed"):
+            buffer.low_latency_dispatch(**few)
+
+    for settings in itertools.islice(schedules(), 1):
+        run_emulated(dispatch_often, case.num_ranks, settings)
+
+
 @pytest.mark.parametrize("nodes", NODES)
 def test_low_latency_of_a_smaller_buffer_is_refused(schedules: Schedules, nodes: str) -> None:
     """Its slots are gone: an operation in flight cannot be received, nor a handle be used."""
@@ -291,6 +325,8 @@ def test_buffer_is_freed_when_it_is_dropped(nodes: str) -> None:
     def body(group: LocalGroup) -> None:
         with Session(group, case) as session:
             backends.append(weakref.ref(session.buffer._backend))
+            for round_idx in range(2):
+                session.low_latency_combine(session.low_latency_dispatch(round_idx))
             flying = session.low_latency_dispatch(1, async_op=True, return_hook=True)
             flying.finish()
             session.low_latency_combine(flying, async_op=True)

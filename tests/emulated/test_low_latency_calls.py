@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from collective.case import Case
-from emulated.low_latency import LowLatencySession, play, use_small_blocks
+from emulated.low_latency import EmulatedBackend, LowLatencySession, play, use_small_blocks
 
 from deepcomm import Handle, InvalidArgument, RecvLayout, ScaledTensor
 from deepcomm.backends.cuda import low_latency_plan
@@ -89,6 +89,27 @@ def test_calls_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             buffer.low_latency_dispatch(**{**good, "x": good["x"].T.contiguous().T})
 
     play(ALONE, body)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp8"])
+@pytest.mark.parametrize("layout", [RecvLayout.EXPERT_PADDED, RecvLayout.TOKEN])
+def test_calls_like_earlier_ones_are_repeated(
+    monkeypatch: pytest.MonkeyPatch, layout: RecvLayout, wire: str
+) -> None:
+    """With other rows and other routing; results are those of the reference."""
+
+    def body(session: LowLatencySession) -> None:
+        session.low_latency_combine(session.low_latency_dispatch(0))
+        counts = session.backend.low_latency.counts
+        session.group.barrier()
+        for name in ("low_latency_dispatch", "low_latency_combine"):
+            monkeypatch.setattr(EmulatedBackend, name, None)
+        for round_idx in range(1, 4):
+            session.low_latency_combine(session.low_latency_dispatch(round_idx))
+        assert (counts.num_dispatches, counts.num_combines) == (4, 4)
+        assert counts.tokens_sent == 4 * len(session.inputs(0).xs[session.rank])
+
+    play(Case(**SMALL, num_ranks=2, layout=layout, wire=wire, even=True), body)
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

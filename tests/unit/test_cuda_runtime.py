@@ -61,7 +61,7 @@ def fake() -> FakeCuda:
 @pytest.fixture(autouse=True)
 def _stream(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch may be built for CPUs.
-    monkeypatch.setattr(CudaRuntime, "raw_stream", lambda _: STREAM)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
 
 
 def make(fake: FakeCuda, device: str = "cuda:1", compiler: Any = None) -> CudaRuntime:
@@ -150,6 +150,25 @@ def test_kernel_that_awaits_the_one_ahead_is_launched_early(
     runtime = make(fake, compiler=FakeCompiler(awaits_ahead=True))
     runtime.launch(runtime.load("probe_signal", {}), 3, kernels.LowLatencyMaskParams())
     assert fake.last_launch() == (3, 1024, 32, STREAM, 0, is_early)
+
+
+def test_launch_is_prepared_for_the_current_stream(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def current_stream(index: int) -> int:
+        asked.append(index)
+        return STREAM + len(asked)
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current_stream, raising=False)
+    runtime = make(fake)
+    params = kernels.LowLatencyMaskParams()
+    launch = runtime.prepare_launch(runtime.load("probe_signal", {}), 3, params)
+    for count in (1, 2):
+        launch()
+        assert fake.last_launch() == (3, 1024, 32, STREAM + count, 0, False)
+    assert asked == [1, 1]
 
 
 def test_launch_makes_the_context_current_unless_it_is(fake: FakeCuda) -> None:

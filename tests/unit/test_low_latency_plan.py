@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepcomm import Buffer
 from deepcomm._C import kernels, slots
+from deepcomm.backends.base import low_latency_fields
 from deepcomm.backends.cuda.low_latency_tensors import address_of
 from deepcomm.types import Handle, RecvLayout
 
@@ -285,7 +287,11 @@ def test_params_are_filled_without_the_c_functions() -> None:
 
 @pytest.mark.parametrize("operation", ["low_latency_dispatch", "low_latency_combine"])
 def test_arguments_reach_the_fields_of_their_names(operation: str) -> None:
+    offered: list[tuple[Any, ...]] = []
+
     class Backend:
+        repeats = SimpleNamespace(dispatch=offered.append, combine=offered.append)
+
         def __getattr__(self, name: str) -> Any:
             assert name == operation
             return lambda request: request
@@ -298,6 +304,9 @@ def test_arguments_reach_the_fields_of_their_names(operation: str) -> None:
     values = {field.name: getattr(request, field.name) for field in fields(request)}
     assert values.pop("low_latency") is True
     assert {name: values.pop(name) for name in given} == given
+    (arguments,) = offered
+    names = low_latency_fields(type(request))
+    assert dict(zip(names, arguments, strict=True)) == given
     assert set(values.values()) <= {None, False}
 
 

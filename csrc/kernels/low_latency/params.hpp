@@ -86,6 +86,7 @@ struct LowLatencyDispatchParams {
     void* expert_token_stats;  ///< [L] int32 or int64 to add to, or null
     int32_t stats_is_int64;
     int32_t is_token_layout;
+    int32_t admits_next;  ///< whether the next kernel may be launched before this one has ended
 };
 
 struct LowLatencyCombineParams {

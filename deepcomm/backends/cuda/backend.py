@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from deepcomm.backends.base import NO_REPEATS
 from deepcomm.backends.cuda.domain import Machine
 from deepcomm.backends.cuda.engine import DispatchOperation, Engine, FlatEngine, waits_by_rank
 from deepcomm.backends.cuda.failure import Failure, FailureMemory
@@ -28,7 +29,7 @@ from deepcomm.types import BufferStats
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.base import CombineRequest, DispatchRequest, Repeats
     from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.config import BufferConfig
     from deepcomm.types import CombineOutput, DispatchOutput, Event
@@ -37,6 +38,7 @@ __all__ = ["CudaBackend"]
 
 T = TypeVar("T")
 Request = TypeVar("Request", "DispatchRequest", "CombineRequest")
+Output = TypeVar("Output", "DispatchOutput", "CombineOutput")
 
 LOG = logging.getLogger("deepcomm")
 PROTOCOL_VERSION = 1
@@ -84,6 +86,7 @@ class CudaBackend:
         self.serial = 0
         self._num_dispatches = self._num_combines = self._tokens_sent = 0
         self._low_latency = self._open_low_latency(None)
+        self.repeats: Repeats = NO_REPEATS
         self._last_event: Event | None = None
         self._is_last_captured = False
         self._closed = False
@@ -239,6 +242,7 @@ class CudaBackend:
 
     def _keep_last_event(self, event: Event) -> None:
         self._last_event = event
+        self.repeats = NO_REPEATS  # until a call has waited for it
         self._is_last_captured = self.runtime.is_capturing()
 
     def _order_on_own_stream(self, previous_event: Event | None) -> Event | None:
@@ -288,45 +292,40 @@ class CudaBackend:
         self.engine.grow(wanted)
         self.config = replace(self.config, max_tokens_per_rank=wanted)
         previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
+        self.repeats = NO_REPEATS
         previous.close()
         return self._dispatch(request)
 
     def low_latency_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Low-latency dispatch, both phases or the first."""
-        request = self._begin_low_latency("low_latency_dispatch", request)
-        self.runtime.push_range("deepcomm.low_latency_dispatch")
-        try:
-            output = self._low_latency.dispatch(request, self._order_on_current_stream)
-        finally:
-            self.runtime.pop_range()
-        if request.async_op and output.event is not None:
-            self._keep_last_event(output.event)
-        return output
+        return self._run_low_latency("low_latency_dispatch", request, self._low_latency.dispatch)
 
     def low_latency_combine(self, request: CombineRequest) -> CombineOutput:
         """Low-latency combine, both phases or the first."""
-        request = self._begin_low_latency("low_latency_combine", request)
-        self.runtime.push_range("deepcomm.low_latency_combine")
-        try:
-            output = self._low_latency.combine(request, self._order_on_current_stream)
-        finally:
-            self.runtime.pop_range()
-        if request.async_op and output.event is not None:
-            self._keep_last_event(output.event)
-        return output
+        return self._run_low_latency("low_latency_combine", request, self._low_latency.combine)
 
-    def _begin_low_latency(self, operation: str, request: Request) -> Request:
-        """Order an operation behind those before it; return it with what it still waits for."""
-        self._check_open(operation)
+    def _run_low_latency(
+        self, name: str, request: Request, run: Callable[[Request, Callable[[], None]], Output]
+    ) -> Output:
+        """Run an operation behind those before it; it is told what it still waits for."""
+        self._check_open(name)
         self._low_latency.check_capture()
         previous_event: Event | None = None
         if request.async_op:
             previous_event = self._order_on_own_stream(request.previous_event)
         else:
             self._order_on_current_stream(request.previous_event)
-        if previous_event is request.previous_event:
-            return request
-        return replace(request, previous_event=previous_event)
+        if previous_event is not request.previous_event:
+            request = replace(request, previous_event=previous_event)
+        self.runtime.push_range(f"deepcomm.{name}")
+        try:
+            output = run(request, self._order_on_current_stream)
+        finally:
+            self.runtime.pop_range()
+        self.repeats = self._low_latency.repeats
+        if output.event is not None:
+            self._keep_last_event(output.event)
+        return output
 
     # ---- the rest
 
@@ -347,10 +346,11 @@ class CudaBackend:
         """
         self.runtime.flush()
         node, rail = self.engine.traffic()
+        counts = self._low_latency.counts
         return BufferStats(
-            num_dispatches=self._num_dispatches + self._low_latency.num_dispatches,
-            num_combines=self._num_combines + self._low_latency.num_combines,
-            tokens_sent=self._tokens_sent + self._low_latency.tokens_sent,
+            num_dispatches=self._num_dispatches + counts.num_dispatches,
+            num_combines=self._num_combines + counts.num_combines,
+            tokens_sent=self._tokens_sent + counts.tokens_sent,
             tokens_received=node.tokens_received,
             bytes_local=node.bytes_local + (0 if rail is None else rail.bytes_local),
             bytes_node=node.bytes_peers,
@@ -395,5 +395,6 @@ class CudaBackend:
         """Release everything; idempotent."""
         if not self._closed:
             self._closed = True
+            self.repeats = NO_REPEATS
             self.engine.close()
             self._low_latency.close()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -130,13 +131,13 @@ class CudaRuntime:
         self._compiler = compiler or jit.default_compiler()
         index = torch.cuda.current_device() if device.index is None else device.index
         self._native = cuda.Device(self._driver, index)
-        self._index = index
         self.device = torch.device("cuda", index)
         self.device_id: str = self._native.uuid
         self.num_sms: int = self._native.num_sms
         capability = self._native.capability
         self._arch = SPECIFIC_ARCHS.get(capability, f"sm_{capability}")
         self.reach: str = reach_of(self._native)
+        self._index = index
         self._own_stream: torch.cuda.Stream | None = None
         self._side_stream: torch.cuda.Stream | None = None
 
@@ -190,6 +191,13 @@ class CudaRuntime:
         assert isinstance(function, CudaFunction)
         params.launch(function.native, grid, self.raw_stream())
 
+    def prepare_launch(
+        self, function: Function, grid: int, params: KernelParams
+    ) -> Callable[[], None]:
+        """Return what launches it again, with what is in ``params`` by then."""
+        assert isinstance(function, CudaFunction)
+        return params.prepare_launch(function.native, grid, self.raw_stream)
+
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires."""
         return cuda.wait_word(address, expected, record_address, timeout_s)
@@ -239,10 +247,12 @@ class CudaRuntime:
         """Do not reuse a tensor's memory before the work so far of the current stream is done."""
         tensor.record_stream(torch.cuda.current_stream(self.device))
 
-    def raw_stream(self) -> int:
-        """Return the driver's handle of the current stream."""
+    @functools.cached_property
+    def raw_stream(self) -> Callable[[], int]:
+        """Returns the driver's handle of the current stream."""
         # The public way makes a Stream first, which takes as long as the launch.
-        return torch._C._cuda_getCurrentRawStream(self._index)  # type: ignore[attr-defined,no-any-return,unused-ignore]
+        current_stream = torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined,unused-ignore]
+        return functools.partial(current_stream, self._index)
 
     def _communication_stream(self) -> torch.cuda.Stream:
         if self._own_stream is None:

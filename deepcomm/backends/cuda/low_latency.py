@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deepcomm._C import kernels
+from deepcomm.backends.base import NO_REPEATS
 from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier, sms_beside_network
 from deepcomm.backends.cuda.low_latency_operation import (
     CombineOperation,
@@ -25,6 +26,8 @@ from deepcomm.backends.cuda.low_latency_operation import (
     DispatchOperation,
     known_record,
 )
+from deepcomm.backends.cuda.low_latency_plan import prepare_repeat
+from deepcomm.backends.cuda.low_latency_repeats import open_repeats
 from deepcomm.backends.cuda.low_latency_slots import (
     BOTH,
     RECEIVE,
@@ -43,7 +46,7 @@ from deepcomm.group import agree_on
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from deepcomm.backends.base import CombineRequest, DispatchRequest
+    from deepcomm.backends.base import CombineRequest, DispatchRequest, Repeats
     from deepcomm.config import BufferConfig
     from deepcomm.types import CombineOutput, DispatchOutput, Event
 
@@ -76,9 +79,8 @@ class LowLatency:
     """Low-latency operations of one buffer on one rank.
 
     Attributes:
-        num_dispatches: Calls so far; replays of a graph are not seen.
-        num_combines: Likewise.
-        tokens_sent: Tokens given to these dispatches.
+        counts: Of calls so far, those of an earlier size among them.
+        repeats: What does calls that are like earlier ones.
     """
 
     def __init__(self, place: Place, config: BufferConfig, previous: LowLatency | None) -> None:
@@ -110,7 +112,10 @@ class LowLatency:
         # Of combines whose hook was called, perhaps on another stream than the call, whose next
         # tensors could lie there. A slot's next send waits until its receive phase is over.
         self._turns: deque[torch.Tensor] = deque(maxlen=config.num_low_latency_slots)
-        self.num_dispatches = self.num_combines = self.tokens_sent = 0
+        self.counts: kernels.OperationCounts = (
+            previous.counts if previous else kernels.OperationCounts()
+        )
+        self.repeats: Repeats = NO_REPEATS
         self._bytes_carried_before = previous.bytes_carried if previous else 0
         self._is_closed = False
         for rank, masked in enumerate(previous.rank_mask() if previous else ()):
@@ -149,11 +154,6 @@ class LowLatency:
         if self._context is not None:
             self._context.slots.status.raise_pending()
 
-    def _raise_earlier(self, slots: Slots) -> None:
-        """Raise what an earlier operation has left; in a capture, no turn has been taken yet."""
-        if slots.status.is_pending() and not self._place.runtime.is_capturing():
-            slots.status.raise_pending()
-
     # ---- rank mask
 
     def set_masked(self, rank: int, masked: bool) -> None:
@@ -169,7 +169,7 @@ class LowLatency:
                 "for all of them"
             )
         if self.rank_mask()[rank] and not masked and self._context is not None:
-            check_taken_back(rank, self._context.slots.num_in_flight)
+            check_taken_back(rank, self._context.slots.turns.num_in_flight)
         params = kernels.LowLatencyMaskParams()
         params.rank_mask = self._mask.address
         params.peer = rank
@@ -190,6 +190,8 @@ class LowLatency:
         self._place.failure.check_usable(operation)
         if self._context is None:
             self._context = self._reserve(operation)
+            if self._context.carrier is None and self._sizes.num_nodes == 1:
+                self.repeats = open_repeats(self._context, self.counts, self._place)
         return self._context
 
     def check_capture(self) -> None:
@@ -257,11 +259,11 @@ class LowLatency:
         if record is not None:
             record.fill(params.base)
         if context.carrier is not None:
-            context.carrier.refuse(params, request, slots.next_slot)
+            context.carrier.refuse(params, request, slots.turns.next_slot)
         else:
             assert self._place.functions.refuse is not None
             runtime.launch(self._place.functions.refuse, 1, params)
-        slots.open()
+        slots.turns.open()
 
     @contextmanager
     def _stream_of(
@@ -289,12 +291,12 @@ class LowLatency:
         else:
             arrived = self._launch(context, operation, request.return_hook)
             runtime.flush()
-        number = slots.open()
+        number = slots.turns.open()
         if not request.return_hook:
             operation.on_received()
-            self._raise_earlier(slots)
+            slots.status.raise_earlier(runtime.is_capturing)
             return event, None
-        slots.leave_in_flight(number)
+        slots.turns.leave_in_flight(number)
         flight = Flight(operation, request, event, arrived)
         return event, self._make_hook(context, number, flight)
 
@@ -302,15 +304,15 @@ class LowLatency:
         """Launch both phases, or the first; return when a network has brought what is received."""
         launches, runtime = operation.plan.launches, self._place.runtime
         if (carrier := context.carrier) is not None:
-            arrived = carrier.send(operation, context.slots.next_slot)
+            arrived = carrier.send(operation, context.slots.turns.next_slot)
             if not has_hook:
                 carrier.receive(operation, arrived)
             return arrived
         if has_hook:
             runtime.launch(*launches[SEND], operation.params)
         elif self._sizes.num_nodes == 1:
-            function, grid = launches[BOTH]
-            runtime.launch(function, grid, operation.params)
+            runtime.launch(*launches[BOTH], operation.params)
+            prepare_repeat(operation.plan, runtime)
         else:
             runtime.launch(*launches[SEND], operation.params)
             runtime.launch(*launches[RECEIVE], operation.params)
@@ -329,7 +331,7 @@ class LowLatency:
                 raise CommError(f"{name}: the buffer has been closed, or has grown, since the call")
             self.check_capture()
             flight = in_flight.pop()
-            context.slots.settle(number)
+            context.slots.turns.settle(number)
             self._place.runtime.push_range(f"deepcomm.{name}.hook")
             try:
                 self._receive(context, flight)
@@ -351,7 +353,7 @@ class LowLatency:
             self._turns.append(operation.turn)
         runtime.flush()
         operation.on_received()
-        self._raise_earlier(context.slots)
+        context.slots.status.raise_earlier(runtime.is_capturing)
 
     # ---- the operations
 
@@ -370,8 +372,8 @@ class LowLatency:
             order_refusal()
             self._refuse_if_open(context, DISPATCH, request, error)
             raise
-        self.num_dispatches += 1
-        self.tokens_sent += operation.plan.num_tokens
+        self.counts.num_dispatches += 1
+        self.counts.tokens_sent += operation.plan.num_tokens
         event, hook = self._run(context, request, operation)
         return operation.output(event, hook)
 
@@ -387,6 +389,6 @@ class LowLatency:
             order_refusal()
             self._refuse_if_open(context, COMBINE, request, error)
             raise
-        self.num_combines += 1
+        self.counts.num_combines += 1
         event, hook = self._run(context, request, operation)
         return operation.output(event, hook)

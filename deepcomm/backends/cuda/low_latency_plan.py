@@ -46,10 +46,11 @@ if TYPE_CHECKING:
     from deepcomm.backends.base import CombineRequest, DispatchRequest
     from deepcomm.backends.cuda.functions import LowLatencyFunctions
     from deepcomm.backends.cuda.low_latency_carrier import SlotCarrier
+    from deepcomm.backends.cuda.runtime import Runtime
     from deepcomm.checks import CheckedCombine, CheckedDispatch
     from deepcomm.config import BufferConfig
 
-__all__ = ["CombinePlan", "Context", "DispatchPlan", "Inputs"]
+__all__ = ["CombinePlan", "Context", "DispatchPlan", "Inputs", "prepare_repeat"]
 
 MAX_PLANS = 1024
 """Kept by a buffer: all numbers of tokens of a decoding step, in a few variants."""
@@ -89,6 +90,12 @@ class Context:
     combines: kernels.LowLatencyPlans = field(default_factory=no_plans)
 
 
+def prepare_repeat(plan: DispatchPlan | CombinePlan, runtime: Runtime) -> None:
+    """Let native code repeat an operation that has been launched as a whole."""
+    if plan.repeat.launch is None:
+        plan.repeat.launch = runtime.prepare_launch(*plan.launches[BOTH], plan.params)
+
+
 def check_on_timeout(context: Context, on_timeout: str) -> None:
     """Raise InvalidArgument where a late peer cannot be masked."""
     if context.carrier is not None and on_timeout == "mask":
@@ -113,12 +120,14 @@ class DispatchPlan:
     Attributes:
         params: Of the kernels.
         launches: Function and grid by phase.
+        repeat: What native code repeats it by.
     """
 
     params: kernels.LowLatencyDispatchParams
     launches: Launches
     outputs: Outputs
     num_tokens: int
+    repeat: kernels.LowLatencyDispatchRepeat
 
     @staticmethod
     def of(context: Context, request: DispatchRequest) -> tuple[DispatchPlan, Inputs]:
@@ -193,6 +202,9 @@ def _plan_dispatch(
     outputs = Outputs.of(request, checked, sizes, words)
     params = _fill_dispatch(context, request, checked, rows)
     params.base.record_map = words.record
+    # Of several blocks an SM that come as room is made for them, those with a token to send would
+    # lie together.
+    params.admits_next = num_receiving <= context.num_sms
     strides = outputs.scale_strides
     params.scale_block_stride, params.scale_row_stride, params.scale_word_stride = strides
     return DispatchPlan(
@@ -200,6 +212,13 @@ def _plan_dispatch(
         launches=Launches(functions, num_wanted, context.num_sms),
         outputs=outputs,
         num_tokens=num_tokens,
+        repeat=kernels.LowLatencyDispatchRepeat(
+            params=params,
+            allocate=outputs.allocate,
+            offsets=words.offsets,
+            map=words,
+            num_tokens=num_tokens,
+        ),
     )
 
 
@@ -244,6 +263,7 @@ class CombinePlan:
         topk_weights: Allocates the weights that come back, None where none do.
         turn: Allocates what the send phase tells the receive phase.
         has_extras: Whether there is more to read or write than rows.
+        repeat: What native code repeats it by, where there is not.
     """
 
     params: kernels.LowLatencyCombineParams
@@ -252,6 +272,7 @@ class CombinePlan:
     topk_weights: Callable[[], torch.Tensor] | None
     turn: Callable[[], torch.Tensor]
     has_extras: bool
+    repeat: kernels.LowLatencyCombineRepeat
 
     @staticmethod
     def of(context: Context, request: CombineRequest) -> tuple[CombinePlan, Inputs]:
@@ -326,13 +347,16 @@ def _plan_combine(
     carried = None
     if checked.carried is not None:
         carried = empty((num_tokens, words.num_topk), torch.float32, device)
+    params = _fill_combine(context, request, checked, inputs)
+    x = empty((num_tokens, sizes.hidden), torch.bfloat16, device)
     return CombinePlan(
-        params=_fill_combine(context, request, checked, inputs),
+        params=params,
         launches=Launches(functions, num_wanted, context.num_sms),
-        x=empty((num_tokens, sizes.hidden), torch.bfloat16, device),
+        x=x,
         topk_weights=carried,
         turn=empty((TURN_WORDS,), torch.int32, device),
         has_extras=any(tensor is not None for tensor in (*inputs[1:], request.wait_us_stats)),
+        repeat=kernels.LowLatencyCombineRepeat(params=params, allocate=x, offsets=words.offsets),
     )
 
 

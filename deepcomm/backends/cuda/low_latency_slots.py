@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -196,6 +195,7 @@ class Slots:
         map: Of it.
         fp8_map: The same with FP8 rows closer together, where a network carries them.
         local: Where it begins.
+        turns: Operations that have begun; kernels count likewise unless graphs are replayed.
     """
 
     def __init__(self, place: Place, config: BufferConfig, mask: Memory, late_ranks: int) -> None:
@@ -228,8 +228,7 @@ class Slots:
             self.memory.close()
             raise
         self._keep = mask
-        self._in_flight: deque[int] = deque()
-        self._num_opened = 0
+        self.turns = kernels.LowLatencyTurns(config.num_low_latency_slots)
         addresses = mask.address, late_ranks
         self.dispatch_params = kernels.LowLatencyDispatchParams()
         self.combine_params = kernels.LowLatencyCombineParams()
@@ -287,35 +286,12 @@ class Slots:
 
     def check_free(self, operation: str) -> None:
         """Raise InvalidArgument unless another operation may begin."""
-        most = self._config.num_low_latency_slots
-        if self._in_flight and self._in_flight[0] <= self._num_opened - most:
+        if not self.turns.has_free_slot:
             raise InvalidArgument(
-                f"{operation}: expected at most num_low_latency_slots = {most} operations in "
-                "flight: call the hook of the oldest first"
+                f"{operation}: expected at most num_low_latency_slots = "
+                f"{self._config.num_low_latency_slots} operations in flight: call the hook of the "
+                "oldest first"
             )
-
-    @property
-    def num_in_flight(self) -> int:
-        """How many operations wait for their hooks."""
-        return len(self._in_flight)
-
-    @property
-    def next_slot(self) -> int:
-        """Slot of the operation that is opened next, as kernels count where nothing is replayed."""
-        return self._num_opened % self._config.num_low_latency_slots
-
-    def open(self) -> int:
-        """Begin an operation; return its number."""
-        self._num_opened += 1
-        return self._num_opened - 1
-
-    def leave_in_flight(self, number: int) -> None:
-        """Note that an operation waits for its hook."""
-        self._in_flight.append(number)
-
-    def settle(self, number: int) -> None:
-        """Note that the hook has been called."""
-        self._in_flight.remove(number)
 
     def close(self) -> None:
         """Give the symmetric memory back."""

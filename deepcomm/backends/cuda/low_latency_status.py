@@ -12,6 +12,8 @@ from deepcomm._C import kernels
 from deepcomm.errors import CommError, ConfigMismatch, Error, InvalidArgument
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from deepcomm.backends.cuda.runtime import HostMemory
 
 __all__ = ["COMBINE", "DISPATCH", "Status", "pack_signature"]
@@ -99,6 +101,11 @@ class Status:
         self._num_experts = num_experts
 
     @property
+    def address(self) -> int:
+        """As the host sees it."""
+        return self._memory.address
+
+    @property
     def device_address(self) -> int:
         """As kernels see it."""
         return self._memory.device_address
@@ -121,6 +128,11 @@ class Status:
         error = self._describe()
         self._record.state = CLEAR
         raise error
+
+    def raise_earlier(self, is_capturing: Callable[[], bool]) -> None:
+        """Raise what an earlier operation has left; in a capture, no turn has been taken yet."""
+        if self.is_pending() and not is_capturing():
+            self.raise_pending()
 
     def _describe(self) -> Error:
         record = self._record

@@ -37,6 +37,11 @@ class KernelParams(Protocol):
     def launch(self, function: cuda.Function, grid: int, stream: int, /) -> None:
         """Launch a kernel of the driver's, with this argument."""
 
+    def prepare_launch(
+        self, function: cuda.Function, grid: int, current_stream: Callable[[], int]
+    ) -> Callable[[], None]:
+        """Return what launches it on the stream that is current by then."""
+
 
 class Function(Protocol):
     """A kernel, loaded."""
@@ -154,6 +159,11 @@ class Runtime(Protocol):
 
     def launch(self, function: Function, grid: int, params: KernelParams) -> None:
         """Launch on the current stream, with blocks of ``function.max_threads`` threads."""
+
+    def prepare_launch(
+        self, function: Function, grid: int, params: KernelParams
+    ) -> Callable[[], None]:
+        """Return what launches it again, with what is in ``params`` by then."""
 
     def wait_word(self, address: int, expected: int, record_address: int, timeout_s: float) -> bool:
         """Poll a 64-bit word of host memory until it equals ``expected``; acquires.
