@@ -29,6 +29,8 @@ constexpr uint64_t kLegacyStream = 1;
 
 enum DeviceAttribute : int {
     kNumSms = 16,
+    kSmSharedBytes = 81,
+    kReservedSharedBytes = 111,
     kCapabilityMajor = 75,
     kCapabilityMinor = 76,
     kVirtualMemorySupported = 102,
@@ -37,7 +39,11 @@ enum DeviceAttribute : int {
     kFabricSupported = 128,
 };
 
-enum FunctionAttribute : int { kMaxThreadsPerBlock = 0, kMaxDynamicSharedBytes = 8 };
+enum FunctionAttribute : int {
+    kMaxThreadsPerBlock = 0,
+    kStaticSharedBytes = 1,
+    kMaxDynamicSharedBytes = 8
+};
 
 constexpr int kPinned = 1;     ///< CUmemAllocationType
 constexpr int kOnDevice = 1;   ///< CUmemLocationType

@@ -1,9 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host/function.hpp"
 
+#include <algorithm>
+
 #include "host/put_off.hpp"
 
 namespace deepcomm::host {
+namespace {
+
+constexpr int kSharedUnit = 128;  ///< bytes in which an SM gives shared memory to blocks
+
+}  // namespace
 
 Function::Function(std::shared_ptr<Device> device, const KernelImage& image)
     : device_(std::move(device)), symbol_(image.symbol), shared_bytes_(image.shared_bytes) {
@@ -36,6 +43,9 @@ void Function::load(const KernelImage& image) {
     DEEPCOMM_CUDA_CHECK(
         driver, cuOccupancyMaxActiveBlocksPerMultiprocessor(
                     &blocks_per_sm_, function_, max_threads_, static_cast<size_t>(shared_bytes_)));
+    if (is_early_) {
+        let_spread(driver);
+    }
     if (driver.api().cuFuncGetParamInfo != nullptr) {
         size_t offset = 0;
         size_t num_bytes = 0;
@@ -51,6 +61,26 @@ Function::~Function() {
     });
 }
 
+void Function::let_spread(const Driver& driver) {
+    num_sms_ = device_->attribute(cu::kNumSms);
+    sm_shared_bytes_ = device_->attribute(cu::kSmSharedBytes);
+    int static_bytes = 0;
+    DEEPCOMM_CUDA_CHECK(driver,
+                        cuFuncGetAttribute(&static_bytes, cu::kStaticSharedBytes, function_));
+    own_shared_bytes_ = static_bytes + device_->attribute(cu::kReservedSharedBytes);
+    DEEPCOMM_CUDA_CHECK(
+        driver, cuFuncSetAttribute(function_, cu::kMaxDynamicSharedBytes, shared_bytes_of(1)));
+}
+
+int Function::shared_bytes_of(int grid) const {
+    const int share = is_early_ ? (grid + num_sms_ - 1) / num_sms_ : blocks_per_sm_;
+    if (share >= blocks_per_sm_) {
+        return shared_bytes_;
+    }
+    const int too_many_bytes = sm_shared_bytes_ / (share + 1) + kSharedUnit;
+    return std::max(shared_bytes_, too_many_bytes - own_shared_bytes_);
+}
+
 void Function::launch(int grid, const void* params, int64_t num_bytes, cu::Stream stream) const {
     DEEPCOMM_CHECK_ARG(grid > 0, "grid: expected at least 1 block, got %d", grid);
     DEEPCOMM_CHECK_ARG(params_bytes_ < 0 || num_bytes == params_bytes_,
@@ -63,7 +93,7 @@ void Function::launch(int grid, const void* params, int64_t num_bytes, cu::Strea
     config.grid[1] = config.grid[2] = 1;
     config.block[0] = static_cast<unsigned>(max_threads_);
     config.block[1] = config.block[2] = 1;
-    config.shared_bytes = static_cast<unsigned>(shared_bytes_);
+    config.shared_bytes = static_cast<unsigned>(shared_bytes_of(grid));
     config.stream = stream;
     cu::LaunchAttribute early{};
     early.id = cu::kProgrammaticStreamSerialization;

@@ -39,11 +39,18 @@ class Function {
 
   private:
     void load(const KernelImage& image);
+    void let_spread(const Driver& driver);
+    /// Dynamic shared memory of a block. An early launch is placed while the kernel ahead still has SMs: others would
+    /// get as many of its blocks as fit, and those none. It takes so much that no SM gets more than its share.
+    int shared_bytes_of(int grid) const;
 
     std::shared_ptr<Device> device_;
     std::string symbol_;
     int shared_bytes_;
-    bool is_early_ = false;  ///< launched as KernelImage.awaits_ahead says
+    bool is_early_ = false;     ///< launched as KernelImage.awaits_ahead says
+    int num_sms_ = 0;           ///< of the device
+    int sm_shared_bytes_ = 0;   ///< of an SM
+    int own_shared_bytes_ = 0;  ///< that a block has beside dynamic ones
     cu::Module module_ = nullptr;
     cu::Function function_ = nullptr;
     int max_threads_ = 0;

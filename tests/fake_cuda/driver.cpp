@@ -292,9 +292,9 @@ Result cuModuleGetFunction(Function* function, Module module, const char*) {
     *function = reinterpret_cast<Function>(module);
     return kSuccess;
 }
-Result cuFuncGetAttribute(int* value, int, Function) {
+Result cuFuncGetAttribute(int* value, int attribute, Function) {
     BEGIN("cuFuncGetAttribute")
-    *value = 1024;
+    *value = attribute == kStaticSharedBytes ? 512 : 1024;
     return kSuccess;
 }
 Result cuFuncSetAttribute(Function, int, int) { return begin("cuFuncSetAttribute"); }

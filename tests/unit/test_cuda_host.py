@@ -227,47 +227,6 @@ def test_lease_out_of_range_is_refused(fake: FakeCuda, offset: int, num_bytes: i
         heap.lease(0, offset, num_bytes)
 
 
-def load(fake: FakeCuda, max_threads: int = 256) -> cuda.Function:
-    device = cuda.Device(fake.driver(), 0)
-    return cuda.Function(device, b"cubin", "kernel_symbol", 48, max_threads, False)
-
-
-def params_of_16_bytes(first_word: int = 0) -> kernels.LowLatencyMaskParams:
-    params = kernels.LowLatencyMaskParams()
-    params.rank_mask = first_word
-    return params
-
-
-@pytest.mark.parametrize(("max_threads", "expected"), [(256, 256), (0, 1024)])
-def test_function_is_loaded_and_launched(fake: FakeCuda, max_threads: int, expected: int) -> None:
-    function = load(fake, max_threads)
-    assert fake.num_calls("cuFuncLoad") == 1
-    assert (function.max_threads, function.blocks_per_sm) == (expected, 2048 // expected)
-    params_of_16_bytes(11).launch(function, 7, 0x77)
-    assert fake.last_launch() == (7, expected, 48, 0x77, 11, False)
-    del function
-    assert fake.live() == {}
-
-
-def test_function_of_a_driver_that_cannot_tell_its_params(fake: FakeCuda) -> None:
-    fake.hide("cuFuncLoad")
-    fake.hide("cuFuncGetParamInfo")
-    kernels.LowLatencyDispatchParams().launch(load(fake), 5, 0)
-    assert fake.last_launch()[0] == 5
-
-
-def test_launch_refuses_what_the_kernel_does_not_take(fake: FakeCuda) -> None:
-    function = load(fake)
-    with pytest.raises(InvalidArgument, match="expected the 16 bytes that kernel_symbol takes"):
-        kernels.LowLatencyDispatchParams().launch(function, 1, 0)
-    with pytest.raises(InvalidArgument, match="grid: expected at least 1 block, got 0"):
-        params_of_16_bytes().launch(function, 0, 0)
-    fake.fail_call("cuLaunchKernelEx", 719)
-    message = r"cuLaunchKernelEx failed: 719 .*; kernel_symbol, 3 blocks of 256 threads on cuda:0"
-    with pytest.raises(CudaError, match=message):
-        params_of_16_bytes().launch(function, 3, 0)
-
-
 def use_everything(fake: FakeCuda) -> None:
     """Make one of each, and let go of all."""
     driver = fake.driver()
@@ -282,7 +241,8 @@ def use_everything(fake: FakeCuda) -> None:
         heap.map(cuda.PhysicalMemory.import_fd(device, descriptor, peers.num_bytes))
     finally:
         os.close(descriptor)
-    params_of_16_bytes().launch(cuda.Function(device, b"cubin", "symbol", 0, 0, True), 1, 0)
+    function = cuda.Function(device, b"cubin", "symbol", 0, 0, True)
+    kernels.LowLatencyMaskParams().launch(function, 1, 0)
 
 
 def test_nothing_is_left_whatever_call_fails(fake: FakeCuda) -> None:

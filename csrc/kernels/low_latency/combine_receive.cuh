@@ -54,11 +54,10 @@ DEEPCOMM_DEVICE bool receive_part(const LowLatencyCombineParams& params, const d
         if (i > 0) awaited.load(params.base, turn, first);
         const Arrival all = sum_terms(params.base, turn, awaited, first, &sum);
         arrival = arrival == Arrival::kFailed ? arrival : all;
+        const bool ends = is_last && i + Sum::kCount >= Sum::kAll;
+        if (ends) device::admit_next_kernel();
         if (!block.sync_and(arrival != Arrival::kFailed)) return false;  // as one
-        if (is_last && i + Sum::kCount >= Sum::kAll) {
-            finish_receive<kPhases>(params.base, block, turn);
-            device::admit_next_kernel();
-        }
+        if (ends) finish_receive<kPhases>(params.base, block, turn);
         write_sum(params, awaited.at, first, &sum);
     }
     return true;

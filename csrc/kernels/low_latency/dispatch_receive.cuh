@@ -151,6 +151,7 @@ DEEPCOMM_DEVICE bool deliver_rows(const LowLatencyDispatchParams& params,
     while (true) {
         const bool has_row = has_next;
         if (!has_row) {
+            if (params.admits_next) device::admit_next_kernel();
             finish_receive<kPhases>(base, block, turn);
         } else if (next.source != row.pair.source || next.token != row.pair.token) {
             row.load(base, block, turn, next);
