@@ -33,10 +33,11 @@ class Range {
     const Callbacks& callbacks_;
 };
 
-/// Returns what an allocation makes, null where there is no memory: others have to hear of that.
-py::object allocate(const py::function& allocate) {
+/// Returns what a step gives, null where it raises an error: Python finds that again, and tells the peers.
+template <typename Step>
+py::object attempt(Step&& step) {
     try {
-        return call(allocate);
+        return step();
     } catch (const py::error_already_set& error) {
         if (!error.matches(PyExc_Exception)) {
             throw;
@@ -50,7 +51,7 @@ py::object allocate(const py::function& allocate) {
 /// Returns how a plan is repeated; null: there is no plan, or it has never been launched as a whole.
 template <typename Params>
 Repeat<Params>* Repeats::repeat_of(const py::object& plan) const {
-    if (plan.is_none()) {
+    if (!plan || plan.is_none()) {
         return nullptr;
     }
     auto& repeat = value_of<Repeat<Params>>(py::object(plan.attr(names_.repeat)));
@@ -68,31 +69,28 @@ py::object Repeats::find_dispatch(const Arguments& given) {
     PyObject* const inputs[] = {rows.ptr(), scales.ptr(), given[Field::kTopkIdx],
                                 given[Field::kTopkWeights]};
     PyObject* const others[] = {Py_None, Py_None, Py_None};
-    PyObject* const options[] = {is_scaled ? Py_True : Py_False,
-                                 given[Field::kRecvLayout],
-                                 given[Field::kQuantize],
-                                 given[Field::kScaleFormat],
-                                 given.truth_of(Field::kZeroPadding),
-                                 given[Field::kOnTimeout]};
+    PyObject* const options[] = {is_scaled ? Py_True : Py_False, given[Field::kRecvLayout],
+                                 given[Field::kQuantize],        given[Field::kScaleFormat],
+                                 given[Field::kZeroPadding],     given[Field::kOnTimeout]};
     return kept_.dispatches.find({inputs, others, options});
 }
 
 py::object Repeats::dispatch(const Arguments& given) {
     using Field = DispatchField;
-    const bool is_plain = given.size() == Field::kCount &&
+    const bool is_plain = given.size() == Field::kCount && given.is_bool(Field::kZeroPadding) &&
                           given.are_all(Py_None, {Field::kOut, Field::kPreviousEvent,
                                                   Field::kExpertTokenStats, Field::kWaitUsStats}) &&
                           given.are_all(Py_False, {Field::kReturnHook, Field::kAsyncOp});
     if (!is_plain || !may_begin(names_.dispatch)) {
         return py::none();
     }
-    const py::object plan = find_dispatch(given);
+    const py::object plan = attempt([&] { return find_dispatch(given); });
     auto* const repeat = repeat_of<LowLatencyDispatchParams>(plan);
     if (repeat == nullptr) {
         return py::none();
     }
     const Range range(callbacks_, names_.dispatch_range);
-    const py::object tensors = allocate(repeat->allocate);
+    const py::object tensors = attempt([&] { return call(repeat->allocate); });
     if (!tensors) {
         return py::none();
     }
@@ -113,48 +111,41 @@ py::object Repeats::dispatch(const Arguments& given) {
     return output;
 }
 
-py::object Repeats::find_combine(const Arguments& given, const py::object& map) {
+py::object Repeats::find_combine(const Arguments& given, const py::object& record) {
     using Field = CombineField;
+    const py::object map = record.attr(names_.map);
     PyObject* const inputs[] = {given[Field::kY], Py_None, Py_None};
     PyObject* const others[] = {Py_None, Py_None};
-    PyObject* const options[] = {map.ptr(), given.truth_of(Field::kApplyWeights),
-                                 given[Field::kOnTimeout]};
+    PyObject* const options[] = {map.ptr(), given[Field::kApplyWeights], given[Field::kOnTimeout]};
     return kept_.combines.find({inputs, others, options});
 }
 
 /// Returns the record of a handle, null where combines of this buffer may not use it.
 py::object Repeats::record_of(py::handle handle) const {
-    try {
-        py::object record = handle.attr(names_.records);
-        const py::object buffer_id = record.attr(names_.buffer_id);
-        const py::object is_complete = record.attr(names_.is_complete);
-        return buffer_id.is(makers_.buffer_id) && is_complete.ptr() == Py_True ? record
-                                                                               : py::object();
-    } catch (const py::error_already_set& error) {
-        if (!error.matches(PyExc_AttributeError)) {
-            throw;
-        }
-        return {};
-    }
+    py::object record = handle.attr(names_.records);
+    const py::object buffer_id = record.attr(names_.buffer_id);
+    const py::object is_complete = record.attr(names_.is_complete);
+    return buffer_id.is(makers_.buffer_id) && is_complete.ptr() == Py_True ? record : py::object();
 }
 
 py::object Repeats::combine(const Arguments& given) {
     using Field = CombineField;
-    const bool is_plain = given.size() == Field::kCount &&
+    const bool is_plain = given.size() == Field::kCount && given.is_bool(Field::kApplyWeights) &&
                           given.are_all(Py_None, {Field::kTopkWeights, Field::kBias, Field::kOut,
                                                   Field::kPreviousEvent, Field::kWaitUsStats}) &&
                           given.are_all(Py_False, {Field::kReturnHook, Field::kAsyncOp});
     if (!is_plain || !may_begin(names_.combine)) {
         return py::none();
     }
-    const py::object record = record_of(given[Field::kHandle]);
-    const py::object plan = record ? find_combine(given, record.attr(names_.map)) : py::none();
+    const py::object record = attempt([&] { return record_of(given[Field::kHandle]); });
+    const py::object plan =
+        record ? attempt([&] { return find_combine(given, record); }) : py::none();
     auto* const repeat = repeat_of<LowLatencyCombineParams>(plan);
     if (repeat == nullptr) {
         return py::none();
     }
     const Range range(callbacks_, names_.combine_range);
-    const py::object x = allocate(repeat->allocate);
+    const py::object x = attempt([&] { return call(repeat->allocate); });
     if (!x) {
         return py::none();
     }

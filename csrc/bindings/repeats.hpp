@@ -93,14 +93,8 @@ class Arguments {
         return true;
     }
 
-    /// As bool() makes of it.
-    PyObject* truth_of(size_t field) const {
-        const int truth = PyObject_IsTrue((*this)[field]);
-        if (truth < 0) {
-            throw pybind11::error_already_set();
-        }
-        return truth != 0 ? Py_True : Py_False;
-    }
+    /// Others may raise an error when they are asked, of which peers have to hear.
+    bool is_bool(size_t field) const { return PyBool_Check((*this)[field]) != 0; }
 
     size_t size() const { return given_.size(); }
 
@@ -191,7 +185,7 @@ class Repeats {
         return kept_.turns.has_free_slot();
     }
     pybind11::object find_dispatch(const Arguments& given);
-    pybind11::object find_combine(const Arguments& given, const pybind11::object& map);
+    pybind11::object find_combine(const Arguments& given, const pybind11::object& record);
     pybind11::object record_of(pybind11::handle handle) const;
     template <typename Params>
     Repeat<Params>* repeat_of(const pybind11::object& plan) const;

@@ -292,6 +292,27 @@ def test_handles_of_others_are_looked_at(records: Any) -> None:
     assert "launch" not in machine.calls
 
 
+class Reluctant:
+    """Raises whatever it is asked."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("neither")
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(name)
+
+
+def test_peers_hear_of_arguments_that_raise_errors() -> None:
+    """From Python, which finds them again."""
+    machine, reluctant = Machine(), Reluctant()
+    for name in ("zero_padding", "x", "topk_idx", "topk_weights", "out", "return_hook"):
+        assert machine.dispatch(**{name: reluctant}) is None
+    for name in ("apply_weights", "y", "handle", "bias", "async_op"):
+        assert machine.combine(**{name: reluctant}) is None
+    assert machine.combine(handle=Handle(reluctant)) is None
+    assert "push" not in machine.calls
+
+
 def test_wrong_numbers_of_arguments_are_looked_at() -> None:
     repeats = Machine().repeats
     assert repeats.dispatch(()) is None
