@@ -170,7 +170,9 @@ void bind_function(py::module_& module) {
              py::arg("device"), py::arg("cubin"), py::arg("symbol"), py::arg("shared_bytes"),
              py::arg("max_threads"), py::arg("awaits_ahead"))
         .def_property_readonly("max_threads", &Function::max_threads)
-        .def_property_readonly("blocks_per_sm", &Function::blocks_per_sm);
+        .def_property_readonly("blocks_per_sm", &Function::blocks_per_sm)
+        .def("spread_over", &Function::spread_over, py::arg("num_sms"), NoGil(),
+             "Let early launches take no more than their share of each SM, if these are all.");
     module.def(
         "wait_word",
         [](uintptr_t address, uint64_t expected, uintptr_t record, double timeout_s) {

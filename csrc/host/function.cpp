@@ -43,9 +43,6 @@ void Function::load(const KernelImage& image) {
     DEEPCOMM_CUDA_CHECK(
         driver, cuOccupancyMaxActiveBlocksPerMultiprocessor(
                     &blocks_per_sm_, function_, max_threads_, static_cast<size_t>(shared_bytes_)));
-    if (is_early_) {
-        let_spread(driver);
-    }
     if (driver.api().cuFuncGetParamInfo != nullptr) {
         size_t offset = 0;
         size_t num_bytes = 0;
@@ -61,19 +58,24 @@ Function::~Function() {
     });
 }
 
-void Function::let_spread(const Driver& driver) {
-    num_sms_ = device_->attribute(cu::kNumSms);
-    sm_shared_bytes_ = device_->attribute(cu::kSmSharedBytes);
+void Function::spread_over(int num_sms) {
+    if (!is_early_ || num_sms != device_->attribute(cu::kNumSms)) {
+        return;
+    }
+    const Driver& driver = device_->driver();
+    const Device::Current current(*device_);
     int static_bytes = 0;
     DEEPCOMM_CUDA_CHECK(driver,
                         cuFuncGetAttribute(&static_bytes, cu::kStaticSharedBytes, function_));
     own_shared_bytes_ = static_bytes + device_->attribute(cu::kReservedSharedBytes);
+    sm_shared_bytes_ = device_->attribute(cu::kSmSharedBytes);
+    spread_sms_ = num_sms;
     DEEPCOMM_CUDA_CHECK(
         driver, cuFuncSetAttribute(function_, cu::kMaxDynamicSharedBytes, shared_bytes_of(1)));
 }
 
 int Function::shared_bytes_of(int grid) const {
-    const int share = is_early_ ? (grid + num_sms_ - 1) / num_sms_ : blocks_per_sm_;
+    const int share = spread_sms_ > 0 ? (grid + spread_sms_ - 1) / spread_sms_ : blocks_per_sm_;
     if (share >= blocks_per_sm_) {
         return shared_bytes_;
     }

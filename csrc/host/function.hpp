@@ -33,22 +33,24 @@ class Function {
     /// Blocks of max_threads threads that are resident on one SM at the same time.
     int blocks_per_sm() const { return blocks_per_sm_; }
 
+    /// For kernels that may count on so many SMs. If that is the whole device, launches that begin early spread over it:
+    /// they are placed while the kernel ahead still has SMs, and others would get as many of their blocks as fit.
+    void spread_over(int num_sms);
+
     /// Launches grid blocks of max_threads threads. The kernel's only argument, a struct of
     /// num_bytes bytes, is copied before this returns.
     void launch(int grid, const void* params, int64_t num_bytes, cu::Stream stream) const;
 
   private:
     void load(const KernelImage& image);
-    void let_spread(const Driver& driver);
-    /// Dynamic shared memory of a block. An early launch is placed while the kernel ahead still has SMs: others would
-    /// get as many of its blocks as fit, and those none. It takes so much that no SM gets more than its share.
+    /// Dynamic shared memory of a block: where launches spread, so much that no SM gets more than its share of them.
     int shared_bytes_of(int grid) const;
 
     std::shared_ptr<Device> device_;
     std::string symbol_;
     int shared_bytes_;
     bool is_early_ = false;     ///< launched as KernelImage.awaits_ahead says
-    int num_sms_ = 0;           ///< of the device
+    int spread_sms_ = 0;        ///< that launches spread over, 0 if they do not
     int sm_shared_bytes_ = 0;   ///< of an SM
     int own_shared_bytes_ = 0;  ///< that a block has beside dynamic ones
     cu::Module module_ = nullptr;

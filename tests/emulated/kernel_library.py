@@ -64,6 +64,9 @@ class KernelLibrary:
     """Address of a C function of a pointer to the kernel's arguments."""
     library: ctypes.CDLL
 
+    def spread_over(self, num_sms: int) -> None:
+        """Blocks of the emulator lie nowhere."""
+
 
 def load_kernel(kernel: Kernel, spec: Mapping[str, int], variant: Variant = PLAIN) -> KernelLibrary:
     """Build and load; the emulator's library is loaded before."""

@@ -51,6 +51,7 @@ def test_early_launch_takes_memory_for_its_share_of_an_sm(
     fake.set_attribute(0, RESERVED_SHARED_BYTES, reserved)
     device = cuda.Device(fake.driver(), 0)
     function = cuda.Function(device, b"cubin", "symbol", 48, 256, True)
+    function.spread_over(num_sms)
     params_of_16_bytes().launch(function, grid, 0)
     dynamic = fake.last_launch()[2]
     assert function.blocks_per_sm == 8
@@ -59,6 +60,20 @@ def test_early_launch_takes_memory_for_its_share_of_an_sm(
         return
     bytes_of_block = STATIC_SHARED_BYTES + dynamic + reserved
     assert sm_bytes // bytes_of_block == per_sm == -(-grid // num_sms)
+
+
+@pytest.mark.parametrize(("num_sms", "awaits_ahead"), [(3, True), (4, False), (None, True)])
+def test_launches_beside_others_take_no_more_memory_than_they_use(
+    fake: FakeCuda, num_sms: int | None, awaits_ahead: bool
+) -> None:
+    """Blocks of all ranks of a device have to be resident together."""
+    fake.set_attribute(0, SM_SHARED_BYTES, 233_472)
+    device = cuda.Device(fake.driver(), 0)
+    function = cuda.Function(device, b"cubin", "symbol", 48, 256, awaits_ahead)
+    if num_sms is not None:
+        function.spread_over(num_sms)
+    params_of_16_bytes().launch(function, 3, 0)
+    assert fake.last_launch()[2] == 48
 
 
 def test_function_of_a_driver_that_cannot_tell_its_params(fake: FakeCuda) -> None:

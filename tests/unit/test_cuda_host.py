@@ -242,6 +242,7 @@ def use_everything(fake: FakeCuda) -> None:
     finally:
         os.close(descriptor)
     function = cuda.Function(device, b"cubin", "symbol", 0, 0, True)
+    function.spread_over(4)
     kernels.LowLatencyMaskParams().launch(function, 1, 0)
 
 

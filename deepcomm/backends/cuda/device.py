@@ -69,6 +69,10 @@ class CudaFunction:
         """Blocks that are resident on one SM at the same time."""
         return self.native.blocks_per_sm
 
+    def spread_over(self, num_sms: int) -> None:
+        """Let early launches take no more than their share of an SM, if these are all of them."""
+        self.native.spread_over(num_sms)
+
 
 class CudaSymmetricMemory:
     """One block of memory on every rank, mapped by all of them."""

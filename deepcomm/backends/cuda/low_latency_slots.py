@@ -184,6 +184,7 @@ class Launches(dict[int, tuple["Function", int]]):
         function = self._functions[phase]
         per_sm = min(function.blocks_per_sm, MAX_BLOCKS_PER_SM)
         grid = max(1, min(self._num_wanted[phase], self._num_sms * per_sm))
+        function.spread_over(self._num_sms)
         self[phase] = (function, grid)
         return function, grid
 

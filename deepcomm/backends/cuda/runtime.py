@@ -58,6 +58,9 @@ class Function(Protocol):
     def blocks_per_sm(self) -> int:
         """Blocks that are resident on one SM at the same time."""
 
+    def spread_over(self, num_sms: int) -> None:
+        """Let early launches take no more than their share of an SM, if these are all of them."""
+
 
 class Memory(Protocol):
     """Memory of this rank's device, zeroed when it was made; freed with the object."""
