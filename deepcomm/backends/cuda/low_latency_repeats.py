@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deepcomm._C import kernels, slots
 from deepcomm.backends.base import CombineRequest, DispatchRequest, low_latency_fields
-from deepcomm.backends.cuda.low_latency_words import PackedHandle, PackedOutput, Record
+from deepcomm.backends.cuda.low_latency_words import PackedOutput, Record, pack_handle
 from deepcomm.types import CombineOutput
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def open_repeats(context: Context, counts: kernels.OperationCounts, place: Place
                 ["words", "map"],
                 {"buffer_id": context.buffer_id, "is_complete": True},
             ),
-            handle=slots.maker(PackedHandle, ["records"]),
+            handle=pack_handle,
             output=slots.maker(
                 PackedOutput,
                 ["handle", "x", "scales", "topk_idx"],
