@@ -23,12 +23,16 @@ using host::Turns;
 using kernels::LowLatencyCombineParams;
 using kernels::LowLatencyDispatchParams;
 
+template <typename T>
+py::object owner_of(T& value) {
+    return py::cast(&value, py::return_value_policy::reference);
+}
+
 /// The params live as long as the plan is kept.
 template <typename Params>
 void keep_plan(Plans& plans, py::object plan, Params& params, const py::tuple& inputs,
                const py::tuple& others, const py::tuple& options) {
-    const py::object owner = py::cast(params, py::return_value_policy::reference);
-    const auto fill = [owner, &params](const Plans::Addresses& found) {
+    const auto fill = [owner = owner_of(params), &params](const Plans::Addresses& found) {
         set_inputs(params, found);
     };
     plans.keep(std::move(plan), fill, {inputs, others, options});
@@ -72,11 +76,6 @@ py::tuple tuple_of(const char* const (&names)[kCount]) {
         made[index] = names[index];
     }
     return made;
-}
-
-template <typename T>
-py::object owner_of(T& value) {
-    return py::cast(&value, py::return_value_policy::reference);
 }
 
 void bind_turns(py::module_& module) {
