@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // deepcomm._C.kernels: what the host remembers of low-latency operations, and what repeats them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <utility>
 
 #include "bindings/bind.hpp"
@@ -124,26 +126,27 @@ void bind_repeats(py::module_& module) {
              py::kw_only(), py::arg("buffer_id"), py::arg("record"), py::arg("handle"),
              py::arg("output"), py::arg("sums"));
     py::class_<Callbacks>(module, "LowLatencyCallbacks")
-        .def(py::init([](py::function check_usable, py::function raise_earlier,
-                         py::function push_range, py::function pop_range) {
-                 return Callbacks{std::move(check_usable), std::move(raise_earlier),
-                                  std::move(push_range), std::move(pop_range)};
+        .def(py::init([](py::function raise_earlier, std::optional<py::function> push_range,
+                         std::optional<py::function> pop_range) {
+                 return Callbacks{std::move(raise_earlier), std::move(push_range),
+                                  std::move(pop_range)};
              }),
-             py::kw_only(), py::arg("check_usable"), py::arg("raise_earlier"),
-             py::arg("push_range"), py::arg("pop_range"));
+             py::kw_only(), py::arg("raise_earlier"), py::arg("push_range"), py::arg("pop_range"));
     py::class_<Kept>(module, "LowLatencyKept")
         .def(py::init([](Plans& dispatches, Plans& combines, Turns& turns, OperationCounts& counts,
-                         uintptr_t status) {
+                         uintptr_t status, uintptr_t failure, py::tuple owners) {
                  return Kept{dispatches,
                              combines,
                              turns,
                              counts,
                              pointer<const layout::LowLatencyStatus>(status),
+                             pointer<const layout::ErrorRecord>(failure),
                              py::make_tuple(owner_of(dispatches), owner_of(combines),
-                                            owner_of(turns), owner_of(counts))};
+                                            owner_of(turns), owner_of(counts), std::move(owners))};
              }),
              py::kw_only(), py::arg("dispatches"), py::arg("combines"), py::arg("turns"),
-             py::arg("counts"), py::arg("status"));
+             py::arg("counts"), py::arg("status"), py::arg("failure"), py::arg("owners"),
+             "The last are those of the two addresses.");
     py::class_<Repeats> repeats(module, "LowLatencyRepeats");
     repeats.def(py::init<Kept, Makers, Callbacks>(), py::kw_only(), py::arg("kept"),
                 py::arg("makers"), py::arg("callbacks"));

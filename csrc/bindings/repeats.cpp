@@ -2,7 +2,6 @@
 #include "bindings/repeats.hpp"
 
 #include "bindings/native_function.hpp"
-#include "layout/error_record.hpp"
 
 namespace py = pybind11;
 
@@ -13,16 +12,26 @@ using kernels::LowLatencyDispatchParams;
 
 namespace {
 
-/// Tells profilers what the host does as long as this lives.
+constexpr auto kComplete = static_cast<uint32_t>(layout::RecordState::kComplete);
+
+/// Reads a word that others write meanwhile.
+uint32_t acquire(const uint32_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
+
+/// Tells profilers, if there are any, what the host does as long as this lives.
 class Range {
   public:
     Range(const Callbacks& callbacks, const py::str& name) : callbacks_(callbacks) {
-        call(callbacks.push_range, name);
+        if (callbacks.push_range) {
+            call(*callbacks.push_range, name);
+        }
     }
     ~Range() {
-        PyObject* const result = PyObject_CallNoArgs(callbacks_.pop_range.ptr());
+        if (!callbacks_.pop_range) {
+            return;
+        }
+        PyObject* const result = PyObject_CallNoArgs(callbacks_.pop_range->ptr());
         if (result == nullptr) {
-            PyErr_WriteUnraisable(callbacks_.pop_range.ptr());
+            PyErr_WriteUnraisable(callbacks_.pop_range->ptr());
         }
         Py_XDECREF(result);
     }
@@ -47,6 +56,13 @@ py::object attempt(Step&& step) {
 }
 
 }  // namespace
+
+/// Whether an operation may take the next turn: Python raises why not.
+bool Repeats::may_begin() const {
+    const bool has_failed =
+        acquire(kept_.failure->state) == kComplete || acquire(kept_.failure->is_condemned) != 0;
+    return !has_failed && kept_.turns.has_free_slot();
+}
 
 /// Returns how a plan is repeated; null: there is no plan, or it has never been launched as a whole.
 template <typename Params>
@@ -81,7 +97,7 @@ py::object Repeats::dispatch(const Arguments& given) {
                           given.are_all(Py_None, {Field::kOut, Field::kPreviousEvent,
                                                   Field::kExpertTokenStats, Field::kWaitUsStats}) &&
                           given.are_all(Py_False, {Field::kReturnHook, Field::kAsyncOp});
-    if (!is_plain || !may_begin(names_.dispatch)) {
+    if (!is_plain || !may_begin()) {
         return py::none();
     }
     const py::object plan = attempt([&] { return find_dispatch(given); });
@@ -134,7 +150,7 @@ py::object Repeats::combine(const Arguments& given) {
                           given.are_all(Py_None, {Field::kTopkWeights, Field::kBias, Field::kOut,
                                                   Field::kPreviousEvent, Field::kWaitUsStats}) &&
                           given.are_all(Py_False, {Field::kReturnHook, Field::kAsyncOp});
-    if (!is_plain || !may_begin(names_.combine)) {
+    if (!is_plain || !may_begin()) {
         return py::none();
     }
     const py::object record = attempt([&] { return record_of(given[Field::kHandle]); });
@@ -159,10 +175,9 @@ py::object Repeats::combine(const Arguments& given) {
 
 /// Raises what an earlier operation has left once this one has taken its turn, as all ranks do.
 void Repeats::launch(const py::object& launch) {
-    constexpr auto kComplete = static_cast<uint32_t>(layout::RecordState::kComplete);
     call(launch);
     kept_.turns.open();
-    if (__atomic_load_n(&kept_.status->state, __ATOMIC_ACQUIRE) == kComplete) {
+    if (acquire(kept_.status->state) == kComplete) {
         call(callbacks_.raise_earlier);
     }
 }

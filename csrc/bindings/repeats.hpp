@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <initializer_list>
 #include <iterator>
+#include <optional>
 #include <utility>
 
 #include "bindings/low_latency_arguments.hpp"
 #include "bindings/plans.hpp"
 #include "host/turns.hpp"
+#include "layout/error_record.hpp"
 #include "layout/low_latency.hpp"
 
 namespace deepcomm {
@@ -130,10 +132,9 @@ struct Makers {
 
 /// What calls ask of Python.
 struct Callbacks {
-    pybind11::function check_usable;
     pybind11::function raise_earlier;
-    pybind11::function push_range;
-    pybind11::function pop_range;
+    std::optional<pybind11::function> push_range;  ///< none: nobody looks at ranges
+    std::optional<pybind11::function> pop_range;
 };
 
 /// What a buffer keeps of its operations.
@@ -143,6 +144,7 @@ struct Kept {
     host::Turns& turns;
     host::OperationCounts& counts;
     const layout::LowLatencyStatus* status;
+    const layout::ErrorRecord* failure;
     pybind11::tuple owners;
 };
 
@@ -156,8 +158,6 @@ struct Names {
     pybind11::str is_complete = interned("is_complete");
     pybind11::str map = interned("map");
     pybind11::str words = interned("words");
-    pybind11::str dispatch = interned("low_latency_dispatch");
-    pybind11::str combine = interned("low_latency_combine");
     pybind11::str dispatch_range = interned("deepcomm.low_latency_dispatch");
     pybind11::str combine_range = interned("deepcomm.low_latency_combine");
 
@@ -180,10 +180,7 @@ class Repeats {
     pybind11::object combine(const Arguments& given);
 
   private:
-    bool may_begin(const pybind11::str& name) const {
-        call(callbacks_.check_usable, name);
-        return kept_.turns.has_free_slot();
-    }
+    bool may_begin() const;
     pybind11::object find_dispatch(const Arguments& given);
     pybind11::object find_combine(const Arguments& given, const pybind11::object& record);
     pybind11::object record_of(pybind11::handle handle) const;

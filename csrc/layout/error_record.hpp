@@ -2,10 +2,14 @@
 // What a kernel leaves behind when a wait runs out or a check fails. One record a rank, in memory
 // that host and device share; the host turns it into an exception and clears it.
 //
-//   0       4      8           12     16     20     24     28      32         40         48     64
-//   +-------+------+-----------+------+------+------+------+-------+----------+----------+------+
-//   | state | kind | operation | role | rank | peer | slot | block | expected | observed | free |
-//   +-------+------+-----------+------+------+------+------+-------+----------+----------+------+
+//   0       4      8           12     16     20     24     28      32
+//   +-------+------+-----------+------+------+------+------+-------+
+//   | state | kind | operation | role | rank | peer | slot | block |
+//   +-------+------+-----------+------+------+------+------+-------+
+//   32         40         48             52     64
+//   +----------+----------+--------------+------+
+//   | expected | observed | is_condemned | free |
+//   +----------+----------+--------------+------+
 //
 // state goes kClear -> kWriting by compare-and-swap, so that the first failure wins, and kWriting
 // -> kComplete by a release after the fields: who acquires kComplete may read them.
@@ -65,7 +69,8 @@ struct ErrorRecord {
     int32_t block;
     uint64_t expected;
     uint64_t observed;
-    uint64_t free[2];
+    uint32_t is_condemned;  ///< by the host, without a record: the buffer can only be closed
+    uint32_t free[3];
 };
 
 static_assert(sizeof(ErrorRecord) == 64, "drawing above");
@@ -73,6 +78,7 @@ static_assert(sizeof(ErrorRecord) == 64, "drawing above");
 static_assert(__builtin_offsetof(ErrorRecord, rank) == 16, "drawing above");
 static_assert(__builtin_offsetof(ErrorRecord, expected) == 32, "drawing above");
 static_assert(__builtin_offsetof(ErrorRecord, observed) == 40, "drawing above");
+static_assert(__builtin_offsetof(ErrorRecord, is_condemned) == 48, "drawing above");
 #endif
 
 }  // namespace deepcomm::layout

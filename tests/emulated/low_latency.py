@@ -19,6 +19,7 @@ from emulated.runtime import EmulatedRuntime, LazyRuntime, run_emulated
 
 from deepcomm import Buffer, RecvLayout, reference
 from deepcomm.backends.cuda import functions
+from deepcomm.backends.cuda.failure import COMPLETE, ErrorRecord
 from deepcomm.backends.cuda.low_latency import LowLatency, Place
 from deepcomm.backends.cuda.low_latency_slots import is_carried
 from deepcomm.config import BufferConfig
@@ -36,9 +37,6 @@ T = TypeVar("T")
 
 NUM_THREADS = 64  # of a block: fewer than on a GPU, so that a seed takes milliseconds
 TIMEOUT_S = 1.0  # of virtual time
-COMPLETE = 2
-PEER_OFFSET = 20  # layout/error_record.hpp
-RECORD_BYTES = 64
 COUNTED_IN_TURNS = Case(
     num_ranks=2,
     num_tokens=70,  # there is room for 64 at once of so many experts
@@ -55,7 +53,9 @@ class Failure:
     """The error record alone."""
 
     def __init__(self, runtime: EmulatedRuntime) -> None:
-        self._memory = runtime.host_memory(RECORD_BYTES)
+        self._memory = runtime.host_memory(ctypes.sizeof(ErrorRecord))
+        self._record = ErrorRecord.from_address(self._memory.address)
+        self.record_address = self._memory.address
         self.record_device_address = self._memory.device_address
         self._failed = runtime.memory(8)
         self.failed_address = self._failed.address
@@ -63,21 +63,22 @@ class Failure:
 
     @property
     def failed(self) -> bool:
-        state = ctypes.c_uint32.from_address(self._memory.address).value
-        return self._fatal is not None or state == COMPLETE
+        return self._fatal is not None or self._record.state == COMPLETE
 
     def raise_fatal(self, error: Error) -> None:
         self._fatal = error
+        self._record.is_condemned = 1
         raise error
 
     def condemn(self, error: Error) -> None:
         self._fatal = self._fatal or error
+        self._record.is_condemned = 1
 
     def check_usable(self, operation: str) -> None:
         if self._fatal is not None:
             raise self._fatal
         if self.failed:
-            peer = ctypes.c_int32.from_address(self._memory.address + PEER_OFFSET).value
+            peer = self._record.peer
             raise CommTimeout(f"{operation}: rank {peer} did not come", peer)
 
 

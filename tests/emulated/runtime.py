@@ -300,6 +300,10 @@ class EmulatedRuntime:
         mark = self._order.mark(self._stream) if self._is_on_side else None
         return EmulatedEvent(self, check, mark)
 
+    @property
+    def shows_ranges(self) -> bool:
+        return True
+
     def push_range(self, name: str, /) -> None:
         self.ranges.append(name)
         self.open_ranges.append(name)

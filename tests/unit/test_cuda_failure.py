@@ -27,12 +27,14 @@ def assert_unusable_for_good(failure: Failure, cause: str) -> None:
 
 
 def test_what_a_watcher_has_found_is_raised_as_it_is_and_then_named() -> None:
-    failure, _ = make_failure()
+    failure, record = make_failure()
     failure.check_usable("dispatch")
+    assert not record.is_condemned
     late = CommTimeout("the network did not end", 1)
     failure.condemn(late)
     failure.condemn(CommError("found later"))
     assert failure.failed
+    assert record.is_condemned
     with pytest.raises(CommTimeout) as caught:
         failure.check_usable("dispatch")
     assert caught.value is late

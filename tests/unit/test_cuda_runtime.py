@@ -268,6 +268,35 @@ def test_runtime_shows_ranges_to_profilers(fake: FakeCuda) -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    ("depth", "environment", "shows"),
+    [
+        (-2, {}, False),
+        (-2, {"NVTX_INJECTION64_PATH": "tool.so"}, True),  # some tools return that, too
+        (0, {}, True),
+    ],
+)
+def test_ranges_are_shown_where_there_may_be_a_profiler(
+    fake: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    depth: int,
+    environment: dict[str, str],
+    shows: bool,
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(devices, "PUSH_RANGE", lambda name: calls.append(name) or depth)
+    monkeypatch.setattr(devices, "POP_RANGE", lambda: calls.append(None))
+    monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    devices.may_have_profiler.cache_clear()
+    try:
+        assert make(fake).shows_ranges is make(fake).shows_ranges is shows
+    finally:
+        devices.may_have_profiler.cache_clear()
+    assert calls == ["deepcomm", None]
+
+
 def test_default_driver_is_opened_once(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = fake.driver()
     monkeypatch.setattr(drivers.cuda, "Driver", lambda: driver)

@@ -14,6 +14,7 @@ import torch
 
 from deepcomm._C import kernels, slots
 from deepcomm.backends.base import CombineRequest, DispatchRequest, low_latency_fields
+from deepcomm.backends.cuda.failure import ErrorRecord
 from deepcomm.errors import CommError
 from deepcomm.types import RecvLayout, ScaledTensor
 
@@ -111,12 +112,14 @@ class Sums:
 class Machine:
     """Plans of one dispatch and one combine, and all that is called for them."""
 
+    shows_ranges: bool = True
     calls: list[str] = field(default_factory=list)
     fails: dict[str, BaseException] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.buffer_id = bytes(range(20))
         self.status = (ctypes.c_uint32 * (kernels.LOW_LATENCY_STATUS_BYTES // 4))()
+        self.failure = ErrorRecord()
         self.turns, self.counts = kernels.LowLatencyTurns(2), kernels.OperationCounts()
         self.dispatches, self.combines = (kernels.LowLatencyPlans(most=8) for _ in range(2))
         self.params = kernels.LowLatencyDispatchParams()
@@ -140,13 +143,8 @@ class Machine:
         for plan in (self.dispatch_plan, self.combine_plan):
             plan.repeat.launch = self.noted("launch")
         self.keep(DISPATCH["x"], None, is_scaled=False)
-        self.combines.keep(
-            self.combine_plan,
-            self.sums,
-            (COMBINE["y"], None, None),
-            (None, None),
-            (MAP, True, "raise"),
-        )
+        inputs, others = (COMBINE["y"], None, None), (None, None)
+        self.combines.keep(self.combine_plan, self.sums, inputs, others, (MAP, True, "raise"))
         self.repeats = self.make_repeats()
 
     def keep(self, x: torch.Tensor, scales: torch.Tensor | None, *, is_scaled: bool) -> None:
@@ -166,6 +164,8 @@ class Machine:
                 turns=self.turns,
                 counts=self.counts,
                 status=ctypes.addressof(self.status),
+                failure=ctypes.addressof(self.failure),
+                owners=(self.status, self.failure),
             ),
             makers=kernels.LowLatencyMakers(
                 buffer_id=self.buffer_id,
@@ -177,10 +177,9 @@ class Machine:
                 sums=slots.maker(Sums, ["x"]),
             ),
             callbacks=kernels.LowLatencyCallbacks(
-                check_usable=self.noted("check"),
                 raise_earlier=self.noted("raise"),
-                push_range=self.noted("push"),
-                pop_range=self.noted("pop"),
+                push_range=self.noted("push") if self.shows_ranges else None,
+                pop_range=self.noted("pop") if self.shows_ranges else None,
             ),
         )
 
@@ -200,14 +199,9 @@ class Machine:
         handle = Handle(Record(self.buffer_id, self.outputs[3], MAP, True))  # type: ignore[arg-type]
         return self.repeats.combine(tuple({**COMBINE, "handle": handle, **changes}.values()))
 
-    def counted(self) -> tuple[int, int, int, int]:
-        counts = self.counts
-        return (
-            counts.num_dispatches,
-            counts.num_combines,
-            counts.tokens_sent,
-            self.turns.next_slot,
-        )
+    def counted(self) -> tuple[int, ...]:
+        counts, slot = self.counts, self.turns.next_slot
+        return counts.num_dispatches, counts.num_combines, counts.tokens_sent, slot
 
 
 def test_fields_are_those_of_requests() -> None:
@@ -219,7 +213,7 @@ def test_dispatch_is_repeated() -> None:
     machine = Machine()
     x, ids = torch.ones(4, 8), torch.ones(4, 2, dtype=torch.int64)
     got = machine.dispatch(x=x, topk_idx=ids)
-    assert machine.calls == ["check", "push", "allocate", "launch", "pop"]
+    assert machine.calls == ["push", "allocate", "launch", "pop"]
     out, _, _, words = machine.outputs
     assert (got.x, got.scales, got.topk_idx) == (out, None, None)
     record = got.handle.records
@@ -237,7 +231,7 @@ def test_combine_is_repeated() -> None:
     machine = Machine()
     y = torch.ones(4, 8)
     got = machine.combine(y=y)
-    assert machine.calls == ["check", "push", "allocate", "launch", "pop"]
+    assert machine.calls == ["push", "allocate", "launch", "pop"]
     assert got.x is machine.out
     params, words = machine.sums, machine.outputs[3]
     assert (params.y, params.out) == (y.data_ptr(), machine.out.data_ptr())
@@ -260,7 +254,7 @@ def test_scaled_rows_are_repeated_as_what_they_are() -> None:
 def test_other_dispatches_are_not(name: str) -> None:
     machine = Machine()
     assert machine.dispatch(**{name: OTHER_DISPATCHES[name]}) is None
-    assert machine.calls in ([], ["check"])
+    assert machine.calls == []
     assert machine.counted() == (0, 0, 0, 0)
     assert machine.dispatch() is not None
 
@@ -269,7 +263,7 @@ def test_other_dispatches_are_not(name: str) -> None:
 def test_other_combines_are_not(name: str) -> None:
     machine = Machine()
     assert machine.combine(**{name: OTHER_COMBINES[name]}) is None
-    assert machine.calls in ([], ["check"])
+    assert machine.calls == []
     assert machine.counted() == (0, 0, 0, 0)
     assert machine.combine() is not None
 
@@ -342,12 +336,28 @@ def test_nothing_is_repeated_while_all_slots_are_in_flight() -> None:
     assert machine.turns.next_slot == 1
 
 
+@pytest.mark.parametrize("name", ["state", "is_condemned"])
+def test_nothing_is_repeated_once_the_buffer_has_failed(name: str) -> None:
+    machine = Machine()
+    setattr(machine.failure, name, COMPLETE)
+    assert machine.dispatch() is machine.combine() is None
+    assert machine.calls == []
+    assert machine.counted() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_ranges_are_left_out_where_nobody_looks_at_them(operation: str) -> None:
+    machine = Machine(shows_ranges=False)
+    assert getattr(machine, operation)() is not None
+    assert machine.calls == ["allocate", "launch"]
+
+
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
 def test_peers_hear_of_missing_memory(operation: str) -> None:
     """From Python, which finds it missing again."""
     machine = Machine(fails={"allocate": torch.OutOfMemoryError()})
     assert getattr(machine, operation)() is None
-    assert machine.calls == ["check", "push", "allocate", "pop"]
+    assert machine.calls == ["push", "allocate", "pop"]
     assert machine.counted() == (0, 0, 0, 0)
 
 
@@ -355,10 +365,9 @@ def test_peers_hear_of_missing_memory(operation: str) -> None:
 @pytest.mark.parametrize(
     ("step", "calls"),
     [
-        ("check", ["check"]),
-        ("push", ["check", "push"]),
-        ("allocate", ["check", "push", "allocate", "pop"]),
-        ("launch", ["check", "push", "allocate", "launch", "pop"]),
+        ("push", ["push"]),
+        ("allocate", ["push", "allocate", "pop"]),
+        ("launch", ["push", "allocate", "launch", "pop"]),
     ],
 )
 def test_what_is_raised_on_the_way_comes_out(operation: str, step: str, calls: list[str]) -> None:
@@ -375,7 +384,7 @@ def test_earlier_errors_are_raised_behind_the_turn(operation: str) -> None:
     machine.status[0] = COMPLETE
     with pytest.raises(CommError, match="earlier"):
         getattr(machine, operation)()
-    assert machine.calls == ["check", "push", "allocate", "launch", "raise", "pop"]
+    assert machine.calls == ["push", "allocate", "launch", "raise", "pop"]
     assert machine.turns.next_slot == 1
     del machine.fails["raise"]  # as in a capture
     assert getattr(machine, operation)() is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -43,6 +44,16 @@ SPECIFIC_ARCHS = {90: "sm_90a", 100: "sm_100a"}
 NATIVE_NVTX: Final = getattr(nvtx, "_nvtx", None)
 PUSH_RANGE: Final[Callable[[str], int]] = getattr(NATIVE_NVTX, "rangePushA", nvtx.range_push)
 POP_RANGE: Final[Callable[[], int]] = getattr(NATIVE_NVTX, "rangePop", nvtx.range_pop)
+NO_PUSH_POP_TRACKING = -2
+"""What NVTX returns where there is no tool, and some tools return."""
+
+
+@functools.cache
+def may_have_profiler() -> bool:
+    """Return whether a tool may be shown ranges: NVTX looks for one at its first call only."""
+    depth = PUSH_RANGE("deepcomm")
+    POP_RANGE()
+    return depth != NO_PUSH_POP_TRACKING or "NVTX_INJECTION64_PATH" in os.environ
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,6 +219,11 @@ class CudaRuntime:
 
     def flush(self) -> None:
         """Do nothing: a GPU makes progress by itself."""
+
+    @property
+    def shows_ranges(self) -> bool:
+        """Whether there may be a profiler that is shown ranges."""
+        return may_have_profiler()
 
     def is_capturing(self) -> bool:
         """Return whether the current stream records a graph."""

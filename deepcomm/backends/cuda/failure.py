@@ -53,7 +53,8 @@ class ErrorRecord(ctypes.Structure):
         ("block", ctypes.c_int32),
         ("expected", ctypes.c_uint64),
         ("observed", ctypes.c_uint64),
-        ("free", ctypes.c_uint64 * 2),
+        ("is_condemned", ctypes.c_uint32),
+        ("free", ctypes.c_uint32 * 3),
     )
 
 
@@ -202,6 +203,7 @@ class Failure:
         if self._fatal is None:
             is_recorded = self._record.state == COMPLETE  # what others have found follows from it
             self._fatal = self._timeout() if is_recorded else error
+            self._record.is_condemned = 1
 
     @property
     def failed(self) -> bool:

@@ -36,6 +36,8 @@ def open_repeats(context: Context, counts: kernels.OperationCounts, place: Place
             turns=context.slots.turns,
             counts=counts,
             status=status.address,
+            failure=place.failure.record_address,
+            owners=(status, place.failure),
         ),
         makers=kernels.LowLatencyMakers(
             buffer_id=context.buffer_id,
@@ -53,10 +55,9 @@ def open_repeats(context: Context, counts: kernels.OperationCounts, place: Place
             sums=slots.maker(CombineOutput, ["x"], {"topk_weights": None, **no_event}),
         ),
         callbacks=kernels.LowLatencyCallbacks(
-            check_usable=place.failure.check_usable,
             raise_earlier=functools.partial(status.raise_earlier, runtime.is_capturing),
-            push_range=runtime.push_range,
-            pop_range=runtime.pop_range,
+            push_range=runtime.push_range if runtime.shows_ranges else None,
+            pop_range=runtime.pop_range if runtime.shows_ranges else None,
         ),
     )
     return repeats

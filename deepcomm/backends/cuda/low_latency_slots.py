@@ -68,8 +68,12 @@ class Failure(Protocol):
     """What the backend knows of waits that ran out."""
 
     @property
+    def record_address(self) -> int:
+        """Of layout::ErrorRecord, for the host."""
+
+    @property
     def record_device_address(self) -> int:
-        """Where kernels leave a record of it."""
+        """Of the same, where kernels write it."""
 
     @property
     def failed_address(self) -> int:

@@ -204,6 +204,10 @@ class Runtime(Protocol):
         be wrong.
         """
 
+    @property
+    def shows_ranges(self) -> bool:
+        """Whether there may be a profiler that is shown ranges: else they may be left out."""
+
     def push_range(self, name: str, /) -> object:
         """Show profilers what the host begins to do: a range within those that have not ended.
 
