@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deepcomm import jit
+from deepcomm.backends.cuda.failure import ErrorRecord
 
 try:
     import cupy
@@ -32,16 +33,7 @@ POISON = 0xA5
 WAIT_LIMIT_S = 60.0
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
-# csrc/layout/error_record.hpp
-ERROR_RECORD = np.dtype(
-    [
-        ("state", np.uint32),
-        *((name, np.int32) for name in ("kind", "operation", "role")),
-        *((name, np.int32) for name in ("rank", "peer", "slot", "block")),
-        *((name, np.uint64) for name in ("expected", "observed")),
-        ("free", np.uint64, 2),
-    ]
-)
+ERROR_RECORD = np.dtype(ErrorRecord)
 
 
 @dataclass(frozen=True)
