@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepcomm._C import kernels
-from deepcomm.backends.cuda.low_latency_tensors import empty
+from deepcomm.backends.cuda.low_latency_tensors import empty, seen_as
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int32])
@@ -35,6 +35,30 @@ def test_allocation_does_without_the_function_of_compiled_code(
     monkeypatch.delattr(owner, name)
     tensor = empty((2, 3), torch.int32, torch.device("cpu"))()
     assert (tensor.shape, tensor.stride(), tensor.dtype) == ((2, 3), (3, 1), torch.int32)
+
+
+@pytest.mark.parametrize("lacks", [None, "_reinterpret_tensor"])
+def test_allocation_may_be_seen_in_another_shape(
+    lacks: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks is not None:
+        monkeypatch.delattr(torch._C._dynamo.guards, lacks)
+    strides = (12, 1, 4)
+    whole = empty((2, 4, 3), torch.float32, torch.device("cpu"), strides)
+    held: list[torch.Tensor] = []
+
+    def allocate() -> torch.Tensor:
+        held.append(whole().fill_(7))
+        return held[-1]
+
+    make = seen_as(allocate, (2, 1, 3), strides)
+    first, second = make(), make()
+    assert (first.shape, first.stride()) == ((2, 1, 3), strides)
+    assert [tensor.data_ptr() for tensor in (first, second)] == [each.data_ptr() for each in held]
+    held.clear()
+    second.zero_()
+    assert first.tolist() == [[[7.0] * 3]] * 2
+    assert first.untyped_storage().nbytes() == 4 * 24  # readers of whole columns find them
 
 
 @pytest.mark.parametrize(("current", "expected"), [(1, "here"), (0, "anywhere")])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deepcomm.backends.cuda.low_latency_words import Sizes, Words
     from deepcomm.checks import CheckedDispatch
 
-__all__ = ["Outputs", "address_of", "aligned", "empty", "row_kind", "wire_of"]
+__all__ = ["Outputs", "address_of", "aligned", "empty", "row_kind", "seen_as", "wire_of"]
 
 ALIGN = 16
 SCALE_ROW_ALIGN = 4
@@ -76,8 +76,7 @@ def empty(
     strides = contiguous_strides(shape) if strides is None else strides
     like = torch.empty(0, dtype=dtype, device=device)
     anywhere = functools.partial(like.new_empty_strided, shape, strides)
-    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    function = getattr(guards, f"_empty_strided_{device.type}", None)
+    function = _of_compiled_code(f"_empty_strided_{device.type}")
     if function is None:
         return anywhere
     current_device = None if device.type == "cpu" else torch._C._cuda_getDevice
@@ -85,6 +84,19 @@ def empty(
         function, (shape, strides, dtype), current_device, device.index or 0, anywhere
     )
     return allocate
+
+
+def seen_as(allocate: Allocate, shape: tuple[int, ...], strides: tuple[int, ...]) -> Allocate:
+    """Return what allocates likewise, and gives the beginning of it in another shape."""
+    view = _of_compiled_code("_reinterpret_tensor") or torch.as_strided
+    return lambda: view(allocate(), shape, strides)
+
+
+def _of_compiled_code(name: str) -> Callable[..., torch.Tensor] | None:
+    """Return a function of torch that its compiled code calls, as it takes so little time."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    function: Callable[..., torch.Tensor] | None = getattr(guards, name, None)
+    return function
 
 
 def zeroed(allocate: Allocate, zero_padding: bool) -> Allocate:
@@ -171,4 +183,6 @@ def _of_scales(
     strides = (words * column, 1, column)
     columns = empty((num_blocks, column, words), dtype, device, strides)
     columns = zeroed(columns, request.zero_padding)
-    return columns if column == num_rows else lambda: columns()[:, :num_rows], strides
+    if column != num_rows:
+        columns = seen_as(columns, (num_blocks, num_rows, words), strides)
+    return columns, strides
