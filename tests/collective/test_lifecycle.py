@@ -224,7 +224,8 @@ def test_growable_buffer_grows(case: Case) -> None:
             assert got.x.shape[1] == 4 * buffer.config.max_tokens_per_rank
         assert buffer.config.max_tokens_per_rank == 64
         assert buffer.num_bytes > bytes_before
-        assert buffer.stats().num_dispatches > stats.num_dispatches
+        num_more = 1 if case.layout is PADDED else 2
+        assert buffer.stats().num_dispatches == stats.num_dispatches + num_more
         assert buffer.stats().tokens_received > stats.tokens_received
         assert torch.equal(old.x, kept)
         back = buffer.combine(old.x, old.handle)

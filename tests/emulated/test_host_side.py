@@ -282,6 +282,7 @@ def test_low_latency_calls_are_repeated_where_nothing_is_to_be_waited_for(
             assert backend.repeats not in (NO_REPEATS, repeats)
             counts = backend._low_latency.counts
             assert counts.num_dispatches == 5, "those of the smaller buffer count"
+            assert buffer.stats().num_dispatches == 7, "one that grows it takes place once"
         assert backend.repeats is NO_REPEATS
         with pytest.raises(CommError, match="low_latency_dispatch: the buffer is closed"):
             buffer.low_latency_dispatch(**few)

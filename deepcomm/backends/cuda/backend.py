@@ -180,17 +180,20 @@ class CudaBackend:
         operation = self._prepare(
             "dispatch", prepare, lambda: self.engine.refuse_dispatch(request, self.buffer_id)
         )
-        self._num_dispatches += 1
-        self._tokens_sent += operation.num_tokens
-        if not request.async_op:
+        event: Event | None = None
+        if request.async_op:
+            with self._own_stream(request.previous_event):
+                output = operation.run()
+                event = self._end_async(operation.inputs())
+        else:
             self._order_on_current_stream(request.previous_event)
             output = operation.run()
-            return self._repeat_larger(request) if output is None else output
-        with self._own_stream(request.previous_event):
-            output = operation.run()
-            event = self._end_async(operation.inputs())
         if output is None:
             return self._repeat_larger(request)
+        self._num_dispatches += 1
+        self._tokens_sent += operation.num_tokens
+        if event is None:
+            return output
         for tensor in operation.owned_outputs(output):
             self.runtime.keep_alive(tensor)
         return replace(output, event=event)
@@ -284,11 +287,10 @@ class CudaBackend:
 
     def _repeat_larger(self, request: DispatchRequest) -> DispatchOutput:
         """Grow the buffer, collectively, and repeat; views keep the old memory."""
-        wanted = max(self.failure.must_grow, int(self.config.max_tokens_per_rank * GROWTH))
+        before = self.config.max_tokens_per_rank
+        wanted = max(self.failure.must_grow, int(before * GROWTH))
         self.failure.clear_trouble()
-        LOG.info(
-            "growing max_tokens_per_rank from %d to %d", self.config.max_tokens_per_rank, wanted
-        )
+        LOG.info("growing max_tokens_per_rank from %d to %d", before, wanted)
         self.engine.grow(wanted)
         self.config = replace(self.config, max_tokens_per_rank=wanted)
         previous, self._low_latency = self._low_latency, self._open_low_latency(self._low_latency)
@@ -352,10 +354,9 @@ class CudaBackend:
             num_combines=self._num_combines + counts.num_combines,
             tokens_sent=self._tokens_sent + counts.tokens_sent,
             tokens_received=node.tokens_received,
-            bytes_local=node.bytes_local + (0 if rail is None else rail.bytes_local),
+            bytes_local=node.bytes_local + (rail.bytes_local if rail else 0),
             bytes_node=node.bytes_peers,
-            bytes_network=self._low_latency.bytes_carried
-            + (0 if rail is None else rail.bytes_peers),
+            bytes_network=self._low_latency.bytes_carried + (rail.bytes_peers if rail else 0),
             wait_us=waits_by_rank(self.topology, node, rail),
         )
 
@@ -372,8 +373,7 @@ class CudaBackend:
             f"sms        {self.num_sms} of {self.runtime.num_sms} an operation ({sms}); low "
             f"latency {self._low_latency.num_sms}; {self._sms.num_sharing} rank(s) on the device",
             f"ring       {config.num_generations} generations, {config.num_generations - 1} of "
-            f"which can be leased to views, {self.engine.num_reserved} reserved for "
-            "graphs",
+            f"which can be leased to views, {self.engine.num_reserved} reserved for graphs",
             f"slots      {config.num_low_latency_slots} low-latency operations in flight",
             f"memory     {self.num_bytes / 2**20:.1f} MiB reserved for "
             f"{config.max_tokens_per_rank} tokens a rank{growable}",
