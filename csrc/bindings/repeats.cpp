@@ -2,6 +2,7 @@
 #include "bindings/repeats.hpp"
 
 #include "bindings/native_function.hpp"
+#include "host/shared_record.hpp"
 
 namespace py = pybind11;
 
@@ -11,11 +12,6 @@ using kernels::LowLatencyCombineParams;
 using kernels::LowLatencyDispatchParams;
 
 namespace {
-
-constexpr auto kComplete = static_cast<uint32_t>(layout::RecordState::kComplete);
-
-/// Reads a word that others write meanwhile.
-uint32_t acquire(const uint32_t& word) { return __atomic_load_n(&word, __ATOMIC_ACQUIRE); }
 
 /// Tells profilers, if there are any, what the host does as long as this lives.
 class Range {
@@ -59,8 +55,8 @@ py::object attempt(Step&& step) {
 
 /// Whether an operation may take the next turn: Python raises why not.
 bool Repeats::may_begin() const {
-    const bool has_failed =
-        acquire(kept_.failure->state) == kComplete || acquire(kept_.failure->is_condemned) != 0;
+    const bool has_failed = host::is_complete(&kept_.failure->state) ||
+                            host::load_acquire(&kept_.failure->is_condemned) != 0;
     return !has_failed && kept_.turns.has_free_slot();
 }
 
@@ -177,7 +173,7 @@ py::object Repeats::combine(const Arguments& given) {
 void Repeats::launch(const py::object& launch) {
     call(launch);
     kept_.turns.open();
-    if (acquire(kept_.status->state) == kComplete) {
+    if (host::is_complete(&kept_.status->state)) {
         call(callbacks_.raise_earlier);
     }
 }

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <thread>
 
+#include "host/shared_record.hpp"
+
 namespace deepcomm::host {
 
 namespace {
@@ -15,12 +17,6 @@ constexpr auto kSpin = std::chrono::microseconds(20);
 constexpr auto kYield = std::chrono::milliseconds(1);
 constexpr auto kNap = std::chrono::microseconds(20);
 constexpr auto kSlice = std::chrono::milliseconds(50);
-
-template <typename T>
-T load_acquire(const T* word) {
-    // ORDER: pairs with the system-scope releases of the kernels, after what they wrote
-    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
-}
 
 void pause(Clock::duration waited) {
     if (waited > kYield) {
@@ -34,13 +30,12 @@ void pause(Clock::duration waited) {
 
 bool wait_word(const uint64_t* word, uint64_t expected, const layout::ErrorRecord* record,
                double timeout_s, const std::function<void()>& check_interrupt) {
-    constexpr auto kComplete = static_cast<uint32_t>(layout::RecordState::kComplete);
     const auto start = Clock::now();
     const auto timeout = std::chrono::duration<double>(timeout_s);
     auto next_check = start + kSlice;
     while (load_acquire(word) != expected) {
         const auto now = Clock::now();
-        if (load_acquire(&record->state) == kComplete || now - start > timeout) {
+        if (is_complete(&record->state) || now - start > timeout) {
             return load_acquire(word) == expected;  // it may have come between the two looks
         }
         if (now > next_check) {
